@@ -1,0 +1,100 @@
+"""What Dream Engine trains: the blend and the adapter between LMM and MM-DiT, and LoRA.
+
+Letters: B batch, L tokens, D width of the MM-DiT, M width of the LMM, n image tokens of all rows.
+"""
+
+import torch
+from einops import rearrange
+from torch import nn
+
+
+def blend(hidden, vit, image_mask, r):
+    """h = (1 - r) h_LLM + r h_ViT at image positions (section 3.3 of the paper); elsewhere h_LLM.
+
+    hidden (B, L, M); vit (n, M), the ViT's merged features in order; image_mask (B, L) bool;
+    r in [0, 1], a number or one for each row (B,). Returns a new (B, L, M).
+    """
+    r = torch.as_tensor(r, dtype=hidden.dtype, device=hidden.device).expand(len(hidden))
+    r = r[:, None].expand(image_mask.shape)[image_mask][:, None]
+    blended = hidden.clone()
+    blended[image_mask] = (1 - r) * hidden[image_mask] + r * vit.to(hidden.dtype)
+    return blended
+
+
+def masked_mean(x, mask):
+    """Mean of x (B, L, M) over the positions where mask (B, L) is True -> (B, M)."""
+    weight = mask.to(x.dtype)[..., None]
+    return (x * weight).sum(1) / weight.sum(1)
+
+
+class Adapter(nn.Module):
+    """Two two-layer MLPs: every LMM state becomes a text token, their mean the modulation vector."""
+
+    def __init__(self, lmm_width, width, mlp_dim=4096):
+        super().__init__()
+        self.txt = nn.Sequential(
+            nn.Linear(lmm_width, mlp_dim), nn.SiLU(), nn.Linear(mlp_dim, width)
+        )
+        self.vec = nn.Sequential(
+            nn.Linear(lmm_width, mlp_dim), nn.SiLU(), nn.Linear(mlp_dim, width)
+        )
+
+    def forward(self, hidden, mask):
+        """hidden (B, L, M), mask (B, L) bool -> txt (B, L, D), vec (B, D)."""
+        return self.txt(hidden), self.vec(masked_mean(hidden, mask))
+
+
+# ---- LoRA (arXiv 2106.09685) --------------------------------------------------------------------
+
+
+class LoRALinear(nn.Module):
+    """A frozen Linear plus scale * B A. A fused qkv has three such pairs, one for each third.
+
+    Starts as the Linear itself: A is Gaussian with standard deviation 1 / rank, B is zero.
+    """
+
+    def __init__(self, base, rank, alpha, parts=1):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale = alpha / rank
+        like = {"device": base.weight.device, "dtype": torch.float32}
+        self.A = nn.Parameter(torch.randn(parts, rank, base.in_features, **like) / rank)
+        self.B = nn.Parameter(torch.zeros(parts, base.out_features // parts, rank, **like))
+
+    def delta(self):
+        """What LoRA adds to the weight, (out, in)."""
+        return self.scale * rearrange(self.B @ self.A, "parts o i -> (parts o) i")
+
+    def forward(self, x):
+        low = torch.einsum("...i,pri->...pr", x, self.A.to(x.dtype))
+        update = torch.einsum("...pr,por->...po", low, self.B.to(x.dtype)).flatten(-2)
+        return self.base(x) + self.scale * update
+
+
+def _lora_sites(model, kind):
+    """(parent, name, module) of the attention projections: qkv and proj of every attention."""
+    for path, module in list(model.named_modules()):
+        parent, _, name = path.rpartition(".")
+        if isinstance(module, kind) and name in ("qkv", "proj") and ".attn" in parent:
+            yield model.get_submodule(parent), name, module
+
+
+def add_lora(model, rank=32, alpha=None):
+    """Wrap the attention projections of an MMDiT (both streams, attn2 too); only LoRA will train.
+
+    alpha defaults to rank, so that the scale alpha / rank is 1. Returns the new parameters by name.
+    """
+    model.requires_grad_(False)
+    for parent, name, linear in _lora_sites(model, nn.Linear):
+        parts = 3 if name == "qkv" else 1
+        setattr(parent, name, LoRALinear(linear, rank, rank if alpha is None else alpha, parts))
+    return {k: p for k, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Add every LoRA to the weight it wraps and unwrap it: the model is plain again."""
+    for parent, name, lora in _lora_sites(model, LoRALinear):
+        lora.base.weight += lora.delta().to(lora.base.weight.dtype)
+        setattr(parent, name, lora.base)
+    return model

@@ -1,0 +1,381 @@
+"""Dream Engine (arXiv 2502.20172): an interleaved prompt of text and images draws a picture.
+
+    engine = DreamEngine.load()                       # the miniature
+    engine.generate([["a red circle and a blue star"]])[0].save("out.png")
+
+The LMM (Qwen2-VL) reads the prompt once; `adapter.py` turns its states into what the MM-DiT takes;
+`flow.py` walks from noise to a latent; the VAE decodes it. Precision: LMM and MM-DiT in `dtype`
+(fp32 on CPU, bf16 on CUDA); adapter, VAE, the sampler's latents and all times in fp32.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+
+import flow
+import mmdit
+import weights
+from adapter import Adapter, blend
+from data import PatchConfig, apply_task, collate, to_images
+from vae import load_vae
+
+MINI = Path(__file__).parent / "weights" / "mini"
+SD3, LMM = MINI / "sd3.5_mini.safetensors", MINI / "qwen2-vl-mini"
+STAGE1 = MINI / "stage1.safetensors"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message} (see --help)")
+
+
+@contextmanager
+def one_line_errors():
+    """End a program whose user made a mistake with one line and exit code 2, not a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        message = "interrupted; files already written are whole"
+    except torch.OutOfMemoryError:
+        message = "the GPU has too little memory; try a smaller --size or --num"
+    except (ValueError, OSError) as error:
+        message = str(error)
+    else:
+        return
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+@dataclass
+class Condition:
+    """What the MM-DiT knows of B prompts."""
+
+    txt: torch.Tensor  # (B, L, D)
+    mask: torch.Tensor  # (B, L) bool, False at padding
+    vec: torch.Tensor  # (B, D)
+
+
+class DreamEngine(nn.Module):
+    """Everything between a prompt and a picture. Only `adapter` is ever trained in stage 1."""
+
+    def __init__(self, lmm, tokenizer, patches, adapter, transformer, vae, mrope=True):
+        super().__init__()
+        self.lmm, self.tokenizer, self.patches, self.mrope = lmm, tokenizer, patches, mrope
+        self.adapter, self.mmdit, self.vae = adapter, transformer, vae
+
+    @classmethod
+    def load(
+        cls,
+        sd3=SD3,
+        lmm=LMM,
+        checkpoint=STAGE1,
+        device=None,
+        dtype=None,
+        lora_scale=1.0,
+        mrope=True,
+    ):
+        """Load SD3.5 (single file or diffusers folder), Qwen2-VL (Hugging Face folder), an adapter.
+
+        checkpoint: a file of `save`, or a folder of the published DreamEngine, whose LMM and MM-DiT
+        then replace those of lmm and sd3, with lora_scale * B A added to their weights (1 as in the
+        official demo, 2 as in its training; the files do not say). None starts a new adapter.
+        mrope=False counts positions as early transformers did. Raises FileNotFoundError or
+        ValueError, with one line that says what does not fit.
+        """
+        device = usable_device(device)
+        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        config = lmm_config(lmm)
+        if checkpoint is not None and Path(checkpoint).is_dir():
+            parts = read_official(checkpoint, lora_scale)
+            transformer = mmdit.build(parts["dit"], checkpoint, device, dtype)
+            language = build_lmm(config, parts["lmm"], checkpoint, device, dtype)
+        else:
+            parts = {"adapter": None}
+            transformer = mmdit.load_mmdit(sd3, device, dtype)
+            language = build_lmm(config, weights.read(lmm), lmm, device, dtype)
+            if checkpoint is not None:
+                parts = {"adapter": read_checkpoint(checkpoint, transformer)}
+        shape = config.text_config.hidden_size, transformer.config.width
+        adapter = build_adapter(parts["adapter"], shape, checkpoint, device)
+        vae = load_vae(sd3, device)
+        return cls(
+            language, load_tokenizer(lmm), patch_config(lmm), adapter, transformer, vae, mrope
+        )
+
+    @property
+    def device(self):
+        return self.lmm.language_model.embed_tokens.weight.device
+
+    @property
+    def default_size(self):
+        """1024, or all that a smaller position table holds."""
+        return min(1024, 8 * self.mmdit.config.patch * self.mmdit.config.positions)
+
+    def lmm_states(self, batch):
+        """A Batch -> the LMM's last states (B, L, M), after its final norm, and the ViT's (n, M).
+
+        The ViT runs once: its merged features are the LMM's image tokens and the blend's h_ViT.
+        """
+        language = self.lmm.language_model
+        embeddings = language.embed_tokens(batch.ids)
+        vit = embeddings.new_zeros(0, embeddings.shape[-1])
+        if len(batch.grids):
+            vit = self.lmm.visual(batch.patches.to(embeddings.dtype), batch.grids).pooler_output
+            embeddings[batch.image_mask] = vit
+        states = language(
+            inputs_embeds=embeddings,
+            attention_mask=batch.mask.long(),
+            position_ids=batch.positions,
+            use_cache=False,
+        )
+        return states.last_hidden_state, vit
+
+    def condition(self, batch, r=0.0):
+        """A Batch and r in [0, 1], a number or one a row -> Condition; differentiable in the adapter."""
+        with torch.no_grad():
+            hidden, vit = self.lmm_states(batch)
+            hidden = blend(hidden, vit, batch.image_mask, r)
+        txt, vec = self.adapter(hidden.float(), batch.mask)
+        dtype = self.mmdit.pos_embed.dtype
+        return Condition(txt.to(dtype), batch.mask, vec.to(dtype))
+
+    def collate(self, prompts):
+        """Prompts, templates applied, as a Batch on the engine's device."""
+        return collate(prompts, self.tokenizer, self.patches, self.mrope).to(self.device)
+
+    @torch.no_grad()
+    def encode(self, prompts, r=0.0):
+        """Prompts, each a list of strings and PIL images exactly as the LMM shall read them."""
+        return self.condition(self.collate(prompts), r)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts, steps=28, guidance=4.5, r=0.0, size=None, seed=0, task=None, progress=iter
+    ):
+        """Draw one PIL image for each prompt, an interleaved list of strings and PIL images.
+
+        size: (width, height) in pixels, multiples of 16. Image i is drawn from seed + i, the same
+        alone as in any batch. task: one of data.TASKS. r: see `adapter.blend`. progress wraps the
+        steps, tqdm for one. Raises ValueError for settings that cannot be drawn.
+        """
+        width, height = size or (self.default_size, self.default_size)
+        self.check(steps, guidance, r, width, height)
+        pairs = [apply_task(task, prompt) for prompt in prompts]
+        positives, nulls = zip(*pairs)
+        n = len(prompts)
+        guided = guidance != 1  # at 1 the null prompt cancels out
+        condition = self.encode([*positives, *nulls] if guided else positives, r)
+        shape = (self.mmdit.config.channels, height // 8, width // 8)
+        latent = denoise(self.mmdit, condition, noise(n, shape, seed), steps, guidance, progress)
+        return to_images(self.vae.decode(latent))
+
+    def check(self, steps, guidance, r, width, height):
+        """Raise ValueError, naming what is wrong and what would be right, before any long work."""
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        if not abs(guidance) < float("inf"):
+            raise ValueError(f"guidance must be a finite number, got {guidance}")
+        if not 0 <= r <= 1:
+            raise ValueError(f"blend must lie between 0 (LMM) and 1 (ViT), got {r}")
+        largest = 8 * self.mmdit.config.patch * self.mmdit.config.positions
+        for side in (width, height):
+            if side % 16 or not 16 <= side <= largest:
+                near = min(max(round(side / 16) * 16, 16), largest)
+                limit = f"multiples of 16 up to {largest}"
+                raise ValueError(f"size {width}x{height}: sides must be {limit}; nearest is {near}")
+
+    def save(self, file, **facts):
+        """Write the adapter with its widths, and facts such as stage and step, to one safetensors file."""
+        file = Path(file)
+        state = {f"adapter.{k}": v.contiguous() for k, v in self.adapter.state_dict().items()}
+        config = {**facts, "base": fingerprint(self.mmdit)}
+        partial = file.with_suffix(".partial")
+        save_file(state, partial, {"config": json.dumps(config)})
+        os.replace(partial, file)
+
+
+def noise(n, shape, seed):
+    """Gaussian noise (n, *shape), fp32 on the CPU; row i depends on seed + i alone."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def denoise(transformer, condition, noise, steps=28, guidance=4.5, progress=iter):
+    """Noise (B, C, h, w) -> latent, by Euler's method with classifier-free guidance.
+
+    condition holds the B prompts and then their B null prompts; at guidance 1, the prompts alone.
+    """
+    txt, mask, vec = condition.txt, condition.mask, condition.vec
+
+    def velocity(z, t):
+        z = z.to(txt.dtype)
+        if guidance == 1:
+            return transformer(z, t, txt, vec, mask)
+        cond, null = transformer(torch.cat([z, z]), t, txt, vec, mask).float().chunk(2)
+        return flow.guide(cond, null, guidance)
+
+    return flow.euler(velocity, noise.to(txt.device), flow.sigma_schedule(steps), progress)
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+def usable_device(name=None):
+    """A device by name, checked; None means CUDA where there is a GPU, else the CPU."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device {name}: not usable on this machine; try cpu") from None
+    return torch.device(name)
+
+
+def lmm_config(folder):
+    """The configuration of a Qwen2-VL folder, which must be one."""
+    file = Path(folder, "config.json")
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: no config.json; expected a Qwen2-VL folder")
+    try:
+        kind = json.loads(file.read_text()).get("model_type")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{file}: not a JSON configuration") from None
+    if kind != "qwen2_vl":
+        raise ValueError(f"{file}: model_type is {kind!r}; expected 'qwen2_vl'")
+    return Qwen2VLConfig.from_pretrained(folder)
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a Qwen2-VL folder, with its vision tokens."""
+    if not any(Path(folder, name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise FileNotFoundError(
+            f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # noqa: BLE001 - tokenizers raises bare exceptions
+        raise ValueError(
+            f"{folder}: damaged tokenizer ({str(error).splitlines()[0][:120]})"
+        ) from None
+    for token in ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"):
+        if token not in tokenizer.get_vocab():
+            raise ValueError(f"{folder}: the tokenizer has no {token}; expected Qwen2-VL's")
+    return tokenizer
+
+
+def patch_config(folder):
+    """Image sizes for this LMM; never more than 512 tokens an image, as in the official code."""
+    file, config = Path(folder, "preprocessor_config.json"), PatchConfig()
+    if not file.is_file():
+        return config
+    given = json.loads(file.read_text())
+    return replace(
+        config,
+        patch=given.get("patch_size", config.patch),
+        merge=given.get("merge_size", config.merge),
+        min_pixels=given.get("min_pixels", config.min_pixels),
+        max_pixels=min(given.get("max_pixels", config.max_pixels), config.max_pixels),
+    )
+
+
+def build_lmm(config, tensors, source, device, dtype):
+    """Qwen2-VL without its LM head, from tensors under the names of any transformers version.
+
+    transformers would start missing tensors at random, with a warning; here they are an error.
+    """
+    rules = [
+        (r"(?:model\.)?(visual\..*)", r"\1"),
+        (r"model\.(language_model\..*)", r"\1"),
+        (r"model\.((?:embed_tokens|layers|norm)\..*)", r"language_model.\1"),
+    ]
+    tensors = weights.rename(tensors, rules)
+    tensors.pop("lm_head.weight", None)  # no logits are ever needed
+    with torch.device("meta"):
+        model = Qwen2VLModel(config)
+    weights.fill(model, tensors, source, device, dtype)
+    # Rotary frequencies are computed, not stored; they stay fp32.
+    vision, text = model.visual, model.language_model
+    vision.rotary_pos_emb = type(vision.rotary_pos_emb)(config.vision_config).to(device)
+    text.rotary_emb = type(text.rotary_emb)(config.text_config).to(device)
+    return model
+
+
+def build_adapter(tensors, widths, source, device):
+    """An Adapter for (LMM width, MM-DiT width): new, or filled with tensors.
+
+    A new one has the official 4096 hidden units, fewer before an MM-DiT under 1024 wide.
+    """
+    if tensors is None:
+        return Adapter(*widths, min(4096, 4 * widths[1])).to(device)
+    try:
+        (mlp_dim, lmm_width), width = tensors["txt.0.weight"].shape, len(tensors["txt.2.bias"])
+    except (KeyError, ValueError):
+        raise ValueError(f"{source}: holds no adapter (adapter.txt.*, adapter.vec.*)") from None
+    if (lmm_width, width) != widths:
+        raise ValueError(
+            f"{source}: this adapter joins an LMM {lmm_width} wide to an MM-DiT {width} wide; "
+            f"the models given are {widths[0]} and {widths[1]} wide"
+        )
+    with torch.device("meta"):
+        adapter = Adapter(*widths, mlp_dim)
+    return weights.fill(adapter, tensors, source, device, torch.float32)
+
+
+def fingerprint(transformer):
+    """A number that tells one trained MM-DiT from another, in any dtype."""
+    return round(transformer.final_layer.linear.weight.float().norm().item(), 4)
+
+
+def read_checkpoint(file, transformer):
+    """The adapter's tensors in a file of `DreamEngine.save`, made for this very transformer."""
+    tensors = weights.read(file)
+    if Path(file).suffix != ".safetensors" or "config" not in (facts := weights.metadata(file)):
+        raise ValueError(f"{file}: not a Dream Engine checkpoint (no config in its metadata)")
+    unknown = [k for k in tensors if not k.startswith("adapter.")]
+    if unknown:
+        raise ValueError(f"{file}: unknown {unknown[0]}; expected adapter.* only")
+    expected, found = json.loads(facts["config"])["base"], fingerprint(transformer)
+    if abs(expected - found) > 0.01 * expected:
+        raise ValueError(f"{file}: was trained on another SD3 than the one given")
+    return weights.cut(tensors, "adapter.")
+
+
+# In the published checkpoint, but without effect in the official forward.
+IGNORED = r"norm_lmm_out\.weight|pooled_proj\.(weight|bias)|lmm\.lm_head\.weight"
+
+
+def read_official(folder, lora_scale=1.0):
+    """A published DreamEngine checkpoint as {"lmm", "dit", "adapter"}: tensors, LoRA merged."""
+    merged, tensors = {}, weights.read(folder)
+    for name, tensor in tensors.items():
+        if re.fullmatch(IGNORED, name) or re.search(r"\.lora_[AB]\.default\.weight$", name):
+            continue
+        path, is_wrapped, kind = name.rpartition(".base_layer.")
+        if is_wrapped:
+            if kind == "weight":
+                try:
+                    a, b = (tensors[f"{path}.lora_{x}.default.weight"] for x in "AB")
+                except KeyError:
+                    raise ValueError(f"{folder}: missing the LoRA of {path}") from None
+                tensor = (tensor.float() + lora_scale * b.float() @ a.float()).to(tensor.dtype)
+            name = f"{path}.{kind}"
+        merged[name] = tensor
+    rules = [
+        (r"input_embeds_align_mlp\.(.*)", r"adapter.txt.\1"),
+        (r"condition_embeds_align_mlp\.(.*)", r"adapter.vec.\1"),
+    ]
+    merged = weights.rename(merged, rules)
+    parts = {part: weights.cut(merged, f"{part}.") for part in ("lmm", "dit", "adapter")}
+    known = {f"{part}.{name}" for part, names in parts.items() for name in names}
+    if unknown := sorted(merged.keys() - known):
+        raise ValueError(f"{folder}: not a DreamEngine checkpoint: unknown {unknown[0]}")
+    return parts

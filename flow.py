@@ -1,0 +1,73 @@
+"""Rectified flow (arXiv 2209.03003) as SD3 (arXiv 2403.03206) trains and samples it.
+
+A latent x0 and Gaussian noise e are joined by a straight line, z_t = (1 - t) x0 + t e; t = sigma in
+[0, 1], and t = 1 is pure noise. The network predicts the velocity dz/dt = e - x0. (Dream Engine's
+paper writes x0 - e; its code, like SD3's weights, means e - x0.) Sampling walks t from 1 to 0.
+"""
+
+from itertools import pairwise
+
+import torch
+
+
+def shift_sigmas(sigma, shift):
+    """Move noise levels up, as larger pictures need: section 5.3.2 of the SD3 paper."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def sigma_schedule(steps, shift=3.0):
+    """The noise levels of a sampling run: (steps + 1,) fp32, falling from 1 to 0.
+
+    The last level before 0 is one thousandth, shifted; then all levels are shifted, that one a
+    second time. SD3.5's own code and diffusers both do so, hence its samples are made this way.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    lowest = shift_sigmas(0.001, shift)
+    sigmas = shift_sigmas(torch.linspace(1, lowest, steps, dtype=torch.float64), shift)
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+
+
+def euler(velocity_fn, noise, sigmas, progress=iter):
+    """Integrate dz/dt = velocity_fn(z, t) along sigmas, starting at noise (B, C, H, W).
+
+    velocity_fn gets t as a Python float. The latent stays fp32: a bf16 one would lose 1 % in 28
+    steps. progress wraps the iterable of steps, for a progress bar.
+    """
+    z = noise.float()
+    levels = sigmas.tolist()
+    for t, t_next in progress(list(pairwise(levels))):
+        z = z + (t_next - t) * velocity_fn(z, t).float()
+    return z
+
+
+def guide(cond, null, guidance):
+    """Classifier-free guidance (arXiv 2207.12598): v = v_null + g (v_cond - v_null)."""
+    return null + guidance * (cond - null)
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def training_sigmas(n, shift=3.0, generator=None):
+    """n noise levels in (0, 1), fp32: the sigmoid of a standard normal, then shifted.
+
+    Median shift / (1 + shift): 0.75 for SD3's shift of 3.
+    """
+    return shift_sigmas(torch.randn(n, generator=generator).sigmoid(), shift)
+
+
+def add_noise(x0, noise, t):
+    """z_t for x0 and noise (B, C, H, W) and t (B,)."""
+    t = t.view(-1, 1, 1, 1)
+    return (1 - t) * x0 + t * noise
+
+
+def velocity_loss(velocity, x0, noise, t=None):
+    """Mean squared error to e - x0, per example: (B,) fp32.
+
+    With t (B,), weighted by t^2: then it is the error of the x0 that the velocity implies, which is
+    what the official Dream Engine code minimises.
+    """
+    error = (velocity.float() - (noise - x0).float()).square().mean(dim=(1, 2, 3))
+    return error if t is None else t**2 * error

@@ -1,0 +1,348 @@
+"""MM-DiT, the denoiser of SD3 and SD3.5 (arXiv 2403.03206), for all three published models.
+
+Two streams, text and image, each with its own weights, meet in one joint attention in every block.
+Module names are those of the published single file (below `model.diffusion_model.`), so loading it
+is a strict load. Letters: B batch, L text tokens, N image tokens, D width, C latent channels,
+h w the latent's sides in patches (N = h w).
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+import weights
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    depth: int
+    width: int
+    head_dim: int = 64
+    channels: int = 16  # of the latent
+    patch: int = 2
+    positions: int = 192  # side of the position table, in patches
+    context_dim: int = 4096  # of SD3's own text encoders
+    pooled_dim: int = 2048
+    qk_norm: bool = True
+    dual: tuple[int, ...] = ()  # blocks with a second, image-only attention
+
+
+FAMILIES = {
+    "SD3-medium": MMDiTConfig(24, 1536, qk_norm=False),
+    "SD3.5-medium": MMDiTConfig(24, 1536, positions=384, dual=tuple(range(13))),
+    "SD3.5-large": MMDiTConfig(38, 2432),
+}
+
+
+def timestep_embedding(t, dim=256):
+    """t (B,) in [0, 1] -> (B, dim) fp32: cosines, then sines, of 1000 t at geometric frequencies."""
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2)
+    )
+    phase = 1000 * t.float()[:, None] * frequencies
+    return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+def position_table(side, width):
+    """Fixed 2-D sine-cosine table (1, side * side, width): columns first, then rows.
+
+    Only training from nothing needs it; published checkpoints carry their own.
+    """
+    omega = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
+    rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
+    return rearrange(torch.cat([columns, rows], dim=2), "h w D -> 1 (h w) D").float()
+
+
+class Embedder(nn.Module):
+    """Two-layer MLP with a SiLU between."""
+
+    def __init__(self, dim, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, x):
+        return self.mlp(x)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Conv2d(config.channels, config.width, config.patch, stride=config.patch)
+
+    def forward(self, latent):
+        return rearrange(self.proj(latent), "B D h w -> B (h w) D")
+
+
+class Attention(nn.Module):
+    """Fused projections of one stream's attention; the attending itself may be joint."""
+
+    def __init__(self, config, has_output=True):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        if has_output:
+            self.proj = nn.Linear(config.width, config.width)
+        if config.qk_norm:
+            self.ln_q = nn.RMSNorm(config.head_dim, eps=1e-6)
+            self.ln_k = nn.RMSNorm(config.head_dim, eps=1e-6)
+
+    def heads(self, x):
+        """x (B, n, D) -> q, k, v, each (B, heads, n, head_dim)."""
+        q, k, v = rearrange(
+            self.qkv(x), "B n (three heads d) -> three B heads n d", three=3, d=self.head_dim
+        )
+        return (self.ln_q(q), self.ln_k(k), v) if hasattr(self, "ln_q") else (q, k, v)
+
+
+def attend(q, k, v, mask=None):
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return rearrange(y, "B heads n d -> B n (heads d)")
+
+
+class MLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Stream(nn.Module):
+    """One stream's weights in a block. The last text stream only lends keys and values."""
+
+    def __init__(self, config, dual=False, last=False):
+        super().__init__()
+        self.attn = Attention(config, has_output=not last)
+        if dual:
+            self.attn2 = Attention(config)
+        if not last:
+            self.mlp = MLP(config.width)
+        chunks = 2 if last else 9 if dual else 6
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), nn.Linear(config.width, chunks * config.width)
+        )
+
+    def modulation(self, c):
+        """c (B, D) -> shift, scale[, gate, shift, scale, gate ...], each (B, 1, D)."""
+        m = self.adaLN_modulation(c)
+        return rearrange(m, "B (chunks D) -> chunks B 1 D", D=c.shape[-1]).unbind()
+
+
+def modulate(x, shift, scale):
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+class JointBlock(nn.Module):
+    """Figure 2b of the SD3 paper, with the second image attention of SD3.5-medium."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        last = index == config.depth - 1
+        self.context_block = Stream(config, last=last)
+        self.x_block = Stream(config, dual=index in config.dual)
+
+    def forward(self, txt, img, c, mask=None):
+        """txt (B, L, D), img (B, N, D), c (B, D), mask (B, 1, 1, L + N) -> txt (or None), img."""
+        shift1, scale1, *txt_mod = self.context_block.modulation(c)
+        img_shift1, img_scale1, img_gate1, *img_mod = self.x_block.modulation(c)
+        img_norm = modulate(img, img_shift1, img_scale1)
+
+        tq, tk, tv = self.context_block.attn.heads(modulate(txt, shift1, scale1))
+        iq, ik, iv = self.x_block.attn.heads(img_norm)
+        q = torch.cat([tq, iq], dim=2) if txt_mod else iq  # the last text output is not used
+        k, v = torch.cat([tk, ik], dim=2), torch.cat([tv, iv], dim=2)
+        y = attend(q, k, v, mask)
+        txt_y, img_y = y[:, : -img.shape[1]], y[:, -img.shape[1] :]
+
+        x = img
+        img = img + img_gate1 * self.x_block.attn.proj(img_y)
+        img_shift2, img_scale2, img_gate2, *dual_mod = img_mod
+        if dual_mod:  # reads the same input as the joint attention did
+            shift, scale, gate = dual_mod
+            y2 = attend(*self.x_block.attn2.heads(modulate(x, shift, scale)))
+            img = img + gate * self.x_block.attn2.proj(y2)
+        img = img + img_gate2 * self.x_block.mlp(modulate(img, img_shift2, img_scale2))
+
+        if not txt_mod:
+            return None, img
+        gate1, shift2, scale2, gate2 = txt_mod
+        txt = txt + gate1 * self.context_block.attn.proj(txt_y)
+        return txt + gate2 * self.context_block.mlp(modulate(txt, shift2, scale2)), img
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.linear = nn.Linear(config.width, config.patch**2 * config.channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+
+    def forward(self, img, c):
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=2)
+        return self.linear(modulate(img, shift, scale))
+
+
+class MMDiT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = Embedder(256, config.width)
+        self.y_embedder = Embedder(config.pooled_dim, config.width)
+        self.context_embedder = nn.Linear(config.context_dim, config.width)
+        self.register_buffer("pos_embed", torch.zeros(1, config.positions**2, config.width))
+        self.joint_blocks = nn.ModuleList(JointBlock(config, i) for i in range(config.depth))
+        self.final_layer = FinalLayer(config)
+
+    def embed_text(self, context, pooled):
+        """SD3's own conditioning: context (B, L, 4096), pooled (B, 2048) -> txt (B, L, D), vec (B, D)."""
+        return self.context_embedder(context), self.y_embedder(pooled)
+
+    def crop_positions(self, h, w):
+        """The centre h x w of the position table, (1, h w, D)."""
+        side = self.config.positions
+        if h > side or w > side:
+            raise ValueError(f"latent of {h}x{w} patches is larger than the table, {side}x{side}")
+        top, left = (side - h) // 2, (side - w) // 2
+        table = rearrange(self.pos_embed, "1 (h w) D -> h w D", h=side)
+        return rearrange(table[top : top + h, left : left + w], "h w D -> 1 (h w) D")
+
+    def forward(self, latent, t, txt, vec, txt_mask=None):
+        """Predict the velocity noise - x0.
+
+        latent (B, C, H, W), even sides; t (B,) or a number, in [0, 1], 1 is pure noise;
+        txt (B, L, D) and vec (B, D) from `embed_text` or an adapter; txt_mask (B, L) bool, False at padding.
+        Returns (B, C, H, W).
+        """
+        p = self.config.patch
+        if latent.shape[2] % p or latent.shape[3] % p:
+            raise ValueError(
+                f"latent sides must be multiples of {p}, got {tuple(latent.shape[2:])}"
+            )
+        h, w = latent.shape[2] // p, latent.shape[3] // p
+        img = self.x_embedder(latent) + self.crop_positions(h, w)
+        t = torch.as_tensor(t, dtype=torch.float32, device=latent.device).expand(len(latent))
+        c = self.t_embedder(timestep_embedding(t).to(vec.dtype)) + vec
+        mask = None
+        if txt_mask is not None and not txt_mask.all():
+            mask = F.pad(txt_mask, (0, h * w), value=True)[:, None, None]
+        for block in self.joint_blocks:
+            txt, img = block(txt, img, c, mask)
+        out = self.final_layer(img, c)
+        return rearrange(out, "B (h w) (p q C) -> B C (h p) (w q)", h=h, p=p, q=p)
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+# diffusers folder -> published single file; "qkv.0", "qkv.1", "qkv.2" are fused afterwards
+_BLOCK = r"transformer_blocks\.(\d+)\."
+_DIFFUSERS = [
+    (r"pos_embed\.pos_embed", r"pos_embed"),
+    (r"pos_embed\.proj\.(\w+)", r"x_embedder.proj.\1"),
+    (r"time_text_embed\.timestep_embedder\.linear_1\.(\w+)", r"t_embedder.mlp.0.\1"),
+    (r"time_text_embed\.timestep_embedder\.linear_2\.(\w+)", r"t_embedder.mlp.2.\1"),
+    (r"time_text_embed\.text_embedder\.linear_1\.(\w+)", r"y_embedder.mlp.0.\1"),
+    (r"time_text_embed\.text_embedder\.linear_2\.(\w+)", r"y_embedder.mlp.2.\1"),
+    (_BLOCK + r"(attn2?)\.to_q\.(\w+)", r"joint_blocks.\1.x_block.\2.qkv.0.\3"),
+    (_BLOCK + r"(attn2?)\.to_k\.(\w+)", r"joint_blocks.\1.x_block.\2.qkv.1.\3"),
+    (_BLOCK + r"(attn2?)\.to_v\.(\w+)", r"joint_blocks.\1.x_block.\2.qkv.2.\3"),
+    (_BLOCK + r"attn\.add_q_proj\.(\w+)", r"joint_blocks.\1.context_block.attn.qkv.0.\2"),
+    (_BLOCK + r"attn\.add_k_proj\.(\w+)", r"joint_blocks.\1.context_block.attn.qkv.1.\2"),
+    (_BLOCK + r"attn\.add_v_proj\.(\w+)", r"joint_blocks.\1.context_block.attn.qkv.2.\2"),
+    (_BLOCK + r"(attn2?)\.norm_([qk])\.weight", r"joint_blocks.\1.x_block.\2.ln_\3.weight"),
+    (
+        _BLOCK + r"attn\.norm_added_([qk])\.weight",
+        r"joint_blocks.\1.context_block.attn.ln_\2.weight",
+    ),
+    (_BLOCK + r"(attn2?)\.to_out\.0\.(\w+)", r"joint_blocks.\1.x_block.\2.proj.\3"),
+    (_BLOCK + r"attn\.to_add_out\.(\w+)", r"joint_blocks.\1.context_block.attn.proj.\2"),
+    (_BLOCK + r"norm1\.linear\.(\w+)", r"joint_blocks.\1.x_block.adaLN_modulation.1.\2"),
+    (
+        _BLOCK + r"norm1_context\.linear\.(\w+)",
+        r"joint_blocks.\1.context_block.adaLN_modulation.1.\2",
+    ),
+    (_BLOCK + r"ff\.net\.0\.proj\.(\w+)", r"joint_blocks.\1.x_block.mlp.fc1.\2"),
+    (_BLOCK + r"ff\.net\.2\.(\w+)", r"joint_blocks.\1.x_block.mlp.fc2.\2"),
+    (_BLOCK + r"ff_context\.net\.0\.proj\.(\w+)", r"joint_blocks.\1.context_block.mlp.fc1.\2"),
+    (_BLOCK + r"ff_context\.net\.2\.(\w+)", r"joint_blocks.\1.context_block.mlp.fc2.\2"),
+    (r"norm_out\.linear\.(\w+)", r"final_layer.adaLN_modulation.1.\1"),
+    (r"proj_out\.(\w+)", r"final_layer.linear.\1"),
+]
+
+
+def from_diffusers(tensors):
+    """Turn the tensors of a diffusers `transformer/` folder into the published single file's."""
+    renamed = weights.rename(tensors, _DIFFUSERS)
+    fused = {}
+    for name, tensor in renamed.items():
+        if match := re.match(r"(.*\.qkv)\.0\.(\w+)$", name):
+            parts = [renamed.get(f"{match[1]}.{i}.{match[2]}") for i in range(3)]
+            if all(part is not None for part in parts):
+                fused[f"{match[1]}.{match[2]}"] = torch.cat(parts)
+        elif not re.search(r"\.qkv\.[12]\.\w+$", name):
+            fused[name] = tensor
+    # diffusers stores (scale, shift) where only these two exist, the published file (shift, scale)
+    last = max((int(m[1]) for k in fused if (m := re.match(r"joint_blocks\.(\d+)", k))), default=0)
+    for prefix in (f"joint_blocks.{last}.context_block", "final_layer"):
+        for kind in ("weight", "bias"):
+            if (name := f"{prefix}.adaLN_modulation.1.{kind}") in fused:
+                scale, shift = fused[name].chunk(2)
+                fused[name] = torch.cat([shift, scale])
+    return fused
+
+
+def infer_config(tensors):
+    """Read the configuration off the names and shapes of single-file tensors."""
+    width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
+    dual = {
+        int(m[1]) for k in tensors if (m := re.match(r"joint_blocks\.(\d+)\.x_block\.attn2", k))
+    }
+    norm = tensors.get("joint_blocks.0.x_block.attn.ln_q.weight")
+    return MMDiTConfig(
+        depth=1 + max(int(m[1]) for k in tensors if (m := re.match(r"joint_blocks\.(\d+)", k))),
+        width=width,
+        head_dim=64 if norm is None else norm.shape[0],
+        channels=channels,
+        patch=patch,
+        positions=math.isqrt(tensors["pos_embed"].shape[1]),
+        context_dim=tensors["context_embedder.weight"].shape[1],
+        pooled_dim=tensors["y_embedder.mlp.0.weight"].shape[1],
+        qk_norm=norm is not None,
+        dual=tuple(sorted(dual)),
+    )
+
+
+def build(tensors, source, device="cpu", dtype=torch.float32):
+    """An MMDiT filled with tensors in either layout, frozen; raises ValueError if they do not fit."""
+    if any(name.startswith("transformer_blocks.") for name in tensors):
+        tensors = from_diffusers(tensors)
+    try:
+        config = infer_config(tensors)
+    except KeyError as name:
+        raise ValueError(f"{source}: holds no SD3 or SD3.5 transformer: missing {name}") from None
+    except (ValueError, IndexError):
+        raise ValueError(f"{source}: holds no SD3 or SD3.5 transformer") from None
+    with torch.device("meta"):
+        model = MMDiT(config)
+    return weights.fill(model, tensors, source, device, dtype)
+
+
+def load_mmdit(path, device="cpu", dtype=torch.float32):
+    """Load the transformer of a single SD3 / SD3.5 file or of a diffusers folder (its `transformer/`).
+
+    Raises FileNotFoundError, or ValueError naming the tensors that do not fit.
+    """
+    folder = Path(path, "transformer")
+    tensors = weights.read(folder if folder.is_dir() else path)
+    for prefix in ("model.diffusion_model.", "transformer."):
+        tensors = weights.cut(tensors, prefix) or tensors
+    return build(tensors, path, device, dtype)

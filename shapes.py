@@ -1,0 +1,286 @@
+"""The miniature world: 64x64 pictures of one to four coloured shapes.
+
+It is small enough to be learnt on a laptop, and exact at both ends: every caption is true of its
+picture by construction, and `detect` reads a picture back into the scene that drew it, or refuses.
+Captions cover the six tasks of GenEval (arXiv 2310.11513). Some (colour, shape) pairs are held out
+of every training stage, so that composing them later cannot be memory.
+"""
+
+import itertools
+import random
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZE, CELL, PITCH = 64, 16, 24  # pixels; the cells of the 3x3 grid start at 0, 24 and 48
+COLORS = {
+    "red": (220, 45, 45),
+    "green": (50, 165, 70),
+    "blue": (40, 85, 225),
+    "yellow": (250, 200, 30),
+    "purple": (155, 55, 185),
+    "cyan": (40, 195, 220),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+BACKGROUNDS = {"white": (240, 240, 240), "black": (22, 22, 26)}
+PLACES = tuple(
+    " ".join(filter(None, (v, h))) or "center"
+    for v in ("top", "", "bottom")
+    for h in ("left", "", "right")
+)  # row-major over the grid: "top left", "top", "top right", "left", "center", ...
+TASKS = ("single", "two", "counting", "colors", "position", "attribution")  # GenEval's six
+RELATIONS = {
+    "left": ("left of", "to the left of", "on the left side of"),
+    "right": ("right of", "to the right of", "on the right side of"),
+    "above": ("above", "over", "higher than"),
+    "below": ("below", "under", "beneath"),
+}
+HELD_OUT = (("green", "star"), ("purple", "square"), ("blue", "ring"), ("yellow", "cross"))
+TOLERANCE = 0.10  # of `detect`: rms error in [0, 1] over the area of a shape
+
+
+@dataclass(frozen=True)
+class Object:
+    color: str
+    shape: str
+    place: int  # 0..8, row-major
+
+    @property
+    def row_col(self):
+        return divmod(self.place, 3)
+
+
+@dataclass(frozen=True)
+class Scene:
+    background: str
+    objects: tuple[Object, ...]  # in order of place
+
+
+@dataclass(frozen=True)
+class Mention:
+    """What a caption says of one noun; None is 'not said'."""
+
+    shape: str
+    color: str | None = None
+    count: int = 1
+    place: int | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption together with what it claims, so that `matches` can judge a picture."""
+
+    text: str
+    mentions: tuple[Mention, ...]
+    relation: str | None = None  # of the first mention to the second
+    background: str | None = None
+
+
+# ---- drawing and reading ------------------------------------------------------------------------
+
+
+@cache
+def opacity(shape):
+    """(16, 16) coverage in [0, 1] of a shape in its cell, antialiased by drawing it 8 times larger."""
+    k, n = 8, 8 * CELL
+    mask = Image.new("L", (n, n))
+    draw = ImageDraw.Draw(mask)
+    box = (k, k, n - k - 1, n - k - 1)  # one pixel of margin
+    center, radius = (n - 1) / 2, n / 2 - k
+    if shape == "circle":
+        draw.ellipse(box, fill=255)
+    elif shape == "square":
+        draw.rectangle(box, fill=255)
+    elif shape == "triangle":
+        draw.polygon([(center, k), (n - k - 1, n - 2 * k - 1), (k, n - 2 * k - 1)], fill=255)
+    elif shape == "star":
+        angles = np.pi * (np.arange(10) / 5 - 0.5)
+        radii = radius * np.where(np.arange(10) % 2, 0.45, 1.08)
+        points = center + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
+        draw.polygon([tuple(p) for p in points], fill=255)
+    elif shape == "cross":
+        a, b = n // 2 - 5 * k // 2, n // 2 + 5 * k // 2 - 1
+        draw.rectangle((a, k, b, n - k - 1), fill=255)
+        draw.rectangle((k, a, n - k - 1, b), fill=255)
+    elif shape == "ring":
+        draw.ellipse(box, fill=255)
+        hole = 4.5 * k
+        draw.ellipse((hole, hole, n - 1 - hole, n - 1 - hole), fill=0)
+    else:
+        raise ValueError(f"unknown shape {shape!r}: expected one of {', '.join(SHAPES)}")
+    mask = np.asarray(mask, dtype=np.float32).reshape(CELL, k, CELL, k)
+    return mask.mean(axis=(1, 3)) / 255
+
+
+@cache
+def _templates(background):
+    """All that a cell can hold: pictures (37, 16, 16, 3) in [0, 1], areas (37,), (color, shape)s."""
+    paper = np.array(BACKGROUNDS[background], dtype=np.float32) / 255
+    names = [None, *itertools.product(COLORS, SHAPES)]
+    pictures, areas = [np.broadcast_to(paper, (CELL, CELL, 3))], [CELL * CELL / 4]
+    for color, shape in names[1:]:
+        alpha = opacity(shape)[..., None]
+        pictures.append(
+            alpha * np.array(COLORS[color], dtype=np.float32) / 255 + (1 - alpha) * paper
+        )
+        areas.append(alpha.sum())
+    return np.stack(pictures), np.array(areas), names
+
+
+def cell(place):
+    row, col = divmod(place, 3)
+    return slice(row * PITCH, row * PITCH + CELL), slice(col * PITCH, col * PITCH + CELL)
+
+
+def render(scene):
+    """Draw a scene as a 64x64 RGB picture."""
+    pixels = np.empty((SIZE, SIZE, 3), dtype=np.float32)
+    pixels[:] = np.array(BACKGROUNDS[scene.background], dtype=np.float32) / 255
+    pictures, _, names = _templates(scene.background)
+    for obj in scene.objects:
+        pixels[cell(obj.place)] = pictures[names.index((obj.color, obj.shape))]
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+def detect(image):
+    """Read a picture back into its Scene, or None if any part of it is not as `render` draws.
+
+    Every cell must lie within TOLERANCE of exactly one drawing (or of bare background), and so must
+    the space between the cells: blobs, mixed colours, half shapes and specks are all refused.
+    """
+    if image.size != (SIZE, SIZE):
+        return None
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    between = np.ones((SIZE, SIZE), dtype=bool)
+    for place in range(9):
+        between[cell(place)] = False
+    papers = {name: np.array(rgb) / 255 for name, rgb in BACKGROUNDS.items()}
+    error = {name: np.sqrt(((pixels[between] - p) ** 2).mean()) for name, p in papers.items()}
+    background = min(error, key=error.get)
+    if error[background] > TOLERANCE:
+        return None
+    pictures, areas, names = _templates(background)
+    objects = []
+    for place in range(9):
+        squares = ((pixels[cell(place)] - pictures) ** 2).mean(axis=3).sum(axis=(1, 2))
+        rms = np.sqrt(squares / areas)
+        best = int(squares.argmin())
+        if rms[best] > TOLERANCE:
+            return None
+        if names[best]:
+            objects.append(Object(*names[best], place))
+    return Scene(background, tuple(objects)) if objects else None
+
+
+# ---- scenes and captions ------------------------------------------------------------------------
+
+
+def sample_scene(task, rng, held_out=False):
+    """A random scene that a caption of `task` (one of TASKS, or "scene": one to four) can describe.
+
+    Held-out pairs never occur; with `held_out` every object is such a pair instead.
+    """
+    count = {"single": 1, "colors": 1, "counting": rng.randint(2, 4), "scene": rng.randint(1, 4)}
+    count = count.get(task, 2)
+    pairs = [p for p in itertools.product(COLORS, SHAPES) if (p in HELD_OUT) == held_out]
+    if task == "counting":
+        shape = rng.choice(SHAPES if not held_out else [s for _, s in HELD_OUT])
+        pairs = [p for p in pairs if p[1] == shape]
+        chosen = rng.choices(pairs, k=count) if rng.random() < 0.5 else [rng.choice(pairs)] * count
+    else:
+        chosen = rng.choices(pairs, k=count)
+        if count == 2 and task != "scene":  # both differ, so that "which is which" has one answer
+            while chosen[0][0] == chosen[1][0] or chosen[0][1] == chosen[1][1]:
+                chosen = rng.choices(pairs, k=count)
+    places = sorted(rng.sample(range(9), count))
+    objects = tuple(Object(*pair, place) for pair, place in zip(chosen, places))
+    return Scene(rng.choice(list(BACKGROUNDS)), objects)
+
+
+def _phrase(mention):
+    number = ("a", "two", "three", "four")[mention.count - 1]
+    noun = mention.shape + ("es" if mention.shape == "cross" else "s") * (mention.count > 1)
+    return " ".join(filter(None, (number, mention.color, noun)))
+
+
+def describe(scene):
+    """The one full caption of a scene: every object in order of place, then the background."""
+    parts = [f"{PLACES[o.place]} {o.color} {o.shape}" for o in scene.objects]
+    return ", ".join([*parts, f"{scene.background} background"])
+
+
+def caption(scene, task, rng):
+    """A true Prompt for a scene from `sample_scene(task)`, in varied wording and detail."""
+    objects = list(scene.objects)
+    rng.shuffle(objects)
+    if task == "scene":
+        mentions = tuple(Mention(o.shape, o.color, 1, o.place) for o in objects)
+        text = describe(Scene(scene.background, tuple(objects)))
+        return Prompt(text, mentions, None, scene.background)
+
+    relation = None
+    colored = task in ("colors", "attribution") or (task == "position" and rng.random() < 0.5)
+    if task == "counting":
+        colors = {o.color for o in objects}
+        color = objects[0].color if len(colors) == 1 and rng.random() < 0.5 else None
+        mentions = (Mention(objects[0].shape, color, len(objects)),)
+    else:
+        mentions = tuple(Mention(o.shape, o.color if colored else None) for o in objects)
+    phrases = [_phrase(m) for m in mentions]
+    if task == "position":
+        (row1, col1), (row2, col2) = objects[0].row_col, objects[1].row_col
+        true = {
+            "left": col1 < col2,
+            "right": col1 > col2,
+            "above": row1 < row2,
+            "below": row1 > row2,
+        }
+        relation = rng.choice([name for name, holds in true.items() if holds])
+        body = f"{phrases[0]} {rng.choice(RELATIONS[relation])} {phrases[1]}"
+    else:
+        body = " and ".join(phrases)
+    background = scene.background if rng.random() < 0.3 else None
+    text = rng.choice(("", "", "a photo of ", "an image of ", "a picture of ")) + body
+    if background:
+        text += rng.choice((f" on a {background} background", f", {background} background"))
+    return Prompt(text, mentions, relation, background)
+
+
+def sample_prompt(task, rng, held_out=False):
+    """A random Prompt of one of TASKS (or "scene")."""
+    return caption(sample_scene(task, rng, held_out), task, rng)
+
+
+def matches(prompt, scene):
+    """Is a detected scene (or None) exactly what the prompt asks for: no object more, none less?"""
+    if scene is None or prompt.background not in (None, scene.background):
+        return False
+    wanted = [m for m in prompt.mentions for _ in range(m.count)]
+    if len(wanted) != len(scene.objects):
+        return False
+
+    def fits(mention, obj):
+        return (
+            mention.shape == obj.shape
+            and mention.color in (None, obj.color)
+            and mention.place in (None, obj.place)
+        )
+
+    def related(first, second):
+        (row1, col1), (row2, col2) = first.row_col, second.row_col
+        return {None: True, "left": col1 < col2, "right": col1 > col2}.get(
+            prompt.relation, row1 < row2 if prompt.relation == "above" else row1 > row2
+        )
+
+    return any(
+        all(map(fits, wanted, order)) and (len(order) < 2 or related(order[0], order[1]))
+        for order in itertools.permutations(scene.objects)
+    )
+
+
+def benchmark(n, seed=0, tasks=TASKS, held_out=False):
+    """n prompts for each task, {task: [Prompt, ...]}, from a stream that no training draws from."""
+    rng = random.Random(f"benchmark {seed}")
+    return {task: [sample_prompt(task, rng, held_out) for _ in range(n)] for task in tasks}
