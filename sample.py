@@ -1,0 +1,150 @@
+"""Draw a picture from a prompt of text and images.
+
+    python sample.py --prompt "a red circle left of a blue star"
+    python sample.py --prompt "<image> and a blue star" --image dog.png --blend 0.3
+    python sample.py --task edit --image room.png --prompt "remove the chair"
+
+Each <image> of the prompt is filled by the next --image.
+"""
+
+import argparse
+import json
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from data import TASKS, apply_task, interleave, read_image
+from dream_engine import LMM, SD3, STAGE1, DreamEngine, Parser, one_line_errors
+
+
+def size(text):
+    """A side, or WIDTHxHEIGHT -> (width, height)."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a side such as 1024, or 768x1024")
+    return int(sides[0]), int(sides[-1])
+
+
+def parse(arguments=None):
+    parser = Parser(description="Draw a picture from a prompt of text and images.")
+    add = parser.add_argument
+    add("--prompt", default="", help="text; each <image> in it stands for the next --image")
+    add("--image", action="append", default=[], help="an image file; may be given several times")
+    tasks = "; ".join(f"{task}: {what}" for task, what in TASKS.items())
+    add("--task", choices=TASKS, help=f"{tasks}. Default: t2i without images, objects with")
+    add("--blend", type=float, default=0.0, help="r: share of ViT features at images, 0 to 1")
+    add("--steps", type=int, default=28, help="Euler steps")
+    add("--guidance", type=float, default=4.5, help="classifier-free guidance; 1 is none")
+    add("--seed", type=int, default=0, help="picture i of --num is drawn from seed + i")
+    add("--size", type=size, help="WIDTHxHEIGHT or one side, multiples of 16; default: the model's")
+    add("--num", type=int, default=1, help="number of pictures; a grid is saved beside them")
+    add("--out", default="sample.png", help="PNG file to write")
+    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: fp32 on CPU, else bf16",
+    )
+    add("--sd3", default=SD3, help="SD3 / SD3.5: single file or diffusers folder")
+    add("--lmm", default=LMM, help="Qwen2-VL: Hugging Face folder")
+    add("--checkpoint", help="file of train.py, or folder of the published DreamEngine")
+    add("--lora-scale", type=float, default=1.0, help="for a published checkpoint: 1 or 2")
+    add("--positions", choices=("mrope", "arange"), default="mrope", help="of the LMM's tokens")
+    args = parser.parse_args(arguments)
+    if args.num < 1:
+        raise ValueError(f"--num must be at least 1, got {args.num}")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must be between 0 and 2**63 - 1, got {args.seed}")
+    if args.checkpoint is None:
+        if (args.sd3, args.lmm) != (SD3, LMM):
+            raise ValueError(
+                "--checkpoint is missing: other models than the miniature need their own"
+            )
+        args.checkpoint = STAGE1
+    return args
+
+
+def read_prompt(args):
+    """The interleaved prompt; tasks on one image need no placeholder for it."""
+    images = [read_image(path) for path in args.image]
+    if args.task in ("i2i", "edit") and "<image>" not in args.prompt:
+        prompt = [*images, args.prompt] if args.prompt else images
+    else:
+        prompt = interleave(args.prompt, images)
+    apply_task(args.task, prompt)  # refuses what does not fit before anything is loaded
+    return prompt
+
+
+def writable(file):
+    """The path of a PNG that can be written there; its folder is made."""
+    file = Path(file)
+    if file.suffix.lower() != ".png":
+        raise ValueError(f"--out {file}: expected a file name that ends in .png")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise PermissionError(f"--out {file}: cannot be written there")
+    return file
+
+
+def save(image, file, facts):
+    """Write a PNG whose text holds facts; whole or not at all."""
+    info = PngInfo()
+    for key, value in facts.items():
+        info.add_itxt(key, str(value))
+    unfinished = file.with_name(f".{file.name}.partial")
+    image.save(unfinished, "PNG", pnginfo=info)
+    os.replace(unfinished, file)
+    print(file)
+
+
+def grid(images):
+    """One picture of all images, row by row, about as wide as high."""
+    columns = math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "gray")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    prompt, out = read_prompt(args), writable(args.out)
+    engine = DreamEngine.load(
+        args.sd3,
+        args.lmm,
+        args.checkpoint,
+        args.device,
+        args.dtype and getattr(torch, args.dtype),
+        args.lora_scale,
+        mrope=args.positions == "mrope",
+    )
+    images = engine.generate(
+        [prompt] * args.num,
+        args.steps,
+        args.guidance,
+        args.blend,
+        args.size,
+        args.seed,
+        args.task,
+        partial(tqdm, desc="drawing", unit="step"),
+    )
+    hidden = ("prompt", "seed", "out", "num")
+    settings = json.dumps({k: v for k, v in vars(args).items() if k not in hidden}, default=str)
+    facts = {"prompt": args.prompt, "settings": settings}
+    for i, image in enumerate(images):
+        file = out if len(images) == 1 else out.with_stem(f"{out.stem}-{i}")
+        save(image, file, {**facts, "seed": args.seed + i})
+    if len(images) > 1:
+        save(grid(images), out.with_stem(f"{out.stem}-grid"), {**facts, "seed": args.seed})
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
