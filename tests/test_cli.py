@@ -1,0 +1,241 @@
+"""The command line as its users meet it: pictures, and one clear line for every mistake."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import sample
+import train
+from data import to_images
+from dream_engine import LMM, SD3, STAGE1, DreamEngine, one_line_errors
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save("dog.png")
+    return tmp_path
+
+
+def fails(main, arguments, capsys):
+    """The one line that a program says before it ends with exit code 2."""
+    before = sorted(Path.cwd().rglob("*"))
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        main([str(a) for a in arguments])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2
+    assert len(said) == 1 and said[0].startswith("error: ")
+    assert sorted(Path.cwd().rglob("*")) == before
+    return said[0]
+
+
+def test_a_prompt_becomes_a_picture_with_its_settings(capsys):
+    sample.main(["--prompt", "a red circle", "--seed", "5", "--out", "new/a.png", *FAST])
+    assert capsys.readouterr().out.strip() == "new/a.png"
+    image = Image.open("new/a.png")
+    assert image.size == (64, 64) and image.mode == "RGB"
+    assert image.text["prompt"] == "a red circle" and image.text["seed"] == "5"
+    settings = json.loads(image.text["settings"])
+    assert settings["steps"] == 2 and settings["guidance"] == 4.5
+    assert os.listdir("new") == ["a.png"]
+
+
+def test_several_pictures_and_their_grid(capsys):
+    sample.main(["--prompt", "a red circle", "--num", "3", "--seed", "1", "--out", "a.png", *FAST])
+    assert capsys.readouterr().out.split() == ["a-0.png", "a-1.png", "a-2.png", "a-grid.png"]
+    sample.main(["--prompt", "a red circle", "--seed", "2", "--out", "b.png", *FAST])
+    together, alone = (np.asarray(Image.open(f), int) for f in ("a-1.png", "b.png"))
+    assert abs(together - alone).max() <= 1
+    assert np.array_equal(np.asarray(Image.open("a-grid.png"))[:64, 64:], together)
+    assert Image.open("a-1.png").text["seed"] == "2"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--prompt", "a <image> and <image>", "--image", "dog.png", "--image", "dog.png"],
+        ["--task", "edit", "--prompt", "make it red", "--image", "dog.png"],
+        ["--task", "edit", "--prompt", "<image> make it red", "--image", "dog.png"],
+        ["--task", "i2i", "--image", "dog.png", "--blend", "1"],
+        ["--task", "combine", "--prompt", "a dog <image> the dog runs", "--image", "dog.png"],
+        ["--prompt", "a red circle", "--guidance", "1", "--size", "32x48"],
+        ["--prompt", "a <|image_pad|>", "--positions", "arange"],
+    ],
+)
+def test_every_task_draws(arguments):
+    sample.main([*arguments, *FAST])
+    assert Image.open("sample.png").mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--prompt", ""], "empty prompt"),
+        (["--prompt", "  "], "empty prompt"),
+        ([], "empty prompt"),
+        (["--prompt", "a <image>"], "1 <image> placeholders, but 0 images"),
+        (["--prompt", "a", "--image", "dog.png"], "0 <image> placeholders, but 1 images"),
+        (["--prompt", "a <image>", "--image", "cat.png"], "cat.png: no such image file"),
+        (["--prompt", "a <image>", "--image", "."], "no such image file"),
+        (["--prompt", "a", "--task", "draw"], "invalid choice: 'draw'"),
+        (["--prompt", "a", "--task", "edit"], "task edit takes one image"),
+        (["--prompt", "a", "--size", "50"], "nearest is 48"),
+        (["--prompt", "a", "--size", "64x1000"], "up to 64"),
+        (["--prompt", "a", "--size", "big"], "expected a side"),
+        (["--prompt", "a", "--steps", "0"], "steps must be at least 1"),
+        (["--prompt", "a", "--steps", "x"], "--steps"),
+        (["--prompt", "a", "--guidance", "nan"], "guidance must be a finite"),
+        (["--prompt", "a", "--guidance", "inf"], "guidance must be a finite"),
+        (["--prompt", "a", "--blend", "2"], "between 0"),
+        (["--prompt", "a", "--num", "0"], "--num must be at least 1"),
+        (["--prompt", "a", "--seed", "-1"], "--seed must be between"),
+        (["--prompt", "a", "--device", "abacus"], "device abacus: not usable"),
+        (["--prompt", "a", "--out", "a.jpg"], "ends in .png"),
+        (["--prompt", "a", "--out", "dog.png/a.png"], "dog.png"),
+        (["--prompt", "a", "--sd3", "none.safetensors"], "--checkpoint is missing"),
+        (["--prompt", "a", "--sd3", "x", "--checkpoint", STAGE1], "x: no such file"),
+        (["--prompt", "a", "--lmm", "x", "--checkpoint", STAGE1], "x: no config.json"),
+        (["--prompt", "a", "--checkpoint", "x"], "x: no such file"),
+        (["--prompt", "a", "--checkpoint", SD3], "not a Dream Engine checkpoint"),
+        (["--prompt", "a", "--sd3", STAGE1, "--checkpoint", STAGE1], "no SD3 or SD3.5"),
+        (["--prompt", "a", "--sd3", LMM, "--checkpoint", STAGE1], "no SD3 or SD3.5"),
+        (["--prompt", "a", "--surprise", "1"], "unrecognized arguments"),
+    ],
+)
+def test_mistakes_get_one_line(arguments, said, capsys):
+    assert said in fails(sample.main, arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [("empty.png", b""), ("text.png", b"hello"), ("cut.png", None), ("thin.png", None)],
+)
+def test_bad_images_get_one_line(name, content, capsys):
+    if name == "cut.png":
+        content = Path("dog.png").read_bytes()[:3000]
+    if name == "thin.png":
+        Image.new("RGB", (2010, 10)).save(name)
+    else:
+        Path(name).write_bytes(content)
+    said = fails(sample.main, ["--prompt", "a <image>", "--image", name, *FAST], capsys)
+    assert "200 times" in said if name == "thin.png" else name in said
+
+
+def test_one_pixel_is_an_image():
+    Image.new("RGB", (1, 1), "red").save("dot.png")
+    sample.main(["--prompt", "a <image>", "--image", "dot.png", *FAST])
+    assert Path("sample.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["truncated", "mistyped", "code"])
+def test_bad_checkpoints_get_one_line(kind, capsys):
+    if kind == "truncated":
+        Path("c.safetensors").write_bytes(STAGE1.read_bytes()[:5000])
+    elif kind == "mistyped":
+        save_file({"adaptor.txt": torch.zeros(2)}, "c.safetensors", {"config": '{"base": 1}'})
+    else:
+        Path("c.safetensors").write_text("print('hello')")
+    fails(sample.main, ["--prompt", "a", "--checkpoint", "c.safetensors", *FAST], capsys)
+
+
+def test_an_unwritable_folder_gets_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    assert "cannot be written" in fails(sample.main, ["--prompt", "a", "--out", "a.png"], capsys)
+
+
+def test_the_program_ends_with_one_line_and_code_two():
+    run = subprocess.run(
+        [sys.executable, ROOT / "sample.py", "--prompt", ""],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith("error: empty prompt") and run.stderr.count("\n") == 1
+
+
+def test_control_c_leaves_nothing_behind(folder):
+    command = [sys.executable, ROOT / "sample.py", "--prompt", "a red circle", "--steps", "100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        for line in iter(lambda: run.stderr.read(40), ""):
+            if "drawing" in line:
+                break
+        run.send_signal(signal.SIGINT)
+        said = run.stderr.read()
+        assert run.wait() == 2
+    assert (
+        said.strip()
+        .splitlines()[-1]
+        .endswith("error: interrupted; files already written are whole")
+    )
+    assert os.listdir(folder) == ["dog.png"]
+
+
+# ---- train.py -----------------------------------------------------------------------------------
+
+TRAIN = ["--stage", "1", "--batch", "4", "--save-every", "2", "--device", "cpu"]
+
+
+def test_stage_1_trains_the_adapter_and_resumes_exactly(monkeypatch):
+    monkeypatch.setattr(train, "samples", lambda engine: to_images(torch.zeros(1, 3, 8, 8))[0])
+    train.main([*TRAIN, "--steps", "4", "--out", "whole"])
+    interrupt = train.loss_of
+
+    def stop_at_third(engine, *batch):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return interrupt(engine, *batch)
+
+    seen = []
+    monkeypatch.setattr(train, "loss_of", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*TRAIN, "--steps", "4", "--out", "parts"])
+    monkeypatch.setattr(train, "loss_of", interrupt)
+    train.main([*TRAIN, "--steps", "4", "--out", "parts"])
+    whole, parts = (load_file(f"{out}/stage1.safetensors") for out in ("whole", "parts"))
+    start = load_file(STAGE1)
+    assert whole.keys() == parts.keys() == start.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    files = ["loss.png", "samples.png", "stage1.safetensors", "stage1.state.pt"]
+    assert sorted(os.listdir("parts")) == files
+    sample.main(["--prompt", "a red circle", "--checkpoint", "parts/stage1.safetensors", *FAST])
+
+
+def test_only_the_adapter_learns():
+    engine = DreamEngine.load(device="cpu")
+    engine.requires_grad_(False)
+    engine.adapter.requires_grad_(True)
+    prompts, scenes = train.make_batch(random.Random(0), 4)
+    train.loss_of(engine, prompts, scenes, torch.Generator().manual_seed(0)).mean().backward()
+    for name, parameter in engine.named_parameters():
+        assert (parameter.grad is not None) == name.startswith("adapter."), name
+        assert parameter.grad is None or parameter.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "--stage"),
+        (["--stage", "7"], "invalid choice: 7"),
+        (["--stage", "1", "--steps", "0"], "--steps must be at least 1"),
+        (["--stage", "1", "--out", "dog.png/x"], "dog.png"),
+        (["--stage", "1", "--sd3", "x"], "x: no such file"),
+    ],
+)
+def test_mistakes_in_training_get_one_line(arguments, said, capsys):
+    assert said in fails(train.main, arguments, capsys)
