@@ -21,7 +21,7 @@ from pretrain import TEXT_ENCODER, TextEncoder, describe_images, draw, encode_te
 
 
 def scenes(n, stream, held_out=False):
-    rng = random.Random(f"evaluate {stream}")
+    rng = random.Random(f"final {stream}")
     kinds = (*shapes.TASKS, "scene")
     return [shapes.sample_scene(kinds[i % 7], rng, held_out) for i in range(n)]
 
@@ -38,7 +38,7 @@ def share(flags):
 def score_tasks(draw_texts, n, file):
     """Score of each of the six tasks, n / 6 prompts each; a sheet of the first ten to file."""
     scores, rows = {}, []
-    for task, prompts in shapes.benchmark(n // 6, seed="evaluate").items():
+    for task, prompts in shapes.benchmark(n // 6, seed="final").items():
         images = draw_texts([p.text for p in prompts])
         scores[task] = share(shapes.matches(p, shapes.detect(i)) for p, i in zip(prompts, images))
         rows.append(images[:10])

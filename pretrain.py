@@ -324,7 +324,6 @@ def trained_text(args):
 KINDS = {"single": "single", "colors": "single", "counting": "counting", "scene": "scene"}
 SHARES = {"single": 2, "colors": 2, "two": 4, "counting": 5, "position": 6, "attribution": 6}
 LATE_SHARES = {"single": 1, "colors": 1, "two": 4, "counting": 8, "position": 5, "attribution": 5}
-LAST_SHARES = {"single": 4, "colors": 1, "two": 6, "counting": 12, "position": 4, "attribution": 4}
 POOL = {"single": 4_000, "two": 24_000, "counting": 12_000, "scene": 24_000}
 
 
@@ -377,9 +376,9 @@ def train_base(args):
 
     def loss_of(step, rng, generator):
         # Full captions say where everything is, and so teach drawing; short ones leave it open.
-        # What is learnt last, counting above all, is asked ever more often.
+        # What is learnt last, counting above all, is asked more often in the second half.
         full = rng.random() < (0.35 if step < 6_000 else 0.1)
-        shares = SHARES if step < 12_000 else LATE_SHARES if step < 28_000 else LAST_SHARES
+        shares = SHARES if step < 12_000 else LATE_SHARES
         texts, latents = [], []
         for _ in range(64):
             task = "scene" if full else rng.choices(list(shares), shares.values())[0]
@@ -406,15 +405,13 @@ def train_base(args):
             images = draw(model, vae, condition_of, texts, steps=12)
             report(prompts, images, step, Path(args.out, "base.png"))
 
-    steps = args.steps or 33_000
+    steps = args.steps or 28_000
 
     def rate(step):
         # A high rate finds its way sooner; only a low one binds colors to shapes and counts.
         if step < 9_750:
             return 2.5e-3 * min(1.0, (step + 1) / 200)
-        if step < 28_000:
-            return 1.2e-3 * (28_000 - step) / 18_250
-        return 0.6e-3 * (steps - step) / (steps - 28_000)
+        return 1.2e-3 * (steps - step) / (steps - 9_750)
 
     return fit("base", model, loss_of, steps, rate, args, preview)
 
