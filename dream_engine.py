@@ -8,12 +8,9 @@ The LMM (Qwen2-VL) reads the prompt once; `adapter.py` turns its states into wha
 (fp32 on CPU, bf16 on CUDA); adapter, VAE, the sampler's latents and all times in fp32.
 """
 
-import argparse
 import json
 import os
 import re
-import sys
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,28 +29,6 @@ from vae import load_vae
 MINI = Path(__file__).parent / "weights" / "mini"
 SD3, LMM = MINI / "sd3.5_mini.safetensors", MINI / "qwen2-vl-mini"
 STAGE1 = MINI / "stage1.safetensors"
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message} (see --help)")
-
-
-@contextmanager
-def one_line_errors():
-    """End a program whose user made a mistake with one line and exit code 2, not a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        message = "interrupted; files already written are whole"
-    except torch.OutOfMemoryError:
-        message = "the GPU has too little memory; try a smaller --size or --num"
-    except (ValueError, OSError) as error:
-        message = str(error)
-    else:
-        return
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
 
 
 @dataclass

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 import shapes
 import weights
+from cli import Parser, one_line_errors
 from data import to_images, to_tensor
-from dream_engine import LMM, SD3, STAGE1, DreamEngine, Parser, one_line_errors
+from dream_engine import LMM, SD3, STAGE1, DreamEngine
 from pretrain import TEXT_ENCODER, TextEncoder, describe_images, draw, encode_text, grid
 
 

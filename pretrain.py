@@ -31,6 +31,7 @@ from transformers import (
 
 import flow
 import shapes
+from cli import Parser, one_line_errors
 from data import PatchConfig, collate, to_images, to_tensor
 from dream_engine import (
     LMM,
@@ -38,10 +39,8 @@ from dream_engine import (
     SD3,
     Condition,
     DreamEngine,
-    Parser,
     denoise,
     noise,
-    one_line_errors,
 )
 from mmdit import MMDiT, MMDiTConfig, position_table
 from vae import SCALE, SHIFT, VAE, VAEConfig

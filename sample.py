@@ -14,13 +14,16 @@ import os
 from functools import partial
 from pathlib import Path
 
-import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
+from cli import Parser, one_line_errors
 
-from data import TASKS, apply_task, interleave, read_image
-from dream_engine import LMM, SD3, STAGE1, DreamEngine, Parser, one_line_errors
+with one_line_errors():  # these take seconds, in which someone may press Ctrl-C
+    import torch
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+    from tqdm import tqdm
+
+    from data import TASKS, apply_task, interleave, read_image
+    from dream_engine import LMM, SD3, STAGE1, DreamEngine
 
 
 def size(text):

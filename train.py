@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 import flow
 import shapes
+from cli import Parser, one_line_errors
 from data import apply_task, to_tensor
-from dream_engine import LMM, SD3, DreamEngine, Parser, one_line_errors
+from dream_engine import LMM, SD3, DreamEngine
 
 NULL_SHARE = 0.1  # of the prompts become the null prompt, so that guidance knows its opposite
 

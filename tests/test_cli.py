@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
+from cli import one_line_errors
 from data import to_images
-from dream_engine import LMM, SD3, STAGE1, DreamEngine, one_line_errors
+from dream_engine import LMM, SD3, STAGE1, DreamEngine
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--steps", "2", "--device", "cpu"]
