@@ -1,279 +1,426 @@
-"""From what a user types to what the models eat, and back: prompts, images, batches.
+"""Training examples: rendered by the miniature's world, or read from manifests.
 
-An interleaved prompt is a list of strings and PIL images in any order. A task's template turns it
-into such a list again, the tokenizer and `image_patches` into a row of token ids and image patches,
-and `collate` rows into a Batch. Letters: B batch, L tokens, P patches of all images together.
+    python data.py check edits.jsonl      # what is in a manifest, what is wrong, and a contact sheet
+
+A manifest is a JSONL file, a line an example of one of four tasks, with paths relative to the file:
+
+    {"task": "t2i", "prompt": "a dog on a beach", "target": "a.jpg"}
+    {"task": "i2i", "target": "a.jpg"}
+    {"task": "edit", "source": "a.jpg", "instruction": "remove the dog", "target": "b.jpg"}
+    {"task": "objects", "target": "a.jpg", "segments": [["a dog", [[120, 300, 480, 910]]], [" on a beach", []]]}
+
+A segment is a piece of the caption and the boxes, in thousandths of the target, of what it names. A
+"size": [width, height] of the target may be added; it saves opening the images for --buckets.
 """
 
-import warnings
+import json
+import random
+import re
+import sys
+import textwrap
+import zlib
 from dataclasses import dataclass, fields
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
 
-# ---- images -------------------------------------------------------------------------------------
+import shapes
+from cli import Parser, one_line_errors
+from prompts import (
+    Batch,
+    apply_task,
+    collate,
+    crop_to,
+    read_image,
+    reference_prompt,
+    to_tensor,
+    upright_size,
+)
 
-
-def read_image(path):
-    """Read an image file as a person sees it: a PIL image in RGB, turned upright.
-
-    The first frame of an animation. Raises FileNotFoundError, or ValueError for anything that is
-    not a whole image of a sane size.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such image file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return to_rgb(image)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        limit = Image.MAX_IMAGE_PIXELS // 10**6
-        raise ValueError(f"{path}: image too large; at most {limit} million pixels") from None
-    except Exception as error:  # noqa: BLE001 - Pillow's decoders raise anything on damaged files
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else "damaged"
-        raise ValueError(f"{path}: {reason}; expected a whole PNG, JPEG or similar file") from None
-
-
-def to_rgb(image):
-    """Any PIL image as upright RGB: EXIF orientation applied, transparency over white, 16 bits to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip these at 255
-        levels = np.asarray(image, dtype=np.float64)
-        top = next((top for top in (1, 255) if levels.max() <= top), 65535)
-        image = Image.fromarray((levels / top * 255).clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def smart_resize(height, width, factor=28, min_pixels=56 * 56, max_pixels=512 * 28 * 28):
-    """Qwen2-VL's choice of size: sides the multiples of factor nearest to the image's own.
-
-    Returns (height, width); raises ValueError where one side is over 200 times the other.
-    """
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"image of {width}x{height}: one side is over 200 times the other")
-    h, w = round(height / factor) * factor, round(width / factor) * factor
-    if h * w > max_pixels:
-        shrink = (height * width / max_pixels) ** 0.5
-        h = max(factor, int(height / shrink / factor) * factor)
-        w = max(factor, int(width / shrink / factor) * factor)
-    elif h * w < min_pixels:
-        grow = (min_pixels / (height * width)) ** 0.5
-        h = -int(-height * grow // factor) * factor
-        w = -int(-width * grow // factor) * factor
-    return h, w
-
-
-@dataclass(frozen=True)
-class PatchConfig:
-    """How an LMM wants its images: patch side, patches merged into a token, limits of size.
-
-    At most 512 tokens an image in the official code, whatever Qwen2-VL itself would allow.
-    """
-
-    patch: int = 14
-    merge: int = 2
-    min_pixels: int = 56 * 56
-    max_pixels: int = 512 * 28 * 28
-
-
-CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
-CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
-
-
-def image_patches(image, config=PatchConfig()):
-    """Cut an RGB image for Qwen2-VL's ViT: patches (n, 3 * 2 * patch * patch), grid (1, gh, gw).
-
-    Equal bit for bit to transformers' Qwen2VLImageProcessorPil. Patches that will be merged into
-    one token are neighbours in the order; every patch is there twice, as two video frames.
-    """
-    p, m = config.patch, config.merge
-    h, w = smart_resize(image.height, image.width, p * m, config.min_pixels, config.max_pixels)
-    levels = np.asarray(image.resize((w, h), Image.BICUBIC), np.float64) * (1 / 255)
-    x = torch.from_numpy((levels.astype(np.float32) - CLIP_MEAN) / CLIP_STD)
-    x = rearrange(x, "(h mh p) (w mw q) c -> (h w mh mw) c p q", mh=m, mw=m, p=p, q=p)
-    return repeat(x, "n c p q -> n (c t p q)", t=2), (1, h // p, w // p)
-
-
-def crop_to(image, width, height):
-    """Scale and centre-crop a PIL image to exactly width x height."""
-    return ImageOps.fit(image, (width, height), Image.BICUBIC)
-
-
-def to_tensor(images):
-    """PIL images of one size -> (B, 3, H, W) fp32 in [-1, 1], for the VAE."""
-    batch = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return rearrange(batch, "B H W c -> B c H W").float() / 127.5 - 1
-
-
-def to_images(batch):
-    """(B, 3, H, W), clamped to [-1, 1] -> PIL images."""
-    levels = (batch.float().clamp(-1, 1) * 127.5 + 127.5).round().byte()
-    return [Image.fromarray(x) for x in rearrange(levels, "B c H W -> B H W c").cpu().numpy()]
-
-
-# ---- prompts ------------------------------------------------------------------------------------
-
-
-def interleave(text, images):
-    """Put images, in order, in the place of each <image> of text -> a list of strings and images."""
-    parts = text.split("<image>")
-    if len(parts) - 1 != len(images):
-        raise ValueError(
-            f"the prompt has {len(parts) - 1} <image> placeholders, but {len(images)} images were given"
-        )
-    prompt = [parts[0]]
-    for image, part in zip(images, parts[1:]):
-        prompt += [image, part]
-    return [part for part in prompt if part != ""]
-
-
-TASKS = {
-    "t2i": "draw a text",
-    "i2i": "copy an image",
-    "edit": "change an image as a text says",
-    "combine": "'a dog <image>, a hat <image> the dog wears the hat': named images, then a text",
-    "objects": "draw what text and images say, in any order",
+FIELDS = {  # of a manifest's line, by task, besides "task" and "target"
+    "t2i": ("prompt",),
+    "i2i": (),
+    "edit": ("source", "instruction"),
+    "objects": ("segments",),
 }
 
 
-def apply_task(task, prompt):
-    """Wrap a prompt in the official template of its task.
+LONGEST = 4000  # letters of a text
 
-    Returns (positive, null), two lists of strings and images; null is what classifier-free guidance
-    moves away from. Task None means t2i for text alone, else objects.
+
+def parse_record(line):
+    """One line of a manifest as a dictionary; raises ValueError naming what is wrong with it."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
+    if not isinstance(record, dict) or record.get("task") not in FIELDS:
+        raise ValueError(f'"task" must be one of {", ".join(FIELDS)}')
+    for name in ("target", *FIELDS[record["task"]]):
+        value = record.get(name)
+        if name == "segments":
+            if not isinstance(value, list) or not value or not all(map(_is_segment, value)):
+                raise ValueError('"segments" must be a list of [text, [[x1, y1, x2, y2], ...]]')
+        elif not _is_text(value) or not value.strip():
+            raise ValueError(f'"{name}" must be a text of 1 to {LONGEST} letters')
+    return record
+
+
+def _is_text(value):
+    whole = isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # half a letter
+    return whole and len(value) <= LONGEST
+
+
+def _is_segment(segment):
+    def is_box(box):
+        numbers = isinstance(box, list) and [type(x) in (int, float) for x in box] == [True] * 4
+        return numbers and 0 <= box[0] < box[2] <= 1000 and 0 <= box[1] < box[3] <= 1000
+
+    if not isinstance(segment, list) or [type(part) for part in segment] != [str, list]:
+        return False
+    return _is_text(segment[0]) and all(map(is_box, segment[1]))
+
+
+class Manifest:
+    """A JSONL file of examples: `lines` (number, offset) by task, `faults` {number: reason}, `crc`.
+
+    Image paths in it are relative to its folder; boxes are in thousandths of the target.
     """
-    prompt = [prompt] if isinstance(prompt, str) else list(prompt)
-    images = [part for part in prompt if not isinstance(part, str)]
-    text = "".join(part for part in prompt if isinstance(part, str))
-    if task is None:
-        task = "objects" if images else "t2i"
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
-    if not text.strip() and task != "i2i":
-        raise ValueError(f"empty prompt: task {task} needs some text")
-    if text.strip() and task == "i2i":
-        raise ValueError("task i2i copies its image: it takes no text")
-    wanted = {"t2i": "no image", "i2i": "one image", "edit": "one image"}.get(task, "images")
-    if not {"no image": not images, "one image": len(images) == 1, "images": images}[wanted]:
-        raise ValueError(f"task {task} takes {wanted}, but {len(images)} were given")
 
-    if task == "t2i":
-        return ["Generate Image: ", text], ["Generate Image: "]
-    if task == "i2i":
-        return ["Copy Image: ", images[0]], ["Copy Image: "]
+    def __init__(self, file):
+        self.file, self.faults, self.crc = Path(file), {}, 0
+        if not self.file.is_file():
+            raise FileNotFoundError(f"{file}: no such manifest")
+        lines, offset = {task: [] for task in FIELDS}, 0
+        with self.file.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    if line.strip():
+                        lines[parse_record(line)["task"]].append((number, offset))
+                except ValueError as error:
+                    self.faults[number] = str(error)
+                offset += len(line)
+                self.crc = zlib.crc32(line, self.crc)
+        self.lines = {task: np.array(pairs) for task, pairs in lines.items() if pairs}
+        self.total = sum(map(len, self.lines.values())) + len(self.faults)
+
+    def raw(self, offset):
+        with self.file.open("rb") as stream:
+            stream.seek(offset)
+            return parse_record(stream.readline())
+
+    def record(self, offset):
+        """The line there, its images read; raises ValueError or FileNotFoundError."""
+        record = self.raw(offset)
+        paths = {k: self.file.parent / record[k] for k in ("source", "target") if k in record}
+        return record | {k: read_image(path) for k, path in paths.items()}
+
+    def ratio(self, offset):
+        """Width over height of a line's target, from "size" if it says so, else from the image."""
+        record = self.raw(offset)
+        try:
+            with Image.open(self.file.parent / record["target"]) as image:
+                width, height = record.get("size") or upright_size(image)
+            return min(max(width / height, 0.01), 100)
+        except Exception:  # noqa: BLE001 - reading it will tell what is wrong
+            return 1.0
+
+
+def rendered(task, rng):
+    """A record as a manifest holds them, its images read, from the miniature's endless world."""
     if task == "edit":
-        null = ["Edit image ", images[0], " following:"]
-        return [*null, text], null
-    if task == "combine":
-        *names, text = _texts_around(prompt)
-        objects = [part for pair in zip(names, images) for part in (", ", *pair)][1:]
-        null = ["Combine the objects: ", *objects, " and generate an image following: "]
-        return [*null, text], null
-    # All but the images stays in the null prompt: guidance strengthens the images only.
-    prompt[0] = prompt[0].lstrip() if isinstance(prompt[0], str) else prompt[0]
-    prompt[-1] = prompt[-1].rstrip() if isinstance(prompt[-1], str) else prompt[-1]
-    return ["Generate Image: ", *prompt], ["Generate Image: ", text.strip()]
+        edit = shapes.sample_edit(rng.choice(shapes.EDITS), rng)
+        source, target = shapes.render(edit.source), shapes.render(edit.target)
+        return {"task": task, "source": source, "instruction": edit.text, "target": target}
+    if task == "objects":
+        return rendered_reference(shapes.sample_reference(rng))
+    kind = rng.choice((*shapes.TASKS, "scene"))
+    scene = shapes.sample_scene(kind, rng)
+    text = shapes.caption(scene, kind, rng).text
+    return {"task": task, "prompt": text, "target": shapes.render(scene)}
 
 
-def _texts_around(prompt):
-    """The text before each image, and the text after the last; commas and spaces trimmed."""
-    texts = [""]
-    for part in prompt:
-        if isinstance(part, str):
-            texts[-1] += part
-        else:
-            texts.append("")
-    return [text.strip(" ,") for text in texts]
+def rendered_reference(told):
+    """The record of a `shapes.Reference`."""
+    segments = [(text, [shapes.box(o)] if o else []) for text, o in told.segments]
+    return {"task": "objects", "segments": segments, "target": shapes.render(told.scene)}
 
 
-# ---- batches ------------------------------------------------------------------------------------
+def training_example(record, size, rng, flip=False):
+    """A record as (task, prompt, target): the target cropped to size, and what shall draw it.
+
+    Source and target share their centre crop and, with flip, the toss of a mirror; pictures of
+    objects are cut from the target as it then is: at most three, each at most half of it.
+    """
+    target, task = crop_to(record["target"], *size), record["task"]
+    mirrored = flip and rng.random() < 0.5
+    if mirrored:
+        target = ImageOps.mirror(target)
+    if task == "t2i":
+        return task, [record["prompt"]], target
+    if task == "i2i":
+        return task, [target], target
+    if task == "edit":
+        source = crop_to(record["source"], *size)
+        source = ImageOps.mirror(source) if mirrored else source
+        return task, [source, record["instruction"]], target
+    boxes = [
+        (i, box)
+        for i, (_, thousandths) in enumerate(record["segments"])
+        for box in (_visible(b, record["target"].size, size, mirrored) for b in thousandths)
+        if box
+    ]
+    chosen = sorted(rng.sample(range(len(boxes)), min(3, len(boxes))))
+    pictures = [[] for _ in record["segments"]]
+    for i, box in (boxes[k] for k in chosen):
+        pictures[i].append(target.crop(box))
+    segments = [(text, images) for (text, _), images in zip(record["segments"], pictures)]
+    if not chosen:
+        return "t2i", ["".join(text for text, _ in segments)], target
+    return *reference_prompt(segments, rng.random() < 0.5), target
+
+
+def _visible(box, old, new, mirrored):
+    """A box in thousandths of a picture of size old, in pixels of its crop to new; None if too
+    large, too small, or mostly cropped away."""
+    scale = max(new[0] / old[0], new[1] / old[1])
+    edges = [
+        x / 1000 * old[i % 2] * scale - (old[i % 2] * scale - new[i % 2]) / 2
+        for i, x in enumerate(box)
+    ]
+    area = (edges[2] - edges[0]) * (edges[3] - edges[1])
+    x1, y1, x2, y2 = (round(min(max(x, 0), new[i % 2])) for i, x in enumerate(edges))
+    if mirrored:
+        x1, x2 = new[0] - x2, new[0] - x1
+    width, height = x2 - x1, y2 - y1
+    if min(width, height) < 8 or not area / 2 < width * height <= new[0] * new[1] / 2:
+        return None
+    return x1, y1, x2, y2
+
+
+def bucket_sizes(side):
+    """Sizes of about side x side pixels, in ratios from 1:2 to 2:1; sides multiples of 16."""
+    widths = range(side // 2, 2 * side + 1, max(16, side // 8))
+    sizes = {(w // 16 * 16, max(1, round(side * side / w / 16)) * 16) for w in widths}
+    sizes |= {(h, w) for w, h in sizes}
+    return sorted(size for size in sizes if max(size) <= 2 * min(size))
 
 
 @dataclass
-class Batch:
-    """Right-padded rows of tokens, and the patches of all their images in order."""
+class Pool:
+    """Examples of one source, task and size: what a microbatch is drawn from."""
 
-    ids: torch.Tensor  # (B, L)
-    mask: torch.Tensor  # (B, L) bool, False at padding
-    image_mask: torch.Tensor  # (B, L) bool, True where a token stands for a part of an image
-    positions: torch.Tensor  # (3, B, L): time, height, width
-    patches: torch.Tensor  # (P, 3 * 2 * patch * patch); P = 0 without images
-    grids: torch.Tensor  # (images, 3): 1, height and width in patches
+    source: Manifest | None  # None is the rendered world
+    task: str
+    size: tuple[int, int]
+    weight: float
+    lines: np.ndarray | None = None  # (n, 2): number and offset
 
-    def to(self, device):
-        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+    def line(self, position, seed):
+        """The line at a position of the endless sequence of epochs, each shuffled anew."""
+        epoch, i = divmod(position, len(self.lines))
+        return self.lines[_shuffled(len(self.lines), f"{seed} {self.task} {epoch}")[i]]
 
 
-def mrope_positions(image_mask, grids, merge=2):
-    """Qwen2-VL's multimodal rotary positions of one row: image_mask (L,) bool -> (3, L).
+@lru_cache(maxsize=64)
+def _shuffled(n, seed):
+    return np.random.default_rng(list(seed.encode())).permutation(n)
 
-    Text counts up in all three rows at once. An image stands still in time and counts its merged
-    rows and columns; the text after it goes on from the largest position so far.
+
+def make_pools(sources, tasks, side, buckets=False, progress=iter):
+    """Pools of [(Manifest or None, weight)] and {task: weight}; with buckets by ratio of the target.
+
+    A task's weight is its share of the microbatches; sources that hold examples of it share that by
+    their own weights. Any target can be copied: every line is an example of i2i.
     """
-    positions, start, i = torch.zeros(3, len(image_mask), dtype=torch.long), 0, 0
-    grids = iter(grids)
-    while i < len(image_mask):
-        if image_mask[i]:
-            _, h, w = (int(n) for n in next(grids))
-            h, w = h // merge, w // merge
-            cells = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
-            positions[1:, i : i + h * w] = start + cells.flatten(1)
-            positions[0, i : i + h * w] = start
-            i, start = i + h * w, start + max(h, w)
-        else:
-            positions[:, i] = start
-            i, start = i + 1, start + 1
-    return positions
-
-
-def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
-    """Tokenize and pad prompts (lists of strings and PIL images), templates already applied -> Batch.
-
-    Text is always plain text: a special token's name in it is spelt out, not obeyed. With
-    mrope=False positions are 0, 1, 2, ... as transformers before 4.47 had them.
-    """
-    start, pad, end = tokenizer.convert_tokens_to_ids(
-        ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
-    )
-    rows, patches, grids = [], [], []
-    for prompt in prompts:
-        ids, text, first = [], "", len(grids)
-        for part in [*prompt, None]:  # None flushes the last text
-            if isinstance(part, str):
-                text += part
+    pools = []
+    for task, share in tasks.items():
+        holding = []
+        for source, weight in sources:
+            found = source.lines if source else {}
+            lines = [*found.values()] if task == "i2i" else [found[task]] if task in found else []
+            if lines or source is None:
+                holding.append((source, weight, np.concatenate(lines) if lines else None))
+        for source, weight, lines in holding:
+            part = share * weight / sum(w for _, w, _ in holding)
+            if source is None:
+                pools.append(Pool(None, task, (side, side), part))
                 continue
-            if text:
-                ids += tokenizer.encode(text, split_special_tokens=True, add_special_tokens=False)
-                text = ""
-            if part is not None:
-                x, grid = image_patches(to_rgb(part), config)
-                patches.append(x)
-                grids.append(grid)
-                ids += [start, *[pad] * (len(x) // config.merge**2), end]
-        ids = torch.tensor(ids)
-        is_image = ids == pad
-        counted = torch.arange(len(ids)).expand(3, -1)
-        if mrope:
-            counted = mrope_positions(is_image, grids[first:], config.merge)
-        rows.append((ids, is_image, counted))
+            sizes = [(side, side)]
+            which = np.zeros(len(lines), int)
+            if buckets:
+                sizes = bucket_sizes(side)
+                ratios = np.array([source.ratio(offset) for _, offset in progress(lines)])
+                logs = np.log([w / h for w, h in sizes])
+                which = np.abs(np.log(ratios)[:, None] - logs).argmin(1)
+            for i in np.unique(which):
+                inside = lines[which == i]
+                pools.append(Pool(source, task, sizes[i], part * len(inside) / len(lines), inside))
+    return [pool for pool in pools if pool.weight > 0]
 
-    def padded(tensors, value):
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
-    ids, image_mask, positions = zip(*rows)
-    return Batch(
-        ids=padded(ids, tokenizer.pad_token_id),
-        mask=padded([torch.ones_like(x, dtype=torch.bool) for x in ids], False),
-        image_mask=padded(image_mask, False),
-        positions=rearrange(padded([p.T for p in positions], 0), "B L thw -> thw B L"),
-        patches=torch.cat(patches) if patches else torch.zeros(0, 6 * config.patch**2),
-        grids=torch.tensor(grids).reshape(-1, 3),
-    )
+@dataclass
+class Microbatch:
+    """Examples of one task that go through the model together."""
+
+    task: str
+    batch: Batch
+    target: torch.Tensor  # (B, 3, H, W) in [-1, 1]
+    faults: list  # (file:line, reason) of what was skipped on the way
+
+    def pin_memory(self):
+        for x in fields(self.batch):
+            setattr(self.batch, x.name, getattr(self.batch, x.name).pin_memory())
+        self.target = self.target.pin_memory()
+        return self
+
+
+class Microbatches(torch.utils.data.Dataset):
+    """Item j is the j-th microbatch of a run: a function of the seed and j, whoever asks, and when.
+
+    size: examples in each. null: {task: share of prompts replaced by their null prompt, for guidance to know its opposite}.
+    """
+
+    def __init__(self, pools, count, size, seed, tokenizer, patches, mrope, null, flip=False):
+        self.pools, self.size, self.seed, self.flip, self.null = pools, size, seed, flip, null
+        self.collate = partial(collate, tokenizer=tokenizer, config=patches, mrope=mrope)
+        shares = np.array([pool.weight for pool in pools])
+        rng = np.random.default_rng([seed, 0])
+        self.pool_of = rng.choice(len(pools), count, p=shares / shares.sum())
+        self.earlier = np.zeros(count, int)  # microbatches of the same pool
+        for i in range(len(pools)):
+            mine = self.pool_of == i
+            self.earlier[mine] = np.arange(mine.sum())
+
+    def __len__(self):
+        return len(self.pool_of)
+
+    def __getitem__(self, j):
+        pool, faults, prompts, targets = self.pools[self.pool_of[j]], [], [], []
+        for i in range(self.size):
+            rng = random.Random(f"{self.seed} {j} {i}")
+            position = int(self.earlier[j]) * self.size + i
+            task, prompt, target = self.example(pool, position, rng, faults)
+            positive, null = apply_task(task, prompt)
+            prompts.append(null if rng.random() < self.null[pool.task] else positive)
+            targets.append(target)
+        return Microbatch(pool.task, self.collate(prompts), to_tensor(targets), faults)
+
+    def example(self, pool, position, rng, faults):
+        """(task, prompt, target) at a position of a pool; a faulty line is noted, the next one read."""
+        if pool.source is None:
+            return training_example(rendered(pool.task, rng), pool.size, rng)
+        for attempt in range(100):
+            number, offset = pool.line(position + attempt, self.seed)
+            try:
+                record = pool.source.record(offset) | {"task": pool.task}
+                made = training_example(record, pool.size, rng, self.flip)
+                apply_task(*made[:2])
+                return made
+            except (ValueError, OSError) as error:
+                faults.append((f"{pool.source.file}:{number}", str(error)))
+        raise ValueError(f"{pool.source.file}: 100 faulty examples in a row; last: {faults[-1][1]}")
+
+
+class Faults:
+    """The lines that were skipped, each named once."""
+
+    def __init__(self, manifests):
+        self.allowed = sum(manifest.total for manifest in manifests) / 100
+        self.scanned = {f"{m.file}:{n}": why for m in manifests for n, why in m.faults.items()}
+        self.met = {}
+
+    def tell(self, faults):
+        for place, reason in faults.items():
+            tqdm.write(f"skipped {place}: {reason}", file=sys.stderr)
+
+    def note(self, faults):
+        """[(file:line, reason)] met while reading."""
+        new = {place: reason for place, reason in faults if place not in self.met}
+        self.tell(new)
+        self.met |= new
+
+    def check(self, met, read):
+        """Raise ValueError if over 1 % of all lines are faulty, or of those read so far.
+
+        met: how many were met among all that were read, by all processes.
+        """
+        bad = len(self.scanned) + met
+        if bad > self.allowed or met > max(10, read / 100):
+            first = "; ".join(f"{place}: {why}" for place, why in (self.scanned | self.met).items())
+            raise ValueError(f"{bad:.0f} bad lines are over 1 %: {first[:600]}")
+
+
+# ---- looking at examples ------------------------------------------------------------------------
+
+
+def sheet(rows, height=128, letters=60):
+    """Rows of (images, text) as one picture: all images of one height, the text at their right."""
+    scaled = [
+        [i.resize((max(1, i.width * height // i.height), height), Image.NEAREST) for i in images]
+        for images, _ in rows
+    ]
+    right = 8 + max(sum(i.width + 4 for i in images) for images in scaled)
+    page = Image.new("RGB", (right + 6 * letters, len(rows) * (height + 4) + 4), "white")
+    draw = ImageDraw.Draw(page)
+    for y, (images, (_, text)) in enumerate(zip(scaled, rows)):
+        x, top = 4, 4 + y * (height + 4)
+        for image in images:
+            page.paste(image, (x, top))
+            x += image.width + 4
+        draw.text((right, top), textwrap.fill(text, letters), "black")
+    return page
+
+
+def example_row(task, prompt, target):
+    """What went in, and what shall come out, as a row of `sheet`."""
+    pictures = [part for part in prompt if not isinstance(part, str)]
+    text = "".join(part if isinstance(part, str) else " [image] " for part in prompt)
+    return [*pictures, target], f"{task}: {text.strip()}"
+
+
+def check(file, side=256):
+    """Read every example of a manifest; print what is in it and what is wrong with it.
+
+    A contact sheet of some of them goes beside it. Returns the number of faulty lines.
+    """
+    manifest = Manifest(file)
+    faults, rows = dict(manifest.faults), []
+    for task, lines in manifest.lines.items():
+        for i, (number, offset) in enumerate(tqdm(lines, desc=task, leave=False)):
+            try:
+                record = manifest.record(offset)
+                made = training_example(record, (side, side), random.Random(0))
+                apply_task(*made[:2])
+            except (ValueError, OSError) as error:
+                faults[int(number)] = str(error)
+                continue
+            if i % max(1, len(lines) // 6) == 0 and i // max(1, len(lines) // 6) < 6:
+                rows.append(example_row(*made))
+        print(f"{task}: {len(lines)} examples")
+    for number in sorted(faults)[:10]:
+        print(f"{file}:{number}: {faults[number]}")
+    print(f"{len(faults)} of {manifest.total} lines are faulty")
+    if rows:
+        picture = manifest.file.with_suffix(".check.png")
+        sheet(rows).save(picture)
+        print(picture)
+    return len(faults)
+
+
+def main(arguments=None):
+    parser = Parser(description="Check a manifest of training examples and draw a contact sheet.")
+    parser.add_argument("action", choices=["check"])
+    parser.add_argument("manifest")
+    args = parser.parse_args(arguments)
+    if check(args.manifest):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -13,6 +13,7 @@ function of (seed, step), so a resumed run sees what an uninterrupted one would 
 import json
 import os
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,7 +33,6 @@ from transformers import (
 import flow
 import shapes
 from cli import Parser, one_line_errors
-from data import PatchConfig, collate, to_images, to_tensor
 from dream_engine import (
     LMM,
     MINI,
@@ -43,6 +43,7 @@ from dream_engine import (
     noise,
 )
 from mmdit import MMDiT, MMDiTConfig, position_table
+from prompts import PatchConfig, apply_task, collate, reference_prompt, to_images, to_tensor
 from vae import SCALE, SHIFT, VAE, VAEConfig
 
 SEED = 0
@@ -204,7 +205,7 @@ class Facts(nn.Module):
 
 
 def object_facts(shape, color=None, count=1, place=None, relation=None):
-    """What is said of one object, as the labels of `Facts`."""
+    """What is said of one object, as the labels of `Facts`; count 0: an edit takes it away."""
     known = (
         1 + shapes.SHAPES.index(shape),
         1 + list(shapes.COLORS).index(color) if color else 0,
@@ -219,14 +220,15 @@ def noun_ids(tokenizer):
     return {i for noun in NOUNS for i in tokenizer.encode(noun) + tokenizer.encode(" " + noun)}
 
 
-def text_facts(ids, nouns, prompt):
-    """The rows of ids that hold the prompt's nouns, and the facts to be known there."""
-    rows = [i for i, token in enumerate(ids) if token in nouns]
-    facts = []
-    for i, m in enumerate(prompt.mentions):
-        relation = prompt.relation if i == 1 else None
-        facts.append(object_facts(m.shape, m.color, m.count, m.place, relation))
-    return rows, torch.stack(facts)
+def noun_rows(ids, nouns):
+    return [i for i, token in enumerate(ids) if token in nouns]
+
+
+def text_facts(prompt):
+    """The facts to be known at each noun of a prompt."""
+    relations = [None, prompt.relation, None, None]
+    pairs = zip(prompt.mentions, relations)
+    return [object_facts(m.shape, m.color, m.count, m.place, relation) for m, relation in pairs]
 
 
 class TextEncoder(nn.Module):
@@ -275,8 +277,8 @@ def train_text(args):
         facts = torch.zeros(*ids.shape, len(Facts.SIZES), dtype=torch.long)
         nouns = torch.zeros_like(mask)
         for i, prompt in enumerate(prompts):
-            rows, labels = text_facts(ids[i].tolist(), noun_tokens, prompt)
-            facts[i, rows], nouns[i, rows] = labels, True
+            rows = noun_rows(ids[i].tolist(), noun_tokens)
+            facts[i, rows], nouns[i, rows] = torch.stack(text_facts(prompt)), True
         return [x.to(args.device) for x in (ids, mask, facts, nouns)]
 
     def loss_of(step, rng, generator):
@@ -439,7 +441,7 @@ def report(prompts, images, step, file):
 
 # ---- the LMM: Qwen2-VL in miniature -------------------------------------------------------------
 
-PATCHES = PatchConfig(patch=8, merge=2, min_pixels=64 * 64, max_pixels=64 * 64)
+PATCHES = PatchConfig(patch=8, merge=2, min_pixels=16 * 16, max_pixels=64 * 64)
 PREFIXES = ("", "Generate Image: ", "Copy Image: ", "Edit image ")
 
 
@@ -481,21 +483,110 @@ def new_lmm(tokenizer):
     return Qwen2VLForConditionalGeneration(config)
 
 
+def own_word(tokenizer, word):
+    (token,) = tokenizer.encode(f" {word}")
+    return torch.tensor([token])
+
+
 def image_facts(tokenizer, scene):
     """What each of an image's 4 x 4 tokens stands for, as `Facts` labels (16, 6).
 
     The last token that an object touches names it, as its noun does in a caption; any other token
     stands for the color of the background. So the adapter meets pictures in the terms of words.
     """
-    (paper,) = tokenizer.encode(f" {scene.background}")
     facts = torch.zeros(4, 4, len(Facts.SIZES) + 1, dtype=torch.long)
-    facts[..., -1] = paper
+    facts[..., -1] = own_word(tokenizer, scene.background)
     for obj in scene.objects:
         row, col = ((0, 2, 3)[i] for i in obj.row_col)  # tokens are 16 pixels, places 24 apart
         known = object_facts(obj.shape, obj.color, 1, obj.place)
-        (noun,) = tokenizer.encode(f" {obj.shape}")
-        facts[row, col] = torch.cat([known, torch.tensor([noun])])
+        facts[row, col] = torch.cat([known, own_word(tokenizer, obj.shape)])
     return facts.flatten(0, 1)
+
+
+def crop_facts(tokenizer, obj, place=None, relation=None):
+    """The same of an object's own picture, which is one token: (1, 6)."""
+    known = object_facts(obj.shape, obj.color, 1, place, relation)
+    return torch.cat([known, own_word(tokenizer, obj.shape)])[None]
+
+
+@dataclass
+class Lesson:
+    """A prompt, and what its tokens should have gathered."""
+
+    prompt: list
+    nouns: list  # facts (5,) at each noun of the text
+    pictures: list = ()  # `Facts` labels (n, 6) of each picture's tokens, in the light of the text
+    alone: list = ()  # the same without that light, for the ViT
+    marks: dict = ()  # further facts: {position from the end: facts (5,)}
+
+
+def caption_lesson(tokenizer, rng):
+    said = shapes.sample_prompt(rng.choice(CAPTIONS), rng)
+    return Lesson([rng.choice(PREFIXES[:2]) + said.text], text_facts(said))
+
+
+def described(scene):
+    """The full description of a scene, and the facts at its nouns."""
+    return shapes.describe(scene), [
+        object_facts(o.shape, o.color, 1, o.place) for o in scene.objects
+    ]
+
+
+def picture_lesson(tokenizer, rng):
+    scene = shapes.sample_scene(rng.choice(CAPTIONS), rng)
+    text, nouns = described(scene)
+    seen = [image_facts(tokenizer, scene)]
+    return Lesson([rng.choice(PREFIXES), shapes.render(scene), text], nouns, seen, seen)
+
+
+def edit_lesson(tokenizer, rng):
+    """The noun of an instruction knows which object is meant, the last word what becomes of it."""
+    edit = shapes.sample_edit(rng.choice(shapes.EDITS), rng)
+    (prompt, _), (text, nouns) = (
+        apply_task("edit", [shapes.render(edit.source), edit.text]),
+        described(edit.target),
+    )
+    text = f": {text}" if rng.random() < 0.5 else ""
+    nouns, marks = nouns if text else [], {}
+    if edit.before:
+        o = edit.before
+        nouns = [object_facts(o.shape, o.color, 0, o.place), *nouns]
+    elif edit.after:
+        nouns = [object_facts(edit.after.shape, edit.after.color), *nouns]
+    if edit.after:
+        o = edit.after
+        marks[1 + len(tokenizer.encode(text))] = object_facts(o.shape, o.color, 1, o.place)
+    seen = [image_facts(tokenizer, edit.source)]
+    return Lesson([*prompt, text], nouns, seen, seen, marks)
+
+
+def reference_lesson(tokenizer, rng):
+    """A picture of an object is a noun as well, told by the words before it."""
+    told = shapes.sample_reference(rng)
+    whole = shapes.render(told.scene)
+    segments = [
+        (text, [whole.crop([round(x * 0.064) for x in shapes.box(o)])] if o else [])
+        for text, o in told.segments
+    ]
+    task, prompt = reference_prompt(segments, rng.random() < 0.5)
+    shown = {o: text for text, o in told.segments if o}
+    nouns, pictures = [], []
+    if task == "combine":
+        nouns += [object_facts(o.shape) for o in shown]
+        pictures += [crop_facts(tokenizer, o) for o in shown]
+    for i, (o, m) in enumerate(zip(told.objects, told.prompt.mentions)):
+        relation = told.prompt.relation if i == 1 else None
+        if task == "combine" or o not in shown:
+            nouns.append(object_facts(o.shape, o.color, 1, m.place, relation))
+            continue
+        if shown[o]:
+            nouns.append(object_facts(o.shape, None, 1, m.place, relation))
+        pictures.append(crop_facts(tokenizer, o, m.place, relation))
+    alone = [crop_facts(tokenizer, o) for o in shown]
+    return Lesson(apply_task(task, prompt)[0], nouns, pictures, alone)
+
+
+LESSONS = {caption_lesson: 3, picture_lesson: 3, edit_lesson: 4, reference_lesson: 2}
 
 
 def train_lmm(args):
@@ -508,36 +599,34 @@ def train_lmm(args):
     engine = DreamEngine(lmm.model, tokenizer, PATCHES, None, None, None)
     facts_of = modules["facts"]
 
-    def example(rng):
-        """A prompt, its picture's scene (or None), and what its text says."""
-        if rng.random() < 0.5:
-            scene = shapes.sample_scene(rng.choice(CAPTIONS), rng)
-            mentions = tuple(shapes.Mention(o.shape, o.color, 1, o.place) for o in scene.objects)
-            said = shapes.Prompt(shapes.describe(scene), mentions)
-            return [rng.choice(PREFIXES), shapes.render(scene), said.text], scene, said
-        said = shapes.sample_prompt(rng.choice(CAPTIONS), rng)
-        return [rng.choice(PREFIXES[:2]) + said.text], None, said
-
-    def loss_of(step, rng, generator):
-        prompts, scenes, said = zip(*(example(rng) for _ in range(64)))
-        batch = collate(prompts, tokenizer, PATCHES)
-        own = batch.ids.clone()
+    def batch_of(lessons):
+        """Tokens; each token's own word; facts and where they are known; the ViT's labels."""
+        batch = collate([lesson.prompt for lesson in lessons], tokenizer, PATCHES)
+        own, known = batch.ids.clone(), batch.image_mask.clone()
         facts = torch.zeros(*own.shape, len(Facts.SIZES), dtype=torch.long)
-        known = batch.image_mask.clone()
-        for i, ids in enumerate(batch.ids.tolist()):
-            rows, labels = text_facts(ids, noun_tokens, said[i])
-            facts[i, rows], known[i, rows] = labels, True
-            if scenes[i]:
-                cells = image_facts(tokenizer, scenes[i])
+        for i, lesson in enumerate(lessons):
+            rows = noun_rows(batch.ids[i].tolist(), noun_tokens)
+            marks = dict(zip(rows, lesson.nouns, strict=True))
+            length = int(batch.mask[i].sum())
+            marks |= {length - back: label for back, label in dict(lesson.marks).items()}
+            for row, label in marks.items():
+                facts[i, row], known[i, row] = label, True
+            if lesson.pictures:
+                cells = torch.cat(lesson.pictures)
                 facts[i, batch.image_mask[i]] = cells[:, :-1]
                 own[i, batch.image_mask[i]] = cells[:, -1]
-        batch, own, facts, known = (x.to(args.device) for x in (batch, own, facts, known))
+        none = torch.zeros(0, len(Facts.SIZES) + 1, dtype=torch.long)
+        alone = torch.cat([none, *(cells for lesson in lessons for cells in lesson.alone)])
+        return [x.to(args.device) for x in (batch, own, facts, known, alone)]
+
+    def loss_of(step, rng, generator):
+        kinds = rng.choices(list(LESSONS), LESSONS.values(), k=64)
+        batch, own, facts, known, alone = batch_of([kind(tokenizer, rng) for kind in kinds])
         hidden, vit = engine.lmm_states(batch)
         follows = batch.mask[:, 1:] & ~batch.image_mask[:, 1:]  # words to be foretold
         words = F.cross_entropy(lmm.lm_head(hidden[:, :-1][follows]), batch.ids[:, 1:][follows])
         kept = F.cross_entropy(facts_of.readouts[-1](hidden[batch.mask]), own[batch.mask])
-        labels = torch.cat([facts[batch.image_mask], own[batch.image_mask][:, None]], 1)
-        return words + kept + facts_of(hidden[known], facts[known]) + facts_of(vit, labels)
+        return words + kept + facts_of(hidden[known], facts[known]) + facts_of(vit, alone)
 
     @torch.no_grad()
     def preview(step):
@@ -547,6 +636,12 @@ def train_lmm(args):
             captions = describe_images(lmm, engine, [shapes.render(s) for s in scenes])
             right = sum(c == shapes.describe(s) for c, s in zip(captions, scenes))
             tqdm.write(f"step {step}: captions right {right}/100, such as {captions[0]!r}")
+            for kind in LESSONS:
+                lessons = [kind(tokenizer, rng) for _ in range(100)]
+                batch, _, facts, known, _ = batch_of(lessons)
+                right = facts_of.read(engine.lmm_states(batch)[0][known]) == facts[known]
+                shares = ", ".join(f"{share:.3f}" for share in right.float().mean(0).tolist())
+                tqdm.write(f"  {kind.__name__}: facts known {shares}")
 
     return fit("lmm", modules, loss_of, args.steps or 3000, 1.5e-3, args, preview)
 

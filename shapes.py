@@ -38,6 +38,7 @@ RELATIONS = {
     "below": ("below", "under", "beneath"),
 }
 HELD_OUT = (("green", "star"), ("purple", "square"), ("blue", "ring"), ("yellow", "cross"))
+EDITS = ("recolor", "remove", "add", "move", "background")
 TOLERANCE = 0.10  # of `detect`: rms error in [0, 1] over the area of a shape
 
 
@@ -76,6 +77,28 @@ class Prompt:
     mentions: tuple[Mention, ...]
     relation: str | None = None  # of the first mention to the second
     background: str | None = None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An instruction, and the one scene that it makes of another."""
+
+    kind: str  # one of EDITS
+    source: Scene
+    text: str
+    target: Scene
+    before: Object | None = None  # the object meant, as it is in the source
+    after: Object | None = None  # and in the target
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A scene told in words and in pictures of its objects."""
+
+    scene: Scene
+    segments: tuple[tuple[str, Object | None], ...]  # words, and the object pictured after them
+    objects: tuple[Object, ...]  # in order of mention
+    prompt: Prompt  # what is claimed in all, an <image> for each picture
 
 
 # ---- drawing and reading ------------------------------------------------------------------------
@@ -142,6 +165,12 @@ def render(scene):
     for obj in scene.objects:
         pixels[cell(obj.place)] = pictures[names.index((obj.color, obj.shape))]
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+def box(obj):
+    """Where an object is drawn: its cell's left, top, right and bottom in thousandths of the side."""
+    rows, cols = cell(obj.place)
+    return [1000 * x / SIZE for x in (cols.start, rows.start, cols.stop, rows.stop)]
 
 
 def detect(image):
@@ -251,6 +280,83 @@ def caption(scene, task, rng):
 def sample_prompt(task, rng, held_out=False):
     """A random Prompt of one of TASKS (or "scene")."""
     return caption(sample_scene(task, rng, held_out), task, rng)
+
+
+def sample_edit(kind, rng):
+    """A random Edit of a kind; the object that it names is the only one of that name."""
+    pairs = [pair for pair in itertools.product(COLORS, SHAPES) if pair not in HELD_OUT]
+    while True:
+        source = sample_scene("scene", rng)
+        objects = list(source.objects)
+        if kind == "background":
+            (paper,) = BACKGROUNDS.keys() - {source.background}
+            verb = rng.choice(
+                ("make the background", "turn the background", "change the background to")
+            )
+            return Edit(kind, source, f"{verb} {paper}", Scene(paper, source.objects))
+        place = rng.choice([p for p in range(9) if p not in {o.place for o in objects}])
+        if kind == "add":
+            after = Object(*rng.choice(pairs), place)
+            text = f"add a {after.color} {after.shape} to the {PLACES[place]}"
+            if len(objects) < 4:
+                return Edit(kind, source, text, _scene(source, [*objects, after]), None, after)
+            continue
+        before = rng.choice(objects)
+        objects.remove(before)
+        if kind == "remove" and not objects:
+            continue
+        if any((o.color, o.shape) == (before.color, before.shape) for o in objects):
+            continue
+        alone = all(o.shape != before.shape for o in objects)
+        name = before.shape if alone and rng.random() < 0.5 else f"{before.color} {before.shape}"
+        if kind == "remove":
+            text = f"remove the {name}"
+            return Edit(kind, source, text, _scene(source, objects), before, None)
+        if kind == "move":
+            after = Object(before.color, before.shape, place)
+            text = f"move the {name} to the {PLACES[place]}"
+        else:
+            colors = [c for c, s in pairs if s == before.shape and c != before.color]
+            after = Object(rng.choice(colors), before.shape, before.place)
+            verb, to = rng.choice(
+                (("make", ""), ("turn", ""), ("change", "to "), ("recolor", "to "))
+            )
+            text = f"{verb} the {name} {to}{after.color}"
+        return Edit(kind, source, text, _scene(source, [*objects, after]), before, after)
+
+
+def _scene(source, objects):
+    return Scene(source.background, tuple(sorted(objects, key=lambda o: o.place)))
+
+
+def sample_reference(rng, held_out=False):
+    """A random Reference: one to three objects, at least one of them shown and its color not said."""
+    task = rng.choice(("single", "two", "position", "scene"))
+    scene = sample_scene(task, rng, held_out)
+    while len(scene.objects) > 3:
+        scene = sample_scene(task, rng, held_out)
+    told = caption(scene, task, rng)
+    objects, mentions, segments, rest = [], [], [], told.text
+    shown = rng.sample(range(len(told.mentions)), rng.randint(1, len(told.mentions)))
+    for i, m in enumerate(told.mentions):
+        place = {None: m.shape}.get(m.place, m.place)
+        (obj,) = [o for o in scene.objects if place in (o.shape, o.place)]
+        said = f"{m.color} {m.shape}" if task == "scene" else _phrase(m)
+        article = "" if task == "scene" else "a "
+        before, _, rest = rest.partition(said)
+        name = (
+            rng.choice(("", article + obj.shape))
+            if len(told.text) > len(said)
+            else article + obj.shape
+        )
+        words, picture = (name, obj) if i in shown else (f"{article}{obj.color} {obj.shape}", None)
+        segments += [(before, None), (words, picture)]
+        objects.append(obj)
+        mentions.append(Mention(obj.shape, obj.color, 1, m.place))
+    segments = tuple(s for s in (*segments, (rest, None)) if s != ("", None))
+    text = "".join(words + "<image>" * (picture is not None) for words, picture in segments)
+    prompt = Prompt(text, tuple(mentions), told.relation, told.background)
+    return Reference(scene, segments, tuple(objects), prompt)
 
 
 def matches(prompt, scene):

@@ -130,3 +130,59 @@ def test_benchmark_is_fixed_and_covers_the_six_tasks():
     first, again = shapes.benchmark(5, seed="a"), shapes.benchmark(5, seed="a")
     assert first == again and tuple(first) == shapes.TASKS
     assert first != shapes.benchmark(5, seed="b")
+
+
+# ---- edits and references -----------------------------------------------------------------------
+
+
+def follow(text, scene):
+    """Do what an instruction says, read from its words alone: objects {(color, shape, place)}."""
+    words, objects = text.split(), {(o.color, o.shape, o.place) for o in scene.objects}
+    background = scene.background
+    place = shapes.PLACES.index(text.split(" to the ")[1]) if " to the " in text else None
+    if "background" in words:
+        return words[-1], objects
+    if words[0] == "add":
+        return background, objects | {(words[2], words[3], place)}
+    named = words[2:4] if words[2] in shapes.COLORS else words[2:3]
+    (meant,) = [o for o in objects if set(named) <= set(o[:2])]
+    objects.remove(meant)
+    if words[0] == "move":
+        objects.add((*meant[:2], place))
+    elif words[0] != "remove":
+        objects.add((words[-1], *meant[1:]))
+    return background, objects
+
+
+@pytest.mark.parametrize("kind", shapes.EDITS)
+def test_an_instruction_leads_from_source_to_target(kind):
+    rng = random.Random(kind)
+    for _ in range(300):
+        edit = shapes.sample_edit(kind, rng)
+        background, objects = follow(edit.text, edit.source)
+        assert edit.target.background == background
+        assert {(o.color, o.shape, o.place) for o in edit.target.objects} == objects
+        for scene in (edit.source, edit.target):
+            assert shapes.detect(shapes.render(scene)) == scene
+            assert not any((o.color, o.shape) in shapes.HELD_OUT for o in scene.objects)
+        assert edit.source != edit.target
+        changed = set(edit.source.objects) ^ set(edit.target.objects)
+        assert changed == {o for o in (edit.before, edit.after) if o}
+
+
+def test_a_reference_tells_its_scene_and_no_other():
+    rng, others = random.Random(0), 0
+    for _ in range(500):
+        told = shapes.sample_reference(rng)
+        assert shapes.matches(told.prompt, told.scene)
+        shown = [o for _, o in told.segments if o]
+        assert 1 <= len(shown) <= 3 and told.prompt.text.count("<image>") == len(shown)
+        assert "".join(text for text, _ in told.segments) == told.prompt.text.replace("<image>", "")
+        for text, o in told.segments:  # the words leave the color to the picture
+            assert not o or not set(text.split()) & shapes.COLORS.keys()
+        changed = shown[0]
+        color = next(c for c in shapes.COLORS if c != changed.color)
+        repainted = shapes.Object(color, changed.shape, changed.place)
+        objects = tuple(repainted if o == changed else o for o in told.scene.objects)
+        others += shapes.matches(told.prompt, shapes.Scene(told.scene.background, objects))
+    assert others == 0
