@@ -56,7 +56,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base, rank, alpha, parts=1):
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.scale = alpha / rank
+        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         like = {"device": base.weight.device, "dtype": torch.float32}
         self.A = nn.Parameter(torch.randn(parts, rank, base.in_features, **like) / rank)
         self.B = nn.Parameter(torch.zeros(parts, base.out_features // parts, rank, **like))
@@ -71,23 +71,28 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.scale * update
 
 
+# The attention projections of an MMDiT (all streams, attn2 too) and of transformers' Qwen2 layers,
+# and how many matrices each holds.
+PROJECTIONS = {"qkv": 3, "proj": 1, "q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 1}
+
+
 def _lora_sites(model, kind):
-    """(parent, name, module) of the attention projections: qkv and proj of every attention."""
+    """(parent, name, module) of every attention projection."""
     for path, module in list(model.named_modules()):
         parent, _, name = path.rpartition(".")
-        if isinstance(module, kind) and name in ("qkv", "proj") and ".attn" in parent:
+        if isinstance(module, kind) and name in PROJECTIONS and "attn" in parent:
             yield model.get_submodule(parent), name, module
 
 
 def add_lora(model, rank=32, alpha=None):
-    """Wrap the attention projections of an MMDiT (both streams, attn2 too); only LoRA will train.
+    """Wrap the attention projections of an MMDiT or a language model; only LoRA will train.
 
     alpha defaults to rank, so that the scale alpha / rank is 1. Returns the new parameters by name.
     """
     model.requires_grad_(False)
     for parent, name, linear in _lora_sites(model, nn.Linear):
-        parts = 3 if name == "qkv" else 1
-        setattr(parent, name, LoRALinear(linear, rank, rank if alpha is None else alpha, parts))
+        alpha = rank if alpha is None else alpha
+        setattr(parent, name, LoRALinear(linear, rank, alpha, PROJECTIONS[name]))
     return {k: p for k, p in model.named_parameters() if p.requires_grad}
 
 
@@ -95,6 +100,7 @@ def add_lora(model, rank=32, alpha=None):
 def merge_lora(model):
     """Add every LoRA to the weight it wraps and unwrap it: the model is plain again."""
     for parent, name, lora in _lora_sites(model, LoRALinear):
-        lora.base.weight += lora.delta().to(lora.base.weight.dtype)
+        weight = lora.base.weight
+        weight.copy_(weight.float() + lora.delta())
         setattr(parent, name, lora.base)
     return model

@@ -22,7 +22,7 @@ def one_line_errors():
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
-        message = "the GPU has too little memory; try a smaller --size or --num"
+        message = "the GPU has too little memory; try a smaller --size, --num or --batch"
     else:
         return
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

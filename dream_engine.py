@@ -22,13 +22,13 @@ from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 import flow
 import mmdit
 import weights
-from adapter import Adapter, blend
-from data import PatchConfig, apply_task, collate, to_images
+from adapter import Adapter, LoRALinear, add_lora, blend, merge_lora
+from prompts import PatchConfig, apply_task, collate, to_images
 from vae import load_vae
 
 MINI = Path(__file__).parent / "weights" / "mini"
 SD3, LMM = MINI / "sd3.5_mini.safetensors", MINI / "qwen2-vl-mini"
-STAGE1 = MINI / "stage1.safetensors"
+STAGE1, STAGE2 = MINI / "stage1.safetensors", MINI / "stage2.safetensors"
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Condition:
 
 
 class DreamEngine(nn.Module):
-    """Everything between a prompt and a picture. Only `adapter` is ever trained in stage 1."""
+    """Everything between a prompt and a picture. `start_training` says what learns; else nothing."""
 
     def __init__(self, lmm, tokenizer, patches, adapter, transformer, vae, mrope=True):
         super().__init__()
@@ -53,23 +53,27 @@ class DreamEngine(nn.Module):
         cls,
         sd3=SD3,
         lmm=LMM,
-        checkpoint=STAGE1,
+        checkpoint=STAGE2,
         device=None,
         dtype=None,
         lora_scale=1.0,
         mrope=True,
+        merge=True,
     ):
         """Load SD3.5 (single file or diffusers folder), Qwen2-VL (Hugging Face folder), an adapter.
 
-        checkpoint: a file of `save`, or a folder of the published DreamEngine, whose LMM and MM-DiT
-        then replace those of lmm and sd3, with lora_scale * B A added to their weights (1 as in the
-        official demo, 2 as in its training; the files do not say). None starts a new adapter.
-        mrope=False counts positions as early transformers did. Raises FileNotFoundError or
+        checkpoint: a file of `save` or the run folder that holds it; its LoRA is merged into the
+        weights, or kept apart with merge=False, to train on. Or a folder of the published
+        DreamEngine, whose LMM and MM-DiT then replace those of lmm and sd3, with lora_scale * B A
+        added to their weights (1 as in the official demo, 2 as in its training; the files do not
+        say). None starts a new adapter. mrope=False counts positions as early transformers did. Raises FileNotFoundError or
         ValueError, with one line that says what does not fit.
         """
         device = usable_device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         config = lmm_config(lmm)
+        if checkpoint is not None and (own := sorted(Path(checkpoint).glob("stage?.safetensors"))):
+            checkpoint = own[-1]
         if checkpoint is not None and Path(checkpoint).is_dir():
             parts = read_official(checkpoint, lora_scale)
             transformer = mmdit.build(parts["dit"], checkpoint, device, dtype)
@@ -78,14 +82,21 @@ class DreamEngine(nn.Module):
             parts = {"adapter": None}
             transformer = mmdit.load_mmdit(sd3, device, dtype)
             language = build_lmm(config, weights.read(lmm), lmm, device, dtype)
-            if checkpoint is not None:
-                parts = {"adapter": read_checkpoint(checkpoint, transformer)}
+        base = {"base": fingerprint(transformer), "lmm": lmm_fingerprint(language)}
+        if checkpoint is not None and parts["adapter"] is None:
+            parts = read_checkpoint(checkpoint, base)
         shape = config.text_config.hidden_size, transformer.config.width
         adapter = build_adapter(parts["adapter"], shape, checkpoint, device)
         vae = load_vae(sd3, device)
-        return cls(
-            language, load_tokenizer(lmm), patch_config(lmm), adapter, transformer, vae, mrope
-        )
+        tokenizer, patches = load_tokenizer(lmm), patch_config(lmm)
+        engine = cls(language, tokenizer, patches, adapter, transformer, vae, mrope)
+        engine.base = base
+        if parts.get("lora"):
+            engine.load_lora(parts["lora"], parts["alpha"], checkpoint)
+            if merge:
+                merge_lora(engine.mmdit)
+                merge_lora(engine.lmm)
+        return engine
 
     @property
     def device(self):
@@ -116,10 +127,9 @@ class DreamEngine(nn.Module):
         return states.last_hidden_state, vit
 
     def condition(self, batch, r=0.0):
-        """A Batch and r in [0, 1], a number or one a row -> Condition; differentiable in the adapter."""
-        with torch.no_grad():
-            hidden, vit = self.lmm_states(batch)
-            hidden = blend(hidden, vit, batch.image_mask, r)
+        """A Batch and r in [0, 1], a number or one a row -> Condition; differentiable in what trains."""
+        hidden, vit = self.lmm_states(batch)
+        hidden = blend(hidden, vit, batch.image_mask, r)
         txt, vec = self.adapter(hidden.float(), batch.mask)
         dtype = self.mmdit.pos_embed.dtype
         return Condition(txt.to(dtype), batch.mask, vec.to(dtype))
@@ -140,7 +150,7 @@ class DreamEngine(nn.Module):
         """Draw one PIL image for each prompt, an interleaved list of strings and PIL images.
 
         size: (width, height) in pixels, multiples of 16. Image i is drawn from seed + i, the same
-        alone as in any batch. task: one of data.TASKS. r: see `adapter.blend`. progress wraps the
+        alone as in any batch. task: one of prompts.TASKS. r: see `adapter.blend`. progress wraps the
         steps, tqdm for one. Raises ValueError for settings that cannot be drawn.
         """
         width, height = size or (self.default_size, self.default_size)
@@ -169,14 +179,82 @@ class DreamEngine(nn.Module):
                 limit = f"multiples of 16 up to {largest}"
                 raise ValueError(f"size {width}x{height}: sides must be {limit}; nearest is {near}")
 
+    # ---- training ----
+
+    def start_training(self, rank=None, alpha=None, lmm_lora=False):
+        """Let the adapter learn, with a rank also LoRA on the MM-DiT (and LMM); all else is frozen.
+
+        LoRA that a checkpoint brought goes on learning; ValueError if it is of another kind. Returns
+        the parameters that learn, by name.
+        """
+        self.requires_grad_(False)
+        self.adapter.requires_grad_(True)
+        for name, model, wanted in (
+            ("MM-DiT", self.mmdit, bool(rank)),
+            ("LMM", self.lmm.language_model, lmm_lora),
+        ):
+            brought = [m for m in model.modules() if isinstance(m, LoRALinear)]
+            if wanted and not brought:
+                add_lora(model, rank, alpha)
+            for lora in brought:
+                has, asked = (lora.rank, lora.alpha), (rank, rank if alpha is None else alpha)
+                if not wanted or has != asked:
+                    raise ValueError(
+                        f"the checkpoint has LoRA on the {name} of rank {has[0]}, alpha {has[1]:g}: "
+                        "ask for the same, with --stage 2 --rank --alpha (--lmm-lora)"
+                    )
+                lora.A.requires_grad_(True)
+                lora.B.requires_grad_(True)
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def forward(self, batch, image, noise, t, r, weighted=False):
+        """The flow-matching loss of drawing each image from its prompt: (B,) fp32.
+
+        batch: the prompts; image (B, 3, H, W) in [-1, 1]; noise (B, C, H/8, W/8); t, r (B,) in
+        [0, 1]. weighted: by t^2, as in the official code.
+        """
+        with torch.no_grad():
+            x0 = self.vae.encode(image)
+        condition = self.condition(batch, r)
+        z = flow.add_noise(x0, noise, t).to(condition.txt.dtype)
+        velocity = self.mmdit(z, t, condition.txt, condition.vec, condition.mask)
+        return flow.velocity_loss(velocity, x0, noise, t if weighted else None)
+
+    def learnt(self):
+        """What a checkpoint holds: the adapter, and LoRA if there is any, by name."""
+        return {
+            name if name.startswith("adapter.") else f"lora.{name}": p.detach()
+            for name, p in self.named_parameters()
+            if name.startswith("adapter.") or name.endswith((".A", ".B"))
+        }
+
     def save(self, file, **facts):
-        """Write the adapter with its widths, and facts such as stage and step, to one safetensors file."""
-        file = Path(file)
-        state = {f"adapter.{k}": v.contiguous() for k, v in self.adapter.state_dict().items()}
-        config = {**facts, "base": fingerprint(self.mmdit)}
-        partial = file.with_suffix(".partial")
-        save_file(state, partial, {"config": json.dumps(config)})
+        """Write what was learnt, and facts such as stage, step and alpha, to one safetensors file."""
+        config = {**facts, **self.base}
+        partial = Path(file).with_suffix(".partial")
+        save_file(self.learnt(), partial, {"config": json.dumps(config)})
         os.replace(partial, file)
+
+    def restore(self, file):
+        """Take back what `save` wrote, into an engine that trains the same."""
+        tensors, own = weights.read(file), self.learnt()
+        weights.check(tensors, own, file)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+
+    def load_lora(self, tensors, alpha, source):
+        """Wrap what tensors, named as in a checkpoint, are the LoRA of, and fill it; frozen."""
+        (rank,) = {t.shape[1] for name, t in tensors.items() if name.endswith(".A")}
+        for path in ("mmdit", "lmm.language_model"):
+            if any(name.startswith(path) for name in tensors):
+                add_lora(self.get_submodule(path), rank, alpha)
+        own = {k: p for k, p in self.state_dict().items() if k.endswith((".A", ".B"))}
+        weights.check(tensors, own, source)
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+        self.mmdit.requires_grad_(False)
+        self.lmm.requires_grad_(False)
 
 
 def noise(n, shape, seed):
@@ -310,18 +388,28 @@ def fingerprint(transformer):
     return round(transformer.final_layer.linear.weight.float().norm().item(), 4)
 
 
-def read_checkpoint(file, transformer):
-    """The adapter's tensors in a file of `DreamEngine.save`, made for this very transformer."""
+def lmm_fingerprint(lmm):
+    """The same for an LMM."""
+    return round(lmm.language_model.norm.weight.float().norm().item(), 4)
+
+
+def read_checkpoint(file, base):
+    """A file of `DreamEngine.save` as {"adapter", "lora", "alpha"}; made for these very models.
+
+    base: {"base": fingerprint, "lmm": fingerprint}.
+    """
     tensors = weights.read(file)
     if Path(file).suffix != ".safetensors" or "config" not in (facts := weights.metadata(file)):
         raise ValueError(f"{file}: not a Dream Engine checkpoint (no config in its metadata)")
-    unknown = [k for k in tensors if not k.startswith("adapter.")]
+    unknown = [k for k in tensors if not k.startswith(("adapter.", "lora."))]
     if unknown:
-        raise ValueError(f"{file}: unknown {unknown[0]}; expected adapter.* only")
-    expected, found = json.loads(facts["config"])["base"], fingerprint(transformer)
-    if abs(expected - found) > 0.01 * expected:
-        raise ValueError(f"{file}: was trained on another SD3 than the one given")
-    return weights.cut(tensors, "adapter.")
+        raise ValueError(f"{file}: unknown {unknown[0]}; expected adapter.* and lora.* only")
+    config = json.loads(facts["config"])
+    for part, name in (("base", "SD3"), ("lmm", "Qwen2-VL")):
+        if abs(config.get(part, 0) - base[part]) > 1e-3 * base[part]:
+            raise ValueError(f"{file}: was trained on another {name} than the one given")
+    parts = {part: weights.cut(tensors, f"{part}.") for part in ("adapter", "lora")}
+    return {**parts, "alpha": config.get("alpha")}
 
 
 # In the published checkpoint, but without effect in the official forward.

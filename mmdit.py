@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import weights
 
@@ -195,6 +196,7 @@ class MMDiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.checkpointing = False  # in training: keep a block's input only, compute it twice
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = Embedder(256, config.width)
         self.y_embedder = Embedder(config.pooled_dim, config.width)
@@ -236,7 +238,10 @@ class MMDiT(nn.Module):
         if txt_mask is not None and not txt_mask.all():
             mask = F.pad(txt_mask, (0, h * w), value=True)[:, None, None]
         for block in self.joint_blocks:
-            txt, img = block(txt, img, c, mask)
+            if self.checkpointing and torch.is_grad_enabled():
+                txt, img = checkpoint(block, txt, img, c, mask, use_reentrant=False)
+            else:
+                txt, img = block(txt, img, c, mask)
         out = self.final_layer(img, c)
         return rearrange(out, "B (h w) (p q C) -> B C (h p) (w q)", h=h, p=p, q=p)
 

@@ -103,7 +103,15 @@ def fill(model, tensors, source, device="cpu", dtype=None):
     are replaced in the dictionary itself, one by one, so that hardly anything exists twice.
     Raises ValueError naming what is missing, unknown or of another shape.
     """
-    expected = model.state_dict()
+    check(tensors, model.state_dict(), source)
+    for name in tensors:
+        tensors[name] = tensors[name].to(device=device, dtype=dtype or tensors[name].dtype)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def check(tensors, expected, source):
+    """Raise ValueError unless tensors have just the names and shapes expected."""
     faults = [f"missing {k}" for k in expected.keys() - tensors.keys()]
     faults += [f"unknown {k}" for k in tensors.keys() - expected.keys()]
     faults += [
@@ -114,7 +122,3 @@ def fill(model, tensors, source, device="cpu", dtype=None):
     if faults:
         more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
         raise ValueError(f"{source}: does not fit: {'; '.join(sorted(faults)[:4])}{more}")
-    for name in tensors:
-        tensors[name] = tensors[name].to(device=device, dtype=dtype or tensors[name].dtype)
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model.eval().requires_grad_(False)
