@@ -7,6 +7,7 @@ The prompts come from streams that no training and no choice of weights has draw
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,13 +17,15 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 import shapes
 import weights
 from cli import Parser, one_line_errors
-from data import to_images, to_tensor
-from dream_engine import LMM, SD3, STAGE1, DreamEngine
+from data import rendered_reference, training_example
+from dream_engine import LMM, SD3, STAGE2, DreamEngine
+from mmdit import load_mmdit
 from pretrain import TEXT_ENCODER, TextEncoder, describe_images, draw, encode_text, grid
+from prompts import to_images, to_tensor
 
 
 def scenes(n, stream, held_out=False):
-    rng = random.Random(f"final {stream}")
+    rng = random.Random(f"closing {stream}")
     kinds = (*shapes.TASKS, "scene")
     return [shapes.sample_scene(kinds[i % 7], rng, held_out) for i in range(n)]
 
@@ -39,7 +42,7 @@ def share(flags):
 def score_tasks(draw_texts, n, file):
     """Score of each of the six tasks, n / 6 prompts each; a sheet of the first ten to file."""
     scores, rows = {}, []
-    for task, prompts in shapes.benchmark(n // 6, seed="final").items():
+    for task, prompts in shapes.benchmark(n // 6, seed="closing").items():
         images = draw_texts([p.text for p in prompts])
         scores[task] = share(shapes.matches(p, shapes.detect(i)) for p, i in zip(prompts, images))
         rows.append(images[:10])
@@ -79,24 +82,25 @@ def score_base(engine, n, out):
     with torch.device("meta"):
         encoder = TextEncoder(len(tokenizer))
     weights.fill(encoder, weights.read(TEXT_ENCODER), TEXT_ENCODER, engine.device, torch.float32)
+    base = load_mmdit(SD3, engine.device)  # the engine's own has learnt LoRA
 
     def condition_of(texts):
-        return encode_text(engine.mmdit, encoder, tokenizer, texts)
+        return encode_text(base, encoder, tokenizer, texts)
 
     return score_tasks(
-        lambda texts: draw(engine.mmdit, engine.vae, condition_of, texts), n, out / "base.png"
+        lambda texts: draw(base, engine.vae, condition_of, texts), n, out / "base.png"
     )
 
 
-def score_stage1(engine, n, out):
+def score_t2i(engine, n, out):
     """The six tasks through LMM and adapter."""
     return score_tasks(
-        lambda texts: engine.generate([[text] for text in texts]), n, out / "stage1.png"
+        lambda texts: engine.generate([[text] for text in texts]), n, out / "t2i.png"
     )
 
 
 def score_copies(engine, n, out):
-    """Pictures copied through LMM and adapter alone, by r: exactly, and as a set of objects."""
+    """Pictures copied, by r: exactly, and as a set of objects."""
     wanted, result, rows = scenes(n, "copies"), {}, []
     originals = [shapes.render(s) for s in wanted]
     rows.append(originals[:10])
@@ -116,12 +120,46 @@ def kinds(scene):
     return scene and sorted((o.color, o.shape) for o in scene.objects)
 
 
+def score_edits(engine, n, out):
+    """Edits that give exactly the scene asked for: by kind, n / 5 each."""
+    rng, result, rows = random.Random("closing edits"), {}, []
+    for kind in shapes.EDITS:
+        edits, images = [shapes.sample_edit(kind, rng) for _ in range(n // 5)], []
+        for part in batches(edits):
+            prompts = [[shapes.render(edit.source), edit.text] for edit in part]
+            images += engine.generate(prompts, task="edit")
+        result[kind] = share(shapes.detect(i) == e.target for i, e in zip(images, edits))
+        rows += [[shapes.render(e.source) for e in edits[:10]], images[:10]]
+    grid(rows, out / "edits.png")
+    return {"mean": share(result.values()), **result}
+
+
+def score_objects(engine, n, out):
+    """Scenes told in words and pictures of their objects, in both templates that do so."""
+    rng, right, rows = random.Random("closing objects"), {"objects": [], "combine": []}, []
+    for part in batches([shapes.sample_reference(rng) for _ in range(n)]):
+        asked = [(told, training_example(rendered_reference(told), (64, 64), rng)) for told in part]
+        for task, found in right.items():
+            mine = [(told, example) for told, example in asked if example[0] == task]
+            if not mine:
+                continue
+            images = engine.generate([prompt for _, (_, prompt, _) in mine], task=task)
+            found += [shapes.matches(t.prompt, shapes.detect(i)) for (t, _), i in zip(mine, images)]
+            rows += [[target for _, (_, _, target) in mine[:10]], images[:10]]
+    grid(rows[:4], out / "objects.png")
+    return {"mean": share(right["objects"] + right["combine"])} | {
+        f"as {task}": share(found) for task, found in right.items()
+    }
+
+
 ROWS = {
     "vae": score_vae,
     "captions": score_captions,
     "base": score_base,
-    "stage1": score_stage1,
+    "t2i": score_t2i,
     "copies": score_copies,
+    "edits": score_edits,
+    "objects": score_objects,
 }
 
 
@@ -131,7 +169,8 @@ def main():
         "rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; default: all"
     )
     parser.add_argument("--num", type=int, default=300, help="prompts a row")
-    parser.add_argument("--checkpoint", default=STAGE1)
+    parser.add_argument("--checkpoint", default=STAGE2)
+    parser.add_argument("--guidance", type=float, default=4.5)
     parser.add_argument("--out", default="runs/evaluate", help="folder of scores and pictures")
     parser.add_argument("--device")
     args = parser.parse_args()
@@ -142,6 +181,7 @@ def main():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     engine = DreamEngine.load(SD3, LMM, args.checkpoint, args.device)
+    engine.generate = partial(engine.generate, guidance=args.guidance)
     results = {}
     for row in args.rows or ROWS:
         results[row] = ROWS[row](engine, args.num, out)

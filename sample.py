@@ -22,8 +22,8 @@ with one_line_errors():  # these take seconds, in which someone may press Ctrl-C
     from PIL.PngImagePlugin import PngInfo
     from tqdm import tqdm
 
-    from data import TASKS, apply_task, interleave, read_image
-    from dream_engine import LMM, SD3, STAGE1, DreamEngine
+    from dream_engine import LMM, SD3, STAGE2, DreamEngine
+    from prompts import TASKS, apply_task, interleave, read_image
 
 
 def size(text):
@@ -69,7 +69,7 @@ def parse(arguments=None):
             raise ValueError(
                 "--checkpoint is missing: other models than the miniature need their own"
             )
-        args.checkpoint = STAGE1
+        args.checkpoint = STAGE2
     return args
 
 

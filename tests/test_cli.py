@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -12,13 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import sample
-import train
 from cli import one_line_errors
-from data import to_images
-from dream_engine import LMM, SD3, STAGE1, DreamEngine
+from dream_engine import LMM, SD3, STAGE1
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--steps", "2", "--device", "cpu"]
@@ -184,59 +181,3 @@ def test_control_c_leaves_nothing_behind(folder):
         .endswith("error: interrupted; files already written are whole")
     )
     assert os.listdir(folder) == ["dog.png"]
-
-
-# ---- train.py -----------------------------------------------------------------------------------
-
-TRAIN = ["--stage", "1", "--batch", "4", "--save-every", "2", "--device", "cpu"]
-
-
-def test_stage_1_trains_the_adapter_and_resumes_exactly(monkeypatch):
-    monkeypatch.setattr(train, "samples", lambda engine: to_images(torch.zeros(1, 3, 8, 8))[0])
-    train.main([*TRAIN, "--steps", "4", "--out", "whole"])
-    interrupt = train.loss_of
-
-    def stop_at_third(engine, *batch):
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        seen.append(1)
-        return interrupt(engine, *batch)
-
-    seen = []
-    monkeypatch.setattr(train, "loss_of", stop_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        train.main([*TRAIN, "--steps", "4", "--out", "parts"])
-    monkeypatch.setattr(train, "loss_of", interrupt)
-    train.main([*TRAIN, "--steps", "4", "--out", "parts"])
-    whole, parts = (load_file(f"{out}/stage1.safetensors") for out in ("whole", "parts"))
-    start = load_file(STAGE1)
-    assert whole.keys() == parts.keys() == start.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    files = ["loss.png", "samples.png", "stage1.safetensors", "stage1.state.pt"]
-    assert sorted(os.listdir("parts")) == files
-    sample.main(["--prompt", "a red circle", "--checkpoint", "parts/stage1.safetensors", *FAST])
-
-
-def test_only_the_adapter_learns():
-    engine = DreamEngine.load(device="cpu")
-    engine.requires_grad_(False)
-    engine.adapter.requires_grad_(True)
-    prompts, scenes = train.make_batch(random.Random(0), 4)
-    train.loss_of(engine, prompts, scenes, torch.Generator().manual_seed(0)).mean().backward()
-    for name, parameter in engine.named_parameters():
-        assert (parameter.grad is not None) == name.startswith("adapter."), name
-        assert parameter.grad is None or parameter.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        ([], "--stage"),
-        (["--stage", "7"], "invalid choice: 7"),
-        (["--stage", "1", "--steps", "0"], "--steps must be at least 1"),
-        (["--stage", "1", "--out", "dog.png/x"], "dog.png"),
-        (["--stage", "1", "--sd3", "x"], "x: no such file"),
-    ],
-)
-def test_mistakes_in_training_get_one_line(arguments, said, capsys):
-    assert said in fails(train.main, arguments, capsys)

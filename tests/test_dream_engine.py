@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGene
 import dream_engine
 import mmdit
 import shapes
-from data import Batch, mrope_positions
 from dream_engine import LMM, SD3, STAGE1, DreamEngine, read_official
+from prompts import Batch, mrope_positions
 
 # ---- the published checkpoint -------------------------------------------------------------------
 
@@ -296,15 +296,17 @@ def test_an_incomplete_lmm_folder_is_named(tmp_path, file):
 
 def test_adapters_for_other_models_are_refused(engine, tmp_path):
     weights = load_file(STAGE1)
-    config = {"config": json.dumps({"base": dream_engine.fingerprint(engine.mmdit)})}
+    config = {"config": json.dumps(engine.base)}
     wide = dict(weights)
     wide["adapter.txt.0.weight"] = torch.zeros(512, 1536)
     save_file(wide, tmp_path / "wide.safetensors", config)
     with pytest.raises(ValueError, match="LMM 1536 wide to an MM-DiT 128 wide"):
         DreamEngine.load(checkpoint=tmp_path / "wide.safetensors", device="cpu")
-    save_file(weights, tmp_path / "other.safetensors", {"config": json.dumps({"base": 1.0})})
-    with pytest.raises(ValueError, match="trained on another SD3"):
-        DreamEngine.load(checkpoint=tmp_path / "other.safetensors", device="cpu")
+    for part, name in (("base", "SD3"), ("lmm", "Qwen2-VL")):
+        config = {"config": json.dumps({**engine.base, part: 1.0})}
+        save_file(weights, tmp_path / "other.safetensors", config)
+        with pytest.raises(ValueError, match=f"trained on another {name}"):
+            DreamEngine.load(checkpoint=tmp_path / "other.safetensors", device="cpu")
     for wrong in (SD3, LMM / "model.safetensors"):
         with pytest.raises(ValueError, match="not a Dream Engine checkpoint"):
             DreamEngine.load(checkpoint=wrong, device="cpu")

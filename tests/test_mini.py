@@ -9,9 +9,10 @@ from transformers import AutoImageProcessor, Qwen2VLForConditionalGeneration
 
 import shapes
 import weights
-from data import to_images, to_tensor
+from data import rendered_reference, training_example
 from dream_engine import LMM, MINI, SD3, DreamEngine
 from pretrain import TEXT_ENCODER, TextEncoder, describe_images
+from prompts import to_images, to_tensor
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,28 @@ def test_pictures_match_their_prompts(engine):
     images = engine.generate([[p.text] for p in prompts])
     right = sum(shapes.matches(p, shapes.detect(i)) for p, i in zip(prompts, images))
     assert right >= 20  # of 30
+
+
+def test_edits_are_followed_exactly(engine):
+    rng = random.Random("test edits")
+    edits = [shapes.sample_edit(kind, rng) for kind in shapes.EDITS for _ in range(4)]
+    prompts = [[shapes.render(edit.source), edit.text] for edit in edits]
+    images = engine.generate(prompts, task="edit", guidance=2)
+    assert sum(shapes.detect(i) == e.target for i, e in zip(images, edits)) >= 15  # of 20
+
+
+def test_pictures_of_objects_are_combined(engine):
+    rng = random.Random("test objects")
+    told = [shapes.sample_reference(rng) for _ in range(20)]
+    right = 0
+    for reference in told:
+        task, prompt, _ = training_example(rendered_reference(reference), (64, 64), rng)
+        (image,) = engine.generate([prompt], task=task, guidance=2)
+        right += shapes.matches(reference.prompt, shapes.detect(image))
+    assert right >= 13
+
+
+def test_copies_keep_every_place(engine):
+    wanted = scenes(20, "test copies")
+    images = engine.generate([[shapes.render(s)] for s in wanted], task="i2i", r=0.5)
+    assert sum(shapes.detect(i) == s for i, s in zip(images, wanted)) >= 15
