@@ -2,11 +2,18 @@
 
     python evaluate.py            # all rows, 300 prompts each
 
-The prompts come from streams that no training and no choice of weights has drawn from.
+The prompts come from streams that no training and no choice of weights has drawn from. For any
+weights, on their own kind of pictures:
+
+    python evaluate.py geneval --metadata evaluation_metadata.jsonl --out pictures
+    python evaluate.py geneval-summary results.jsonl
+    python evaluate.py reconstruct photographs --blend 0.5
 """
 
 import json
+import os
 import random
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,14 +21,15 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
+import sample
 import shapes
 import weights
 from cli import Parser, one_line_errors
-from data import rendered_reference, training_example
+from data import rendered_reference, sheet, training_example
 from dream_engine import LMM, SD3, STAGE2, DreamEngine
 from mmdit import load_mmdit
 from pretrain import TEXT_ENCODER, TextEncoder, describe_images, draw, encode_text, grid
-from prompts import to_images, to_tensor
+from prompts import crop_to, read_image, to_images, to_tensor
 
 
 def scenes(n, stream, held_out=False):
@@ -163,7 +171,147 @@ ROWS = {
 }
 
 
-def main():
+# ---- any weights, real pictures -----------------------------------------------------------------
+
+
+def load_engine(args):
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return DreamEngine.load(args.sd3, args.lmm, args.checkpoint, args.device)
+
+
+def parser_of(what, out):
+    """A parser of the options that choose models and how they draw."""
+    parser = Parser(prog=f"evaluate.py {what.__name__}", description=what.__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", default=out, help="folder to write to")
+    add("--steps", type=int, default=28)
+    add("--guidance", type=float, default=4.5)
+    add("--size", type=int, help="side of the pictures; default: the model's")
+    add("--seed", type=int, default=0)
+    add("--sd3", default=SD3, help="SD3 / SD3.5: single file or diffusers folder")
+    add("--lmm", default=LMM, help="Qwen2-VL: Hugging Face folder")
+    add("--checkpoint", default=STAGE2)
+    add("--device")
+    return parser
+
+
+def read_jsonl(file, *names):
+    """The lines of a JSONL file, each an object that has these names."""
+    records = []
+    for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+            if missing := [name for name in names if name not in records[-1]]:
+                raise ValueError(f"no {missing[0]!r}")
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{file}:{number}: not a line of this kind of file ({error})"
+            ) from None
+    if not records:
+        raise ValueError(f"{file}: empty")
+    return records
+
+
+def geneval(arguments):
+    """Draw the prompts of GenEval (arXiv 2310.11513) into its folder layout, for its own scorer.
+
+    Goes on where it was stopped; under torchrun the processes share the prompts.
+    """
+    parser = parser_of(geneval, "runs/geneval")
+    parser.add_argument(
+        "--metadata", required=True, help="the benchmark's evaluation_metadata.jsonl"
+    )
+    parser.add_argument("--num", type=int, default=4, help="pictures for each prompt")
+    args = parser.parse_args(arguments)
+    if args.num < 1:
+        raise ValueError(f"--num must be at least 1, got {args.num}")
+    records = read_jsonl(args.metadata, "prompt", "tag")
+    engine, size = load_engine(args), args.size and (args.size, args.size)
+    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    for i in tqdm(range(rank, len(records), world), "prompts", disable=rank > 0):
+        folder, about = Path(args.out, f"{i:05d}"), json.dumps(records[i])
+        note, pictures = folder / "metadata.jsonl", folder / "samples"
+        if note.is_file() and note.read_text() != about:
+            raise ValueError(f"{folder}: holds pictures of another prompt; choose another --out")
+        if (folder / "grid.png").is_file() and len(list(pictures.glob("*.png"))) == args.num:
+            continue
+        prompts = [[records[i]["prompt"]]] * args.num
+        images = engine.generate(prompts, args.steps, args.guidance, size=size, seed=args.seed)
+        pictures.mkdir(parents=True, exist_ok=True)
+        note.write_text(about)
+        facts = {"prompt": records[i]["prompt"], "seed": args.seed}
+        for k, image in enumerate(images):
+            sample.save(image, pictures / f"{k:04d}.png", facts)
+        sample.save(sample.grid(images), folder / "grid.png", facts)  # last: the folder is complete
+    if rank == 0:
+        print(args.out)
+
+
+def geneval_summary(arguments):
+    """The six scores of GenEval and their mean, from its scorer's results.jsonl."""
+    parser = Parser(prog="evaluate.py geneval-summary", description=geneval_summary.__doc__)
+    parser.add_argument("results")
+    by_tag = {}
+    for record in read_jsonl(parser.parse_args(arguments).results, "tag", "correct"):
+        by_tag.setdefault(record["tag"], []).append(bool(record["correct"]))
+    for tag, flags in by_tag.items():
+        print(f"{tag:16} {share(flags):.4f}   n = {len(flags)}")
+    print(f"{'mean':16} {share(map(share, by_tag.values())):.4f}")
+
+
+@torch.no_grad()
+def reconstruct(arguments):
+    """Copy the pictures of a folder and measure how near the copies are.
+
+    Prints, and writes to metrics.json, the root of the mean squared difference of pixels in [0, 1],
+    and the cosine of the LMM's own image features, each the mean over their tokens.
+    """
+    parser = parser_of(reconstruct, "runs/reconstruct")
+    parser.add_argument("folder")
+    parser.add_argument("--blend", type=float, default=0.0)
+    args = parser.parse_args(arguments)
+    folder, out = Path(args.folder), Path(args.out)
+    kinds_of = {".png", ".jpg", ".jpeg", ".webp"}
+    files = sorted(f for f in folder.glob("*") if f.suffix.lower() in kinds_of)
+    if not files:
+        raise FileNotFoundError(f"{folder}: holds no PNG, JPEG or WebP picture")
+    engine = load_engine(args)
+    side = args.size or engine.default_size
+    engine.check(args.steps, args.guidance, args.blend, side, side)
+
+    def features(image):
+        return engine.lmm_states(engine.collate([[image]]))[1].float().mean(0)
+
+    scores, rows = {}, []
+    for file in tqdm(files, "copies"):
+        source = crop_to(read_image(file), side, side)
+        (copy,) = engine.generate(
+            [[source]], args.steps, args.guidance, args.blend, (side, side), args.seed, task="i2i"
+        )
+        difference = (to_tensor([source]) - to_tensor([copy])) / 2
+        cosine = torch.cosine_similarity(features(source), features(copy), dim=0)
+        scores[file.name] = {
+            "l2": difference.square().mean().sqrt().item(),
+            "cosine": cosine.item(),
+        }
+        if len(rows) < 20:
+            text = f"{file.name}: L2 {scores[file.name]['l2']:.4f}, cosine {cosine:.4f}"
+            rows.append(([source, copy], text))
+    out.mkdir(parents=True, exist_ok=True)
+    mean = {k: sum(s[k] for s in scores.values()) / len(scores) for k in ("l2", "cosine")}
+    Path(out, "metrics.json").write_text(json.dumps({"mean": mean, **scores}, indent=2) + "\n")
+    sheet(rows).save(out / "copies.png")
+    print(f"L2 {mean['l2']:.4f}, cosine {mean['cosine']:.4f}, n = {len(scores)}")
+
+
+COMMANDS = {"geneval": geneval, "geneval-summary": geneval_summary, "reconstruct": reconstruct}
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
     parser = Parser(description="Score the miniature, one line a row.")
     parser.add_argument(
         "rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; default: all"
@@ -173,7 +321,7 @@ def main():
     parser.add_argument("--guidance", type=float, default=4.5)
     parser.add_argument("--out", default="runs/evaluate", help="folder of scores and pictures")
     parser.add_argument("--device")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if unknown := set(args.rows) - set(ROWS):
         raise ValueError(f"unknown row {unknown.pop()!r}: expected some of {', '.join(ROWS)}")
     if args.num < 6:
@@ -187,6 +335,7 @@ def main():
         results[row] = ROWS[row](engine, args.num, out)
         print(f"{row:9}", ", ".join(f"{k} {v:.3f}" for k, v in results[row].items()), flush=True)
     Path(out, "scores.json").write_text(json.dumps(results, indent=2) + "\n")
+    return None
 
 
 if __name__ == "__main__":

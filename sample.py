@@ -96,14 +96,14 @@ def writable(file):
 
 
 def save(image, file, facts):
-    """Write a PNG whose text holds facts; whole or not at all."""
+    """Write a PNG whose text holds facts, whole or not at all -> its path."""
     info = PngInfo()
     for key, value in facts.items():
         info.add_itxt(key, str(value))
     unfinished = file.with_name(f".{file.name}.partial")
     image.save(unfinished, "PNG", pnginfo=info)
     os.replace(unfinished, file)
-    print(file)
+    return file
 
 
 def grid(images):
@@ -143,9 +143,9 @@ def main(arguments=None):
     facts = {"prompt": args.prompt, "settings": settings}
     for i, image in enumerate(images):
         file = out if len(images) == 1 else out.with_stem(f"{out.stem}-{i}")
-        save(image, file, {**facts, "seed": args.seed + i})
+        print(save(image, file, {**facts, "seed": args.seed + i}))
     if len(images) > 1:
-        save(grid(images), out.with_stem(f"{out.stem}-grid"), {**facts, "seed": args.seed})
+        print(save(grid(images), out.with_stem(f"{out.stem}-grid"), {**facts, "seed": args.seed}))
 
 
 if __name__ == "__main__":
