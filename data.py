@@ -47,8 +47,6 @@ FIELDS = {  # of a manifest's line, by task, besides "task" and "target"
     "edit": ("source", "instruction"),
     "objects": ("segments",),
 }
-
-
 LONGEST = 4000  # letters of a text
 
 
@@ -282,7 +280,8 @@ class Microbatch:
 class Microbatches(torch.utils.data.Dataset):
     """Item j is the j-th microbatch of a run: a function of the seed and j, whoever asks, and when.
 
-    size: examples in each. null: {task: share of prompts replaced by their null prompt, for guidance to know its opposite}.
+    size: examples in each. null: {task: share of prompts replaced by their null prompt}, for guidance
+    to know its opposite.
     """
 
     def __init__(self, pools, count, size, seed, tokenizer, patches, mrope, null, flip=False):
@@ -311,7 +310,7 @@ class Microbatches(torch.utils.data.Dataset):
         return Microbatch(pool.task, self.collate(prompts), to_tensor(targets), faults)
 
     def example(self, pool, position, rng, faults):
-        """(task, prompt, target) at a position of a pool; a faulty line is noted, the next one read."""
+        """(task, prompt, target) at a position of a pool; faulty lines are noted and passed over."""
         if pool.source is None:
             return training_example(rendered(pool.task, rng), pool.size, rng)
         for attempt in range(100):

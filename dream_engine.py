@@ -66,8 +66,8 @@ class DreamEngine(nn.Module):
         weights, or kept apart with merge=False, to train on. Or a folder of the published
         DreamEngine, whose LMM and MM-DiT then replace those of lmm and sd3, with lora_scale * B A
         added to their weights (1 as in the official demo, 2 as in its training; the files do not
-        say). None starts a new adapter. mrope=False counts positions as early transformers did. Raises FileNotFoundError or
-        ValueError, with one line that says what does not fit.
+        say). None starts a new adapter. mrope=False counts positions as early transformers did.
+        Raises FileNotFoundError or ValueError, with one line that says what does not fit.
         """
         device = usable_device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -127,7 +127,7 @@ class DreamEngine(nn.Module):
         return states.last_hidden_state, vit
 
     def condition(self, batch, r=0.0):
-        """A Batch and r in [0, 1], a number or one a row -> Condition; differentiable in what trains."""
+        """A Batch and r in [0, 1], a number or one a row -> Condition; what learns gets gradients."""
         hidden, vit = self.lmm_states(batch)
         hidden = blend(hidden, vit, batch.image_mask, r)
         txt, vec = self.adapter(hidden.float(), batch.mask)
@@ -284,8 +284,13 @@ def denoise(transformer, condition, noise, steps=28, guidance=4.5, progress=iter
 
 
 def usable_device(name=None):
-    """A device by name, checked; None means CUDA where there is a GPU, else the CPU."""
+    """A device by name, checked; None means CUDA where there is a GPU, else the CPU.
+
+    Under torchrun "cuda" is the process's own GPU.
+    """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError):

@@ -174,12 +174,6 @@ ROWS = {
 # ---- any weights, real pictures -----------------------------------------------------------------
 
 
-def load_engine(args):
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return DreamEngine.load(args.sd3, args.lmm, args.checkpoint, args.device)
-
-
 def parser_of(what, out):
     """A parser of the options that choose models and how they draw."""
     parser = Parser(prog=f"evaluate.py {what.__name__}", description=what.__doc__.splitlines()[0])
@@ -227,7 +221,8 @@ def geneval(arguments):
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
     records = read_jsonl(args.metadata, "prompt", "tag")
-    engine, size = load_engine(args), args.size and (args.size, args.size)
+    engine = DreamEngine.load(args.sd3, args.lmm, args.checkpoint, args.device)
+    size = args.size and (args.size, args.size)
     rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
     for i in tqdm(range(rank, len(records), world), "prompts", disable=rank > 0):
         folder, about = Path(args.out, f"{i:05d}"), json.dumps(records[i])
@@ -272,11 +267,11 @@ def reconstruct(arguments):
     parser.add_argument("--blend", type=float, default=0.0)
     args = parser.parse_args(arguments)
     folder, out = Path(args.folder), Path(args.out)
-    kinds_of = {".png", ".jpg", ".jpeg", ".webp"}
-    files = sorted(f for f in folder.glob("*") if f.suffix.lower() in kinds_of)
+    suffixes = {".png", ".jpg", ".jpeg", ".webp"}
+    files = sorted(f for f in folder.glob("*") if f.suffix.lower() in suffixes)
     if not files:
         raise FileNotFoundError(f"{folder}: holds no PNG, JPEG or WebP picture")
-    engine = load_engine(args)
+    engine = DreamEngine.load(args.sd3, args.lmm, args.checkpoint, args.device)
     side = args.size or engine.default_size
     engine.check(args.steps, args.guidance, args.blend, side, side)
 

@@ -162,11 +162,10 @@ def memory_plan(engine, args, world):
     if args.shard:
         blocks = sum(nbytes(p) for p in engine.mmdit.parameters() if not p.requires_grad)
         frozen -= blocks - blocks // world
-    side = args.size or min(512, engine.default_size)
     patches = engine.patches
     picture = patches.max_pixels // (patches.patch * patches.merge) ** 2
     prompt = 40 + picture  # some words and one picture
-    tokens = prompt + (side // 8 // engine.mmdit.config.patch) ** 2
+    tokens = prompt + (args.size // 8 // engine.mmdit.config.patch) ** 2
     what = "adapter" + " and LoRA" * bool(args.rank) + " (also in the LMM)" * args.lmm_lora
     rows = [
         (frozen, "frozen weights, here" if args.shard else "frozen weights"),

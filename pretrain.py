@@ -542,10 +542,8 @@ def picture_lesson(tokenizer, rng):
 def edit_lesson(tokenizer, rng):
     """The noun of an instruction knows which object is meant, the last word what becomes of it."""
     edit = shapes.sample_edit(rng.choice(shapes.EDITS), rng)
-    (prompt, _), (text, nouns) = (
-        apply_task("edit", [shapes.render(edit.source), edit.text]),
-        described(edit.target),
-    )
+    prompt, _ = apply_task("edit", [shapes.render(edit.source), edit.text])
+    text, nouns = described(edit.target)
     text = f": {text}" if rng.random() < 0.5 else ""
     nouns, marks = nouns if text else [], {}
     if edit.before:
@@ -563,9 +561,9 @@ def edit_lesson(tokenizer, rng):
 def reference_lesson(tokenizer, rng):
     """A picture of an object is a noun as well, told by the words before it."""
     told = shapes.sample_reference(rng)
-    whole = shapes.render(told.scene)
+    whole, pixels = shapes.render(told.scene), shapes.SIZE / 1000
     segments = [
-        (text, [whole.crop([round(x * 0.064) for x in shapes.box(o)])] if o else [])
+        (text, [whole.crop([round(x * pixels) for x in shapes.box(o)])] if o else [])
         for text, o in told.segments
     ]
     task, prompt = reference_prompt(segments, rng.random() < 0.5)

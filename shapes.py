@@ -329,26 +329,24 @@ def _scene(source, objects):
     return Scene(source.background, tuple(sorted(objects, key=lambda o: o.place)))
 
 
-def sample_reference(rng, held_out=False):
+def sample_reference(rng):
     """A random Reference: one to three objects, at least one of them shown and its color not said."""
     task = rng.choice(("single", "two", "position", "scene"))
-    scene = sample_scene(task, rng, held_out)
+    scene = sample_scene(task, rng)
     while len(scene.objects) > 3:
-        scene = sample_scene(task, rng, held_out)
+        scene = sample_scene(task, rng)
     told = caption(scene, task, rng)
     objects, mentions, segments, rest = [], [], [], told.text
     shown = rng.sample(range(len(told.mentions)), rng.randint(1, len(told.mentions)))
     for i, m in enumerate(told.mentions):
-        place = {None: m.shape}.get(m.place, m.place)
-        (obj,) = [o for o in scene.objects if place in (o.shape, o.place)]
+        key = m.shape if m.place is None else m.place  # either tells the objects apart
+        (obj,) = [o for o in scene.objects if key in (o.shape, o.place)]
         said = f"{m.color} {m.shape}" if task == "scene" else _phrase(m)
         article = "" if task == "scene" else "a "
         before, _, rest = rest.partition(said)
-        name = (
-            rng.choice(("", article + obj.shape))
-            if len(told.text) > len(said)
-            else article + obj.shape
-        )
+        name = article + obj.shape
+        if told.text != said:  # else no word would be left
+            name = rng.choice(("", name))
         words, picture = (name, obj) if i in shown else (f"{article}{obj.color} {obj.shape}", None)
         segments += [(before, None), (words, picture)]
         objects.append(obj)

@@ -62,13 +62,17 @@ def train(args):
     found = latest(out)
     if found and not args.resume:
         raise ValueError(f"{out} holds a run: --resume goes on with it, or choose another --out")
+    sources = [(Manifest(file), weight) for file, weight in args.data] or [(None, 1)]
+    faults = Faults([manifest for manifest, _ in sources if manifest])
+    faults.check(0, 0)
     torch.manual_seed(args.seed)
     engine = DreamEngine.load(args.sd3, args.lmm, args.checkpoint, device, merge=False)
     engine.mmdit.checkpointing = args.checkpointing
     learning = engine.start_training(args.rank, args.alpha, args.lmm_lora)
     params = list(learning.values())
     optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.98), weight_decay=1e-4)
-    data, faults = dataset(args, engine, world)
+    args.size = args.size or min(512, engine.default_size)
+    data = dataset(args, engine, sources, world)
     facts = settings(args, engine, data, world)
     start = restore(found, engine, optimizer, facts) if found else 0
     model = distribute(engine, learning, args.shard, world) if world > 1 else engine
@@ -149,8 +153,8 @@ def train(args):
         look = args.sample_every and ((step + 1) % args.sample_every == 0 or done)
         if look:
             pictures = samples(engine, shown)  # on every rank: a sharded base needs them all
-        with writing(out) if rank == 0 else nullcontext():
-            if rank == 0:
+        if rank == 0:
+            with writing(out):
                 log(out, record)
                 if look:
                     pictures.save(out / f"samples-{step + 1:06d}.png")
@@ -186,14 +190,10 @@ def learning_rate(step, args):
 # ---- data ---------------------------------------------------------------------------------------
 
 
-def dataset(args, engine, world):
-    """The run's microbatches, and the account of the lines that are skipped."""
-    sources = [(Manifest(file), weight) for file, weight in args.data] or [(None, 1)]
-    faults = Faults([manifest for manifest, _ in sources if manifest])
-    size = args.size or min(512, engine.default_size)
-    progress = tqdm if args.buckets else iter
-    asked = args.tasks or SHARES[args.stage]
-    pools = make_pools(sources, asked, size, args.buckets, progress)
+def dataset(args, engine, sources, world):
+    """All microbatches of the run, drawn from [(Manifest or None, weight)]."""
+    asked, progress = args.tasks or SHARES[args.stage], tqdm if args.buckets else iter
+    pools = make_pools(sources, asked, args.size, args.buckets, progress)
     missing = {task for task, share in asked.items() if share} - {pool.task for pool in pools}
     if not pools or (args.tasks and missing):
         raise ValueError(f"--data holds no example of task {', '.join(sorted(missing))}")
@@ -201,7 +201,7 @@ def dataset(args, engine, world):
         engine.check(1, 1, 0, *pool.size)
     count = args.steps * args.accumulate * world
     reading = engine.tokenizer, engine.patches, engine.mrope
-    return Microbatches(pools, count, args.batch, args.seed, *reading, args.null, args.flip), faults
+    return Microbatches(pools, count, args.batch, args.seed, *reading, args.null, args.flip)
 
 
 def first_pools(data):
@@ -231,7 +231,7 @@ def join(args):
     if world == 1:
         return 0, 1, device
     if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), world, device
 
@@ -430,8 +430,6 @@ def parse(arguments=None):
 
 
 def main(arguments=None):
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     args = parse(arguments)
     with lost_rank(args.out):
         train(args)
