@@ -3,6 +3,8 @@
 Letters: B batch, L tokens, D width of the MM-DiT, M width of the LMM, n image tokens of all rows.
 """
 
+from itertools import pairwise
+
 import torch
 from einops import rearrange
 from torch import nn
@@ -27,17 +29,18 @@ def masked_mean(x, mask):
     return (x * weight).sum(1) / weight.sum(1)
 
 
+def _mlp(widths):
+    linears = [nn.Linear(a, b) for a, b in pairwise(widths)]
+    return nn.Sequential(linears[0], *[m for linear in linears[1:] for m in (nn.SiLU(), linear)])
+
+
 class Adapter(nn.Module):
     """Two two-layer MLPs: every LMM state becomes a text token, their mean the modulation vector."""
 
-    def __init__(self, lmm_width, width, mlp_dim=4096):
+    def __init__(self, lmm_width, width, mlp_dim=4096, layers=2):
         super().__init__()
-        self.txt = nn.Sequential(
-            nn.Linear(lmm_width, mlp_dim), nn.SiLU(), nn.Linear(mlp_dim, width)
-        )
-        self.vec = nn.Sequential(
-            nn.Linear(lmm_width, mlp_dim), nn.SiLU(), nn.Linear(mlp_dim, width)
-        )
+        widths = [lmm_width, *[mlp_dim] * (layers - 1), width]
+        self.txt, self.vec = _mlp(widths), _mlp(widths)
 
     def forward(self, hidden, mask):
         """hidden (B, L, M), mask (B, L) bool -> txt (B, L, D), vec (B, D)."""

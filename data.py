@@ -137,9 +137,8 @@ def rendered(task, rng):
     if task == "objects":
         return rendered_reference(shapes.sample_reference(rng))
     kind = rng.choice((*shapes.TASKS, "scene"))
-    scene = shapes.sample_scene(kind, rng)
-    text = shapes.caption(scene, kind, rng).text
-    return {"task": task, "prompt": text, "target": shapes.render(scene)}
+    scene, prompt = shapes.sample_caption(kind, rng)
+    return {"task": task, "prompt": prompt.text, "target": shapes.render(scene)}
 
 
 def rendered_reference(told):

@@ -59,6 +59,8 @@ class DreamEngine(nn.Module):
         lora_scale=1.0,
         mrope=True,
         merge=True,
+        layers=2,
+        mlp_dim=None,
     ):
         """Load SD3.5 (single file or diffusers folder), Qwen2-VL (Hugging Face folder), an adapter.
 
@@ -66,7 +68,7 @@ class DreamEngine(nn.Module):
         weights, or kept apart with merge=False, to train on. Or a folder of the published
         DreamEngine, whose LMM and MM-DiT then replace those of lmm and sd3, with lora_scale * B A
         added to their weights (1 as in the official demo, 2 as in its training; the files do not
-        say). None starts a new adapter. mrope=False counts positions as early transformers did.
+        say). None starts a new adapter, of so many layers of mlp_dim hidden units. mrope=False counts positions as early transformers did.
         Raises FileNotFoundError or ValueError, with one line that says what does not fit.
         """
         device = usable_device(device)
@@ -86,7 +88,11 @@ class DreamEngine(nn.Module):
         if checkpoint is not None and parts["adapter"] is None:
             parts = read_checkpoint(checkpoint, base)
         shape = config.text_config.hidden_size, transformer.config.width
-        adapter = build_adapter(parts["adapter"], shape, checkpoint, device)
+        if parts["adapter"] is None:
+            # The official number of hidden units, fewer before an MM-DiT under 1024 wide.
+            adapter = Adapter(*shape, mlp_dim or min(4096, 4 * shape[1]), layers).to(device)
+        else:
+            adapter = build_adapter(parts["adapter"], shape, checkpoint, device)
         vae = load_vae(sd3, device)
         tokenizer, patches = load_tokenizer(lmm), patch_config(lmm)
         engine = cls(language, tokenizer, patches, adapter, transformer, vae, mrope)
@@ -368,14 +374,11 @@ def build_lmm(config, tensors, source, device, dtype):
 
 
 def build_adapter(tensors, widths, source, device):
-    """An Adapter for (LMM width, MM-DiT width): new, or filled with tensors.
-
-    A new one has the official 4096 hidden units, fewer before an MM-DiT under 1024 wide.
-    """
-    if tensors is None:
-        return Adapter(*widths, min(4096, 4 * widths[1])).to(device)
+    """An Adapter for (LMM width, MM-DiT width), filled with tensors, which tell its own shape."""
+    layers = sum(bool(re.fullmatch(r"txt\.\d+\.weight", name)) for name in tensors)
     try:
-        (mlp_dim, lmm_width), width = tensors["txt.0.weight"].shape, len(tensors["txt.2.bias"])
+        mlp_dim, lmm_width = tensors["txt.0.weight"].shape
+        width = len(tensors[f"txt.{2 * layers - 2}.bias"])
     except (KeyError, ValueError):
         raise ValueError(f"{source}: holds no adapter (adapter.txt.*, adapter.vec.*)") from None
     if (lmm_width, width) != widths:
@@ -384,7 +387,7 @@ def build_adapter(tensors, widths, source, device):
             f"the models given are {widths[0]} and {widths[1]} wide"
         )
     with torch.device("meta"):
-        adapter = Adapter(*widths, mlp_dim)
+        adapter = Adapter(*widths, mlp_dim, layers)
     return weights.fill(adapter, tensors, source, device, torch.float32)
 
 

@@ -1,9 +1,9 @@
-"""Score the miniature with the exact detector: a picture counts only if it is just what was asked.
+"""Numbers for the claims of the paper, in miniature; and GenEval for any weights.
 
-    python evaluate.py            # all rows, 300 prompts each
+    python evaluate.py            # score the miniature with the exact detector, 300 cases a row
+    python evaluate.py claims     # train, score and compare: the paper's claims and open questions
 
-The prompts come from streams that no training and no choice of weights has drawn from. For any
-weights, on their own kind of pictures:
+A picture counts only if it is just what was asked. For any weights, on their own kind of pictures:
 
     python evaluate.py geneval --metadata evaluation_metadata.jsonl --out pictures
     python evaluate.py geneval-summary results.jsonl
@@ -12,163 +12,88 @@ weights, on their own kind of pictures:
 
 import json
 import os
-import random
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLForConditionalGeneration
 
+import claims
 import sample
 import shapes
-import weights
 from cli import Parser, one_line_errors
-from data import rendered_reference, sheet, training_example
+from data import sheet
 from dream_engine import LMM, SD3, STAGE2, DreamEngine
-from mmdit import load_mmdit
-from pretrain import TEXT_ENCODER, TextEncoder, describe_images, draw, encode_text, grid
-from prompts import crop_to, read_image, to_images, to_tensor
+from pretrain import describe_images, grid
+from prompts import crop_to, read_image, to_tensor
+from scores import CASES, bits, controls, draw, interval, judge, share
+
+STREAM = "closing"  # of cases that no choice of weights or settings has looked at
 
 
-def scenes(n, stream, held_out=False):
-    rng = random.Random(f"closing {stream}")
-    kinds = (*shapes.TASKS, "scene")
-    return [shapes.sample_scene(kinds[i % 7], rng, held_out) for i in range(n)]
+def score_rows(engine, rows, n, out, **settings):
+    """{row: {group: {check: bits}}} of all rows, also over held-out pairs, and sheets of pictures.
 
-
-def batches(items, size=50):
-    return [items[i : i + size] for i in tqdm(range(0, len(items), size), leave=False)]
-
-
-def share(flags):
-    flags = list(flags)
-    return sum(flags) / len(flags)
-
-
-def score_tasks(draw_texts, n, file):
-    """Score of each of the six tasks, n / 6 prompts each; a sheet of the first ten to file."""
-    scores, rows = {}, []
-    for task, prompts in shapes.benchmark(n // 6, seed="closing").items():
-        images = draw_texts([p.text for p in prompts])
-        scores[task] = share(shapes.matches(p, shapes.detect(i)) for p, i in zip(prompts, images))
-        rows.append(images[:10])
-    grid(rows, file)
-    return {"mean": share(scores.values()), **scores}
+    Yields each row when it is done.
+    """
+    for row in rows:
+        for held_out in (False, True):
+            name = f"{row}, held-out pairs" if held_out else row
+            groups, lines = {}, []
+            for group, cases in CASES[row](n, STREAM, held_out).items():
+                images = draw(engine.generate, cases, f"{name}: {group}", **settings)
+                groups[group] = judge(cases, images) | controls(engine.vae, cases, images)
+                lines += [[shapes.render(case.target) for case in cases[:10]], images[:10]]
+                if cases[0].source:
+                    lines[-2] = [case.source for case in cases[:10]]
+            if row == "t2i":
+                lines = lines[1::2]  # a prompt has many right pictures
+            grid(lines, out / f"{name.replace(', ', '-').replace(' ', '-')}.png")
+            yield name, groups
 
 
 @torch.no_grad()
-def score_vae(engine, n, _):
-    """Scenes that the VAE gives back exactly; the second figure: scenes of held-out pairs."""
-    result = {}
-    for name, held_out in (("mean", False), ("held-out pairs", True)):
-        wanted, right = scenes(n, "vae", held_out), []
-        for part in batches(wanted):
-            images = to_tensor([shapes.render(s) for s in part]).to(engine.device)
-            copies = to_images(engine.vae.decode(engine.vae.encode(images)))
-            right += [shapes.detect(image) == s for image, s in zip(copies, part)]
-        result[name] = share(right)
-    return result
-
-
-@torch.no_grad()
-def score_captions(engine, n, _):
+def score_captions(engine, n):
     """Pictures that the LMM describes without a mistake."""
     lmm = Qwen2VLForConditionalGeneration.from_pretrained(LMM, dtype=torch.float32)
     lmm = lmm.to(engine.device).eval()
-    right = []
-    for part in batches(scenes(n, "captions")):
-        said = describe_images(lmm, engine, [shapes.render(s) for s in part])
-        right += [text == shapes.describe(s) for text, s in zip(said, part)]
-    return {"mean": share(right)}
+    wanted, said = [case.target for case in CASES["copies"](n, STREAM)["copy"]], []
+    for i in tqdm(range(0, n, 50), "captions", leave=False):
+        said += describe_images(lmm, engine, [shapes.render(s) for s in wanted[i : i + 50]])
+    return {"caption": {"exact": bits(t == shapes.describe(s) for t, s in zip(said, wanted))}}
 
 
-def score_base(engine, n, out):
-    """The six tasks by the miniature SD3.5 with its own text encoder."""
-    tokenizer = AutoTokenizer.from_pretrained(LMM)
-    with torch.device("meta"):
-        encoder = TextEncoder(len(tokenizer))
-    weights.fill(encoder, weights.read(TEXT_ENCODER), TEXT_ENCODER, engine.device, torch.float32)
-    base = load_mmdit(SD3, engine.device)  # the engine's own has learnt LoRA
-
-    def condition_of(texts):
-        return encode_text(base, encoder, tokenizer, texts)
-
-    return score_tasks(
-        lambda texts: draw(base, engine.vae, condition_of, texts), n, out / "base.png"
-    )
-
-
-def score_t2i(engine, n, out):
-    """The six tasks through LMM and adapter."""
-    return score_tasks(
-        lambda texts: engine.generate([[text] for text in texts]), n, out / "t2i.png"
-    )
-
-
-def score_copies(engine, n, out):
-    """Pictures copied, by r: exactly, and as a set of objects."""
-    wanted, result, rows = scenes(n, "copies"), {}, []
-    originals = [shapes.render(s) for s in wanted]
-    rows.append(originals[:10])
-    for r in (0.0, 0.5, 1.0):
-        images = []
-        for part in batches(originals):
-            images += engine.generate([[image] for image in part], task="i2i", r=r)
-        read = [shapes.detect(image) for image in images]
-        result[f"exact, r={r}"] = share(a == b for a, b in zip(read, wanted))
-        result[f"objects, r={r}"] = share(kinds(a) == kinds(b) for a, b in zip(read, wanted))
-        rows.append(images[:10])
-    grid(rows, out / "copies.png")
-    return result
-
-
-def kinds(scene):
-    return scene and sorted((o.color, o.shape) for o in scene.objects)
-
-
-def score_edits(engine, n, out):
-    """Edits that give exactly the scene asked for: by kind, n / 5 each."""
-    rng, result, rows = random.Random("closing edits"), {}, []
-    for kind in shapes.EDITS:
-        edits, images = [shapes.sample_edit(kind, rng) for _ in range(n // 5)], []
-        for part in batches(edits):
-            prompts = [[shapes.render(edit.source), edit.text] for edit in part]
-            images += engine.generate(prompts, task="edit")
-        result[kind] = share(shapes.detect(i) == e.target for i, e in zip(images, edits))
-        rows += [[shapes.render(e.source) for e in edits[:10]], images[:10]]
-    grid(rows, out / "edits.png")
-    return {"mean": share(result.values()), **result}
-
-
-def score_objects(engine, n, out):
-    """Scenes told in words and pictures of their objects, in both templates that do so."""
-    rng, right, rows = random.Random("closing objects"), {"objects": [], "combine": []}, []
-    for part in batches([shapes.sample_reference(rng) for _ in range(n)]):
-        asked = [(told, training_example(rendered_reference(told), (64, 64), rng)) for told in part]
-        for task, found in right.items():
-            mine = [(told, example) for told, example in asked if example[0] == task]
-            if not mine:
-                continue
-            images = engine.generate([prompt for _, (_, prompt, _) in mine], task=task)
-            found += [shapes.matches(t.prompt, shapes.detect(i)) for (t, _), i in zip(mine, images)]
-            rows += [[target for _, (_, _, target) in mine[:10]], images[:10]]
-    grid(rows[:4], out / "objects.png")
-    return {"mean": share(right["objects"] + right["combine"])} | {
-        f"as {task}": share(found) for task, found in right.items()
-    }
-
-
-ROWS = {
-    "vae": score_vae,
-    "captions": score_captions,
-    "base": score_base,
-    "t2i": score_t2i,
-    "copies": score_copies,
-    "edits": score_edits,
-    "objects": score_objects,
-}
+def report(scores):
+    """Scores as a Markdown table."""
+    head = [
+        "",
+        "n",
+        "score",
+        "95 %",
+        "true pictures",
+        "their VAE copies",
+        "other case's",
+        "unedited",
+    ]
+    rows = []
+    for row, groups in scores["rows"].items():
+        whole = {
+            name: "".join(g[name] for g in groups.values()) for name in next(iter(groups.values()))
+        }
+        for name, checks in {f"**{row}**": whole, **(groups if len(groups) > 1 else {})}.items():
+            low, high = interval(checks["exact"])
+            line = [
+                name,
+                len(checks["exact"]),
+                f"{share(checks['exact']):.3f}",
+                f"{low:.3f} - {high:.3f}",
+            ]
+            for control in ("renders", "VAE", "shuffled", "unedited"):
+                line.append(f"{share(checks[control]):.3f}" if control in checks else "")
+            rows.append(line)
+    settings = ", ".join(f"{k} {v}" for k, v in scores["settings"].items())
+    return f"{claims.table(head, rows)}\n\n({settings})\n"
 
 
 # ---- any weights, real pictures -----------------------------------------------------------------
@@ -300,36 +225,52 @@ def reconstruct(arguments):
     print(f"L2 {mean['l2']:.4f}, cosine {mean['cosine']:.4f}, n = {len(scores)}")
 
 
-COMMANDS = {"geneval": geneval, "geneval-summary": geneval_summary, "reconstruct": reconstruct}
+COMMANDS = {
+    "claims": claims.main,
+    "geneval": geneval,
+    "geneval-summary": geneval_summary,
+    "reconstruct": reconstruct,
+}
+ROWS = (*CASES, "captions")
 
 
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in COMMANDS:
         return COMMANDS[arguments[0]](arguments[1:])
-    parser = Parser(description="Score the miniature, one line a row.")
-    parser.add_argument(
-        "rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; default: all"
-    )
-    parser.add_argument("--num", type=int, default=300, help="prompts a row")
-    parser.add_argument("--checkpoint", default=STAGE2)
-    parser.add_argument("--guidance", type=float, default=4.5)
-    parser.add_argument("--out", default="runs/evaluate", help="folder of scores and pictures")
-    parser.add_argument("--device")
+    parser = Parser(description="Score the miniature with the exact detector.")
+    add = parser.add_argument
+    add("rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; default: all")
+    add("--num", type=int, default=300, help="cases a row")
+    add("--checkpoint", default=STAGE2)
+    add("--guidance", type=float, default=4.5)
+    add("--blend", type=float, default=0.0, help="r")
+    add("--out", default="runs/evaluate", help="folder of scores.json, scores.md and pictures")
+    add("--device")
     args = parser.parse_args(arguments)
     if unknown := set(args.rows) - set(ROWS):
         raise ValueError(f"unknown row {unknown.pop()!r}: expected some of {', '.join(ROWS)}")
     if args.num < 6:
         raise ValueError(f"--num must be at least 6, got {args.num}")
-    out = Path(args.out)
+    out, rows = Path(args.out), args.rows or ROWS
     out.mkdir(parents=True, exist_ok=True)
     engine = DreamEngine.load(SD3, LMM, args.checkpoint, args.device)
-    engine.generate = partial(engine.generate, guidance=args.guidance)
+    engine.check(28, args.guidance, args.blend, shapes.SIZE, shapes.SIZE)
     results = {}
-    for row in args.rows or ROWS:
-        results[row] = ROWS[row](engine, args.num, out)
-        print(f"{row:9}", ", ".join(f"{k} {v:.3f}" for k, v in results[row].items()), flush=True)
-    Path(out, "scores.json").write_text(json.dumps(results, indent=2) + "\n")
+    drawn = [row for row in rows if row in CASES]
+    for name, groups in score_rows(
+        engine, drawn, args.num, out, guidance=args.guidance, r=args.blend
+    ):
+        results[name] = groups
+        print(f"{name:24} {share(''.join(g['exact'] for g in groups.values())):.3f}", flush=True)
+    if "captions" in rows:
+        results["captions"] = score_captions(engine, args.num)
+    settings = {"checkpoint": Path(args.checkpoint).name, "guidance": args.guidance}
+    settings |= {"r": args.blend, "steps": 28, "cases and noise from seed": STREAM}
+    scores = {"settings": settings, "rows": results}
+    claims.write(out / "scores.json", json.dumps(scores, indent=1) + "\n")
+    claims.write(out / "scores.md", report(scores))
+    print(report(scores))
     return None
 
 

@@ -223,24 +223,30 @@ def mixture(data):
     return "\n".join(f"{100 * weight / total:9.1f} %   {name}" for name, weight in weights.items())
 
 
-COLORS = ("black", "#b2182b", "#ef8a62", "#999999", "#67a9cf", "#2166ac")
-
-
-def loss_curve(out, width=800, height=400):
+def loss_curve(out):
     """The loss over the steps, and that of each fifth of t, averaged over hundredths of the run."""
     records = read_metrics(out)
     window = max(1, len(records) // 100)
-    lines = []
+    lines = {}
     for k in range(BINS + 1):
         values = [r["loss_by_t"][k - 1] if k else r["loss"] for r in records]
         parts = [values[i : i + window] for i in range(0, len(values), window)]
         parts = [[x for x in part if x is not None and math.isfinite(x)] for part in parts]
-        lines.append([sum(part) / len(part) if part else None for part in parts])
-    known = [y for line in lines for y in line if y is not None] or [0]
+        name = f"t {(k - 1) / BINS:.1f} - {k / BINS:.1f}" if k else "loss"
+        lines[name] = [sum(part) / len(part) if part else None for part in parts]
+    return plot(lines, f"{len(records)} steps")
+
+
+COLORS = ("black", "#b2182b", "#ef8a62", "#999999", "#67a9cf", "#2166ac")
+
+
+def plot(lines, below, limits=None, width=800, height=400):
+    """Lines {name: [y or None, ...]}, evenly spaced in x, the first one thick, as a picture."""
+    known = limits or [y for line in lines.values() for y in line if y is not None] or [0]
     low, high = min(known), max(known)
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
-    for k, line in reversed(list(enumerate(lines))):
+    for k, (name, line) in reversed(list(enumerate(lines.items()))):
         points = [
             (
                 50 + (width - 170) * i / max(1, len(line) - 1),
@@ -250,9 +256,8 @@ def loss_curve(out, width=800, height=400):
             if y is not None
         ]
         draw.line(points, fill=COLORS[k], width=3 if k == 0 else 1)
-        name = f"t {(k - 1) / BINS:.1f} - {k / BINS:.1f}" if k else "loss"
         draw.text((width - 110, 20 + 16 * k), name, fill=COLORS[k])
     draw.text((4, 14), f"{high:.3f}", fill="black")
     draw.text((4, height - 46), f"{low:.3f}", fill="black")
-    draw.text((50, height - 24), f"{len(records)} steps", fill="black")
+    draw.text((50, height - 24), below, fill="black")
     return page

@@ -156,7 +156,7 @@ PHRASES = (
 def train_tokenizer(folder):
     """A byte-level BPE as Qwen2-VL's, small, in which every word of this world is one token."""
     rng = random.Random(f"{SEED} tokenizer")
-    lines = [shapes.sample_prompt(task, rng).text for task in CAPTIONS for _ in range(1000)]
+    lines = [shapes.sample_caption(t, rng)[1].text for t in CAPTIONS for _ in range(1000)]
     lines += [
         part + name for part in ("", " ") for name in (*NOUNS, *shapes.COLORS) for _ in range(99)
     ]
@@ -272,7 +272,7 @@ def train_text(args):
     )
 
     def batch(rng, n=128):
-        prompts = [shapes.sample_prompt(rng.choice(CAPTIONS), rng) for _ in range(n)]
+        prompts = [shapes.sample_caption(rng.choice(CAPTIONS), rng)[1] for _ in range(n)]
         ids, mask = tokenize(tokenizer, [p.text for p in prompts])
         facts = torch.zeros(*ids.shape, len(Facts.SIZES), dtype=torch.long)
         nouns = torch.zeros_like(mask)
@@ -386,8 +386,8 @@ def train_base(args):
             scenes, encoded = pool[KINDS.get(task, "two")]
             i = rng.randrange(len(scenes))
             latents.append(encoded[i])
-            dropped = rng.random() < 0.1
-            texts.append("" if dropped else shapes.caption(scenes[i], task, rng).text)
+            dropped, said = rng.random() < 0.1, shapes.caption(scenes[i], task, rng)
+            texts.append("" if dropped or shapes.is_exam(said) else said.text)
         x0 = torch.stack(latents).to(args.device)
         eps = torch.randn(x0.shape, generator=generator).to(args.device)
         t = flow.training_sigmas(len(x0), generator=generator).to(args.device)
@@ -402,6 +402,7 @@ def train_base(args):
     def preview(step):
         if step % 1000 == 0:
             prompts = shapes.benchmark(16, seed="preview")
+            prompts = {task: [p for _, p in pairs] for task, pairs in prompts.items()}
             texts = [p.text for ps in prompts.values() for p in ps]
             images = draw(model, vae, condition_of, texts, steps=12)
             report(prompts, images, step, Path(args.out, "base.png"))
@@ -521,7 +522,7 @@ class Lesson:
 
 
 def caption_lesson(tokenizer, rng):
-    said = shapes.sample_prompt(rng.choice(CAPTIONS), rng)
+    _, said = shapes.sample_caption(rng.choice(CAPTIONS), rng)
     return Lesson([rng.choice(PREFIXES[:2]) + said.text], text_facts(said))
 
 

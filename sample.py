@@ -1,10 +1,10 @@
-"""Draw a picture from a prompt of text and images.
+"""Draw pictures from prompts of text and images.
 
     python sample.py --prompt "a red circle left of a blue star"
     python sample.py --prompt "<image> and a blue star" --image dog.png --blend 0.3
     python sample.py --task edit --image room.png --prompt "remove the chair"
 
-Each <image> of the prompt is filled by the next --image.
+Each <image> of the prompts is filled by the next --image.
 """
 
 import argparse
@@ -35,19 +35,24 @@ def size(text):
 
 
 def parse(arguments=None):
-    parser = Parser(description="Draw a picture from a prompt of text and images.")
+    parser = Parser(description="Draw pictures from prompts of text and images.")
     add = parser.add_argument
-    add("--prompt", default="", help="text; each <image> in it stands for the next --image")
+    add(
+        "--prompt",
+        action="append",
+        default=[],
+        help="text, each <image> in it stands for the next --image; several are drawn together",
+    )
     add("--image", action="append", default=[], help="an image file; may be given several times")
     tasks = "; ".join(f"{task}: {what}" for task, what in TASKS.items())
     add("--task", choices=TASKS, help=f"{tasks}. Default: t2i without images, objects with")
     add("--blend", type=float, default=0.0, help="r: share of ViT features at images, 0 to 1")
     add("--steps", type=int, default=28, help="Euler steps")
     add("--guidance", type=float, default=4.5, help="classifier-free guidance; 1 is none")
-    add("--seed", type=int, default=0, help="picture i of --num is drawn from seed + i")
+    add("--seed", type=int, default=0, help="picture i is drawn from seed + i")
     add("--size", type=size, help="WIDTHxHEIGHT or one side, multiples of 16; default: the model's")
-    add("--num", type=int, default=1, help="number of pictures; a grid is saved beside them")
-    add("--out", default="sample.png", help="PNG file to write")
+    add("--num", type=int, default=1, help="pictures of each prompt")
+    add("--out", default="sample.png", help="PNG file to write; of several pictures also a grid")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add(
         "--dtype",
@@ -73,15 +78,19 @@ def parse(arguments=None):
     return args
 
 
-def read_prompt(args):
-    """The interleaved prompt; tasks on one image need no placeholder for it."""
-    images = [read_image(path) for path in args.image]
-    if args.task in ("i2i", "edit") and "<image>" not in args.prompt:
-        prompt = [*images, args.prompt] if args.prompt else images
-    else:
-        prompt = interleave(args.prompt, images)
-    apply_task(args.task, prompt)  # refuses what does not fit before anything is loaded
-    return prompt
+def read_prompts(args):
+    """The interleaved prompts; tasks on one image need no placeholder for it."""
+    images, prompts = [read_image(path) for path in args.image], []
+    texts = args.prompt or [""]
+    for text in texts:
+        if args.task in ("i2i", "edit") and images and "<image>" not in text:
+            text = "<image>" + text
+        count = text.count("<image>")
+        is_last = len(prompts) + 1 == len(texts)
+        mine, images = (images, []) if is_last else (images[:count], images[count:])
+        prompts.append(interleave(text, mine))
+        apply_task(args.task, prompts[-1])  # refuses what does not fit before anything is loaded
+    return prompts
 
 
 def writable(file):
@@ -118,7 +127,7 @@ def grid(images):
 
 def main(arguments=None):
     args = parse(arguments)
-    prompt, out = read_prompt(args), writable(args.out)
+    prompts, out = read_prompts(args), writable(args.out)
     engine = DreamEngine.load(
         args.sd3,
         args.lmm,
@@ -129,7 +138,7 @@ def main(arguments=None):
         mrope=args.positions == "mrope",
     )
     images = engine.generate(
-        [prompt] * args.num,
+        [prompt for prompt in prompts for _ in range(args.num)],
         args.steps,
         args.guidance,
         args.blend,
@@ -140,12 +149,13 @@ def main(arguments=None):
     )
     hidden = ("prompt", "seed", "out", "num")
     settings = json.dumps({k: v for k, v in vars(args).items() if k not in hidden}, default=str)
-    facts = {"prompt": args.prompt, "settings": settings}
-    for i, image in enumerate(images):
+    texts = [text for text in args.prompt or [""] for _ in range(args.num)]
+    for i, (image, text) in enumerate(zip(images, texts)):
         file = out if len(images) == 1 else out.with_stem(f"{out.stem}-{i}")
-        print(save(image, file, {**facts, "seed": args.seed + i}))
+        print(save(image, file, {"prompt": text, "settings": settings, "seed": args.seed + i}))
     if len(images) > 1:
-        print(save(grid(images), out.with_stem(f"{out.stem}-grid"), {**facts, "seed": args.seed}))
+        facts = {"prompt": "\n".join(args.prompt), "settings": settings, "seed": args.seed}
+        print(save(grid(images), out.with_stem(f"{out.stem}-grid"), facts))
 
 
 if __name__ == "__main__":

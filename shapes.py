@@ -3,11 +3,13 @@
 It is small enough to be learnt on a laptop, and exact at both ends: every caption is true of its
 picture by construction, and `detect` reads a picture back into the scene that drew it, or refuses.
 Captions cover the six tasks of GenEval (arXiv 2310.11513). Some (colour, shape) pairs are held out
-of every training stage, so that composing them later cannot be memory.
+of every training stage, so that composing them later cannot be memory; and so is an eighth of all
+scenes and prompts (`is_exam`).
 """
 
 import itertools
 import random
+import zlib
 from dataclasses import dataclass
 from functools import cache
 
@@ -60,10 +62,25 @@ class Scene:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What can be read of a picture, clear or not."""
+
+    background: str | None  # None: the space between the cells is not bare
+    objects: tuple[Object, ...]  # the clear ones, in order of place
+    unclear: tuple[int, ...]  # places that hold neither one drawing nor bare background
+
+    @property
+    def scene(self):
+        """All of it as a Scene, or None where any part is not clear."""
+        whole = self.background and self.objects and not self.unclear
+        return Scene(self.background, self.objects) if whole else None
+
+
+@dataclass(frozen=True)
 class Mention:
     """What a caption says of one noun; None is 'not said'."""
 
-    shape: str
+    shape: str | None
     color: str | None = None
     count: int = 1
     place: int | None = None
@@ -173,14 +190,8 @@ def box(obj):
     return [1000 * x / SIZE for x in (cols.start, rows.start, cols.stop, rows.stop)]
 
 
-def detect(image):
-    """Read a picture back into its Scene, or None if any part of it is not as `render` draws.
-
-    Every cell must lie within TOLERANCE of exactly one drawing (or of bare background), and so must
-    the space between the cells: blobs, mixed colours, half shapes and specks are all refused.
-    """
-    if image.size != (SIZE, SIZE):
-        return None
+def read(image):
+    """Read a picture cell by cell, without faith: a Reading."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     between = np.ones((SIZE, SIZE), dtype=bool)
     for place in range(9):
@@ -188,29 +199,48 @@ def detect(image):
     papers = {name: np.array(rgb) / 255 for name, rgb in BACKGROUNDS.items()}
     error = {name: np.sqrt(((pixels[between] - p) ** 2).mean()) for name, p in papers.items()}
     background = min(error, key=error.get)
-    if error[background] > TOLERANCE:
-        return None
     pictures, areas, names = _templates(background)
-    objects = []
+    objects, unclear = [], []
     for place in range(9):
         squares = ((pixels[cell(place)] - pictures) ** 2).mean(axis=3).sum(axis=(1, 2))
         rms = np.sqrt(squares / areas)
         best = int(squares.argmin())
         if rms[best] > TOLERANCE:
-            return None
-        if names[best]:
+            unclear.append(place)
+        elif names[best]:
             objects.append(Object(*names[best], place))
-    return Scene(background, tuple(objects)) if objects else None
+    clean = error[background] <= TOLERANCE
+    return Reading(background if clean else None, tuple(objects), tuple(unclear))
+
+
+def detect(image):
+    """Read a picture back into its Scene, or None if any part of it is not as `render` draws.
+
+    Every cell must lie within TOLERANCE of exactly one drawing (or of bare background), and so must
+    the space between the cells: blobs, mixed colours, half shapes and specks are all refused.
+    """
+    return read(image).scene if image.size == (SIZE, SIZE) else None
 
 
 # ---- scenes and captions ------------------------------------------------------------------------
 
 
-def sample_scene(task, rng, held_out=False):
+def is_exam(thing):
+    """Is a Scene or Prompt one of the eighth that training never draws, and evaluation alone does?"""
+    return zlib.crc32(repr(thing).encode()) % 8 == 0
+
+
+def sample_scene(task, rng, held_out=False, exam=False):
     """A random scene that a caption of `task` (one of TASKS, or "scene": one to four) can describe.
 
     Held-out pairs never occur; with `held_out` every object is such a pair instead.
     """
+    while is_exam(scene := _any_scene(task, rng, held_out)) != exam:
+        pass
+    return scene
+
+
+def _any_scene(task, rng, held_out):
     count = {"single": 1, "colors": 1, "counting": rng.randint(2, 4), "scene": rng.randint(1, 4)}
     count = count.get(task, 2)
     pairs = [p for p in itertools.product(COLORS, SHAPES) if (p in HELD_OUT) == held_out]
@@ -277,16 +307,29 @@ def caption(scene, task, rng):
     return Prompt(text, mentions, relation, background)
 
 
-def sample_prompt(task, rng, held_out=False):
-    """A random Prompt of one of TASKS (or "scene")."""
-    return caption(sample_scene(task, rng, held_out), task, rng)
-
-
-def sample_edit(kind, rng):
-    """A random Edit of a kind; the object that it names is the only one of that name."""
-    pairs = [pair for pair in itertools.product(COLORS, SHAPES) if pair not in HELD_OUT]
+def sample_caption(task, rng, held_out=False, exam=False):
+    """A random Scene of one of TASKS (or "scene") and a Prompt for it."""
     while True:
-        source = sample_scene("scene", rng)
+        scene = sample_scene(task, rng, held_out, exam)
+        prompt = caption(scene, task, rng)
+        if is_exam(prompt) == exam:
+            return scene, prompt
+
+
+def sample_edit(kind, rng, held_out=False, exam=False):
+    """A random Edit of a kind; the object that it names is the only one of that name.
+
+    With `held_out` (kinds recolor and add) what it makes is an object of a held-out pair.
+    """
+    while is_exam((edit := _any_edit(kind, rng, held_out, exam)).target) != exam:
+        pass
+    return edit
+
+
+def _any_edit(kind, rng, held_out, exam):
+    pairs = [p for p in itertools.product(COLORS, SHAPES) if (p in HELD_OUT) == held_out]
+    while True:
+        source = sample_scene("scene", rng, exam=exam)
         objects = list(source.objects)
         if kind == "background":
             (paper,) = BACKGROUNDS.keys() - {source.background}
@@ -317,6 +360,8 @@ def sample_edit(kind, rng):
             text = f"move the {name} to the {PLACES[place]}"
         else:
             colors = [c for c, s in pairs if s == before.shape and c != before.color]
+            if not colors:
+                continue
             after = Object(rng.choice(colors), before.shape, before.place)
             verb, to = rng.choice(
                 (("make", ""), ("turn", ""), ("change", "to "), ("recolor", "to "))
@@ -329,15 +374,24 @@ def _scene(source, objects):
     return Scene(source.background, tuple(sorted(objects, key=lambda o: o.place)))
 
 
-def sample_reference(rng):
-    """A random Reference: one to three objects, at least one of them shown and its color not said."""
-    task = rng.choice(("single", "two", "position", "scene"))
-    scene = sample_scene(task, rng)
-    while len(scene.objects) > 3:
-        scene = sample_scene(task, rng)
+def sample_reference(rng, held_out=False, exam=False, count=None):
+    """A random Reference: one to three objects, at least one of them shown and its color not said.
+
+    With a count, so many, and all of them shown.
+    """
+    while is_exam((told := _any_reference(rng, held_out, exam, count)).prompt) != exam:
+        pass
+    return told
+
+
+def _any_reference(rng, held_out, exam, count):
+    task = "scene" if count else rng.choice(("single", "two", "position", "scene"))
+    scene = sample_scene(task, rng, held_out, exam)
+    while not (len(scene.objects) == count if count else len(scene.objects) <= 3):
+        scene = sample_scene(task, rng, held_out, exam)
     told = caption(scene, task, rng)
     objects, mentions, segments, rest = [], [], [], told.text
-    shown = rng.sample(range(len(told.mentions)), rng.randint(1, len(told.mentions)))
+    shown = rng.sample(range(len(told.mentions)), count or rng.randint(1, len(told.mentions)))
     for i, m in enumerate(told.mentions):
         key = m.shape if m.place is None else m.place  # either tells the objects apart
         (obj,) = [o for o in scene.objects if key in (o.shape, o.place)]
@@ -367,7 +421,7 @@ def matches(prompt, scene):
 
     def fits(mention, obj):
         return (
-            mention.shape == obj.shape
+            mention.shape in (None, obj.shape)
             and mention.color in (None, obj.color)
             and mention.place in (None, obj.place)
         )
@@ -385,6 +439,6 @@ def matches(prompt, scene):
 
 
 def benchmark(n, seed=0, tasks=TASKS, held_out=False):
-    """n prompts for each task, {task: [Prompt, ...]}, from a stream that no training draws from."""
+    """{task: [(Scene, Prompt), ...]}, n of each task, of those that no training draws."""
     rng = random.Random(f"benchmark {seed}")
-    return {task: [sample_prompt(task, rng, held_out) for _ in range(n)] for task in tasks}
+    return {t: [sample_caption(t, rng, held_out, exam=True) for _ in range(n)] for t in tasks}

@@ -66,7 +66,10 @@ def train(args):
     faults = Faults([manifest for manifest, _ in sources if manifest])
     faults.check(0, 0)
     torch.manual_seed(args.seed)
-    engine = DreamEngine.load(args.sd3, args.lmm, args.checkpoint, device, merge=False)
+    engine = DreamEngine.load(
+        args.sd3, args.lmm, args.checkpoint, device, merge=False,
+        layers=args.layers, mlp_dim=args.mlp_dim,
+    )  # fmt: skip
     engine.mmdit.checkpointing = args.checkpointing
     learning = engine.start_training(args.rank, args.alpha, args.lmm_lora)
     params = list(learning.values())
@@ -115,6 +118,7 @@ def train(args):
             faults.note(micro.faults)
             number = (step * args.accumulate + a) * world + rank
             noise, t, r = draws(args.seed, number, micro.target.shape, channels)
+            r = r if args.blend is None else torch.full_like(r, args.blend)
             inputs = micro.batch, micro.target, noise, t, r
             inputs = [x.to(device, non_blocking=True) for x in inputs]
             is_last = a + 1 == args.accumulate
@@ -298,9 +302,9 @@ def catch_signals():
 def settings(args, engine, data, world):
     """What a run and the one that goes on with it must share."""
     names = ("stage", "steps", "batch", "lr", "warmup", "clip", "seed", "rank", "alpha", "lmm_lora")
-    facts = {name: getattr(args, name) for name in (*names, "loss", "flip")}
+    facts = {name: getattr(args, name) for name in (*names, "loss", "flip", "blend")}
     facts |= {"microbatches a step": args.accumulate * world, "null": data.null}
-    facts |= {"adapter": list(engine.adapter.txt[0].weight.shape), **engine.base}
+    facts |= {"adapter": [list(p.shape) for p in engine.adapter.txt.parameters()], **engine.base}
     facts["examples"] = [
         f"{pool.task} {pool.size[0]}x{pool.size[1]} x {pool.weight:.6g} from "
         + (f"{pool.source.file.name}:{pool.source.crc:08x}" if pool.source else "rendered scenes")
@@ -360,6 +364,9 @@ def parse(arguments=None):
         help="share of null prompts: 0.1, or t2i=0.1,edit=0.2",
     )
     add("--loss", choices=("velocity", "x0"), default="velocity", help="x0: the official weighting")
+    add("--blend", type=float, help="one r for all, 0 to 1; default: each example draws its own")
+    add("--layers", type=int, default=2, help="of a new adapter")
+    add("--mlp-dim", type=int, help="its hidden units; default: 4096, less for a small MM-DiT")
     add("--steps", type=int, help="default: 3000 in stage 1, 6000 in stage 2")
     add("--batch", type=int, default=64, help="examples in a microbatch")
     add("--accumulate", type=int, default=1, help="microbatches a step, on each process")
@@ -390,29 +397,34 @@ def parse(arguments=None):
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add("--sd3", default=SD3, help="SD3 / SD3.5: single file or diffusers folder")
     add("--lmm", default=LMM, help="Qwen2-VL: Hugging Face folder")
-    add("--checkpoint", help="what to start from; default of stage 2: the miniature's stage 1")
+    add("--checkpoint", help="what to start from, or none; default of stage 2: the mini's stage 1")
     args = parser.parse_args(arguments)
     args.steps = STEPS[args.stage] if args.steps is None else args.steps
-    for name in ("steps", "batch", "accumulate", "warmup", "save_every", "keep"):
+    for name in ("steps", "batch", "accumulate", "warmup", "save_every", "keep", "layers"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-    positive = {name: getattr(args, name) for name in ("lr", "clip", "alpha", "size")}
+    if not 0 <= (args.blend or 0) <= 1:
+        raise ValueError(f"--blend must lie between 0 (LMM) and 1 (ViT), got {args.blend}")
+    positive = {k: getattr(args, k) for k in ("lr", "clip", "alpha", "size", "mlp_dim")}
     positive |= {f"data {file}": weight for file, weight in args.data}
     for name, value in positive.items():
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name} must be positive, got {value}")
-    miniature = (args.sd3, args.lmm) == (SD3, LMM)
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    miniature = args.sd3 == SD3
     if args.stage == 2:
         args.rank = (16 if miniature else 32) if args.rank is None else args.rank
         args.checkpoint = args.checkpoint or (STAGE1 if miniature else None)
         if args.checkpoint is None:
-            raise ValueError("--checkpoint is missing: stage 2 goes on from stage 1's")
+            raise ValueError(
+                "--checkpoint is missing: stage 2 goes on from stage 1's, or from none"
+            )
     elif args.rank or args.lmm_lora:
         raise ValueError("--rank and --lmm-lora belong to --stage 2")
     if (args.rank or 0) < int(args.lmm_lora):
         raise ValueError(f"--rank must be at least 1, got {args.rank}")
     if not miniature and not args.data:
         raise ValueError("--data is missing: only the miniature learns from rendered scenes")
+    args.checkpoint = None if args.checkpoint == "none" else args.checkpoint
     folder = args.checkpoint and Path(args.checkpoint)
     if folder and folder.is_dir() and not any(folder.glob("stage?.safetensors")):
         raise ValueError(

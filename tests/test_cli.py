@@ -62,6 +62,21 @@ def test_several_pictures_and_their_grid(capsys):
     assert Image.open("a-1.png").text["seed"] == "2"
 
 
+def test_prompts_of_several_lengths_are_drawn_together(capsys):
+    Image.new("RGB", (30, 90), "blue").save("cat.png")
+    prompts = ["<image> and <image>", "a red circle", "a ring above <image>"]
+    options = [x for p in prompts for x in ("--prompt", p)]
+    images = ["--image", "dog.png", "--image", "cat.png", "--image", "dog.png"]
+    sample.main([*options, *images, "--out", "all.png", *FAST])
+    sample.main(["--prompt", prompts[2], *images[:2], "--seed", "2", "--out", "last.png", *FAST])
+    together, alone = (np.asarray(Image.open(f), int) for f in ("all-2.png", "last.png"))
+    assert abs(together - alone).max() <= 1
+    assert Image.open("all-1.png").text["prompt"] == "a red circle"
+    assert "1 <image> placeholders, but 2 images" in fails(
+        sample.main, [*options[:5], "<image>", *images, "--image", "dog.png"], capsys
+    )
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

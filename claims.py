@@ -1,0 +1,429 @@
+"""The paper's claims and open questions, answered by many short trainings of the miniature.
+
+    python evaluate.py claims                # all of them, or only some: claims adapter rank
+
+RUNS says what is trained, COMPARISONS what is asked of it. Each run is trained with three seeds,
+scored on cases of that seed, and kept in --out/NAME-SEED, so that an interrupted command goes on
+where it was.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+import shapes
+import weights
+from cli import Parser
+from data import sheet
+from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
+from logbook import plot
+from mmdit import load_mmdit
+from pretrain import TEXT_ENCODER, TextEncoder, encode_text
+from pretrain import draw as draw_texts
+from scores import (
+    CASES,
+    Case,
+    difference,
+    draw,
+    judge,
+    object_cases,
+    only,
+    portrait,
+    share,
+)
+from shapes import Object, Scene
+
+GUIDANCE = 2.0  # at which the miniature draws best
+SEEDS = (0, 1, 2)
+
+# ---- what is trained ----------------------------------------------------------------------------
+
+ALIGN = "--stage 1 --steps 1000 --batch 16"
+TUNE = "--stage 2 --steps 600 --batch 16"
+BOTH = "{out}/both-{seed}"
+
+RUNS = {  # by name: flags of train.py
+    "both": ALIGN,
+    "t2i alone": f"{ALIGN} --tasks t2i=1",
+    "i2i alone": f"{ALIGN} --tasks i2i=1",
+    "r = 0": f"{ALIGN} --blend 0",
+    "1 layer": f"{ALIGN} --layers 1",
+    "2 layers of 128": f"{ALIGN} --mlp-dim 128",
+    "3 layers of 128": f"{ALIGN} --mlp-dim 128 --layers 3",
+    "3 layers of 512": f"{ALIGN} --layers 3",
+    "random LMM": f"{ALIGN} --lmm {{out}}/random-lmm-{{seed}}",
+    "LoRA of rank 16": TUNE,
+    "LoRA of rank 4": f"{TUNE} --rank 4",
+    "LoRA of rank 1": f"{TUNE} --rank 1",
+    "adapter alone": f"{TUNE} --rank 0",
+    "LoRA on the LMM": f"{TUNE} --lmm-lora",
+    "stage 2 at r = 0": f"{TUNE} --blend 0",
+    "both, then stage 2": f"{TUNE} --checkpoint {BOTH}",
+    "stage 2 from scratch": f"{TUNE} --steps 1600 --checkpoint none",
+}
+ROWS = {  # by stage: what a run is scored on, cases for each seed
+    1: {"t2i": 120, "copies": 100},
+    2: {"t2i": 60, "copies": 50, "edits": 100, "objects": 100, "mixing": 60},
+}
+AT_R1 = ("both", "r = 0", "LoRA of rank 16", "stage 2 at r = 0")  # scored at r = 1, too
+
+
+# ---- what is asked ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Is the second run better than the first?"""
+
+    claim: str
+    question: str
+    first: str
+    second: str
+    rows: tuple[str, ...]
+
+
+STAGE2_ROWS = ("edits", "objects", "copies", "t2i")
+COMPARISONS = (
+    Comparison("joint", "Does copying help text -> image?", "t2i alone", "both", ("t2i",)),
+    Comparison("joint", "Does text -> image help copying?", "i2i alone", "both", ("copies",)),
+    Comparison("joint", "Is copying zero-shot?", "t2i alone", "both", ("copies",)),
+    Comparison("blend", "Is r at random better than r = 0?", "r = 0", "both",
+               ("t2i", "copies", "copies at r = 1")),
+    Comparison("blend", "The same in stage 2", "stage 2 at r = 0", "LoRA of rank 16",
+               ("edits", "objects", "mixing", "edits at r = 1", "objects at r = 1")),
+    Comparison("adapter", "Are two layers better than one?", "1 layer", "both", ("t2i", "copies")),
+    Comparison("adapter", "Are three better than two?", "both", "3 layers of 512", ("t2i", "copies")),
+    Comparison("adapter", "512 hidden units or 128?", "2 layers of 128", "both", ("t2i", "copies")),
+    Comparison("adapter", "The same with three layers", "3 layers of 128", "3 layers of 512",
+               ("t2i", "copies")),
+    Comparison("lmm", "Does it matter what the LMM has learnt?", "random LMM", "both",
+               ("t2i", "copies")),
+    Comparison("rank", "LoRA, or the adapter alone?", "adapter alone", "LoRA of rank 16", STAGE2_ROWS),
+    Comparison("rank", "Rank 16 or 4?", "LoRA of rank 4", "LoRA of rank 16", STAGE2_ROWS),
+    Comparison("rank", "Rank 4 or 1?", "LoRA of rank 1", "LoRA of rank 4", STAGE2_ROWS),
+    Comparison("stages", "Stage 2 from stage 1, or all in one?", "stage 2 from scratch",
+               "both, then stage 2", STAGE2_ROWS),
+    Comparison("lmm-lora", "LoRA on the LMM, too?", "LoRA of rank 16", "LoRA on the LMM", STAGE2_ROWS),
+)  # fmt: skip
+
+
+def run(name, seed, out):
+    """Train and score a run, or what is missing of that -> {row: {check: bits}}."""
+    folder = out / f"{name.replace(' ', '-')}-{seed}"
+    result = folder / "scores.json"
+    if result.is_file():
+        return json.loads(result.read_text())
+    flags = RUNS[name].format(out=out, seed=seed).split()
+    stage = int(flags[1])
+    lmm = flags[flags.index("--lmm") + 1] if "--lmm" in flags else LMM
+    if not Path(lmm, "config.json").is_file():
+        random_lmm(lmm, seed)
+    if BOTH in RUNS[name]:
+        run("both", seed, out)
+    command = [sys.executable, Path(__file__).with_name("train.py"), *flags]
+    command += ["--seed", str(seed), "--out", folder, "--resume", "--keep", "1"]
+    subprocess.run([*command, "--sample-every", "0"], check=True)
+    shutil.rmtree(folder / "checkpoints")  # what is learnt lies beside it
+    engine = DreamEngine.load(SD3, lmm, folder)
+    scores = {}
+    for r in (0.0, 1.0) if name in AT_R1 else (0.0,):
+        for row, n in ROWS[stage].items():
+            at = f"{row} at r = 1" if r else row
+            scores[at] = score(engine.generate, row, n, f"claims {seed}", r, f"{name}, {at}")
+    write(result, json.dumps(scores, indent=1) + "\n")
+    return scores
+
+
+def score(generate, row, n, seed, r=0.0, what="", guidance=GUIDANCE):
+    """{check: bits} of n cases of a row."""
+    cases = [case for group in CASES[row](n, seed).values() for case in group]
+    return judge(cases, draw(generate, cases, what, guidance=guidance, r=r))
+
+
+def random_lmm(folder, seed):
+    """An LMM as the miniature's, which has learnt nothing."""
+    torch.manual_seed(seed)
+    Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_pretrained(LMM)).save_pretrained(folder)
+    for file in LMM.iterdir():
+        if file.suffix != ".safetensors" and not Path(folder, file.name).exists():
+            shutil.copy(file, folder)
+
+
+# ---- what is asked of the committed weights -----------------------------------------------------
+
+
+def against_base(n=600):
+    """Text -> image by the base's own text encoder, by stage 1 and by stage 2: {model: bits}."""
+    tokenizer = AutoTokenizer.from_pretrained(LMM)
+    with torch.device("meta"):
+        encoder = TextEncoder(len(tokenizer))
+    weights.fill(encoder, weights.read(TEXT_ENCODER), TEXT_ENCODER, dtype=torch.float32)
+    stages = {"stage 1": DreamEngine.load(checkpoint=STAGE1, device="cpu")}
+    stages["stage 2"] = DreamEngine.load(checkpoint=STAGE2, device="cpu")
+    base = load_mmdit(SD3)  # an engine's own may have learnt LoRA
+
+    def by_base(prompts, task, guidance, seed, r):
+        texts = ["".join(prompt) for prompt in prompts]
+        condition_of = lambda texts: encode_text(base, encoder, tokenizer, texts)
+        vae = stages["stage 1"].vae
+        return draw_texts(base, vae, condition_of, texts, guidance=guidance, seed=seed)
+
+    models = {"base": by_base} | {name: engine.generate for name, engine in stages.items()}
+    result = {}
+    for guidance in (2.0, 4.5):
+        for name, generate in models.items():
+            at = f"{name}, guidance {guidance:g}"
+            result[at] = score(generate, "t2i", n, "closing", 0.0, at, guidance)["exact"]
+    return result
+
+
+RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def blend_curve(engine, n=200):
+    """{row: {r: {check: bits}}}, all of the same cases."""
+    return {
+        row: {
+            str(r): score(engine.generate, row, n, "closing", r, f"{row}, r = {r}") for r in RATIOS
+        }
+        for row in ("copies", "edits", "objects", "mixing")
+    }
+
+
+def draw_curve(curve):
+    """Each row as a plot over r: the exact score, what was kept, what was followed."""
+    page = Image.new("RGB", (1000, 600), "white")
+    for i, (row, by_r) in enumerate(curve.items()):
+        names = [name for name in ("exact", "kept", "followed") if name in by_r["0.0"]]
+        lines = {name: [share(at[name]) for at in by_r.values()] for name in names}
+        panel = plot(lines, f"{row}: r = 0 to 1, score from 0 to 1", (0, 1), 500, 300)
+        page.paste(panel, (500 * (i % 2), 300 * (i // 2)))
+    return page
+
+
+def odd_cases(n, seed="closing"):
+    """Prompts that nothing in training was like, or that contradict themselves.
+
+    {what: [Case, ...]}; their checks are the ways in which it can end.
+    """
+    rng, result = random.Random(f"odd {seed}"), {}
+
+    def add(what, make):
+        result[what] = [make() for _ in range(n)]
+
+    def pair(color=None, shape=None):
+        while True:
+            found = color or rng.choice(list(shapes.COLORS)), shape or rng.choice(shapes.SHAPES)
+            if found not in shapes.HELD_OUT:
+                return found
+
+    def two():
+        a, b = pair(), pair()
+        while a[0] == b[0] or a[1] == b[1] or (b[0], a[1]) in shapes.HELD_OUT:
+            a, b = pair(), pair()
+        return a, b
+
+    def picture(kind):
+        return portrait(Scene("white", (Object(*kind, 4),)))
+
+    def case(task, prompt, ends, source=None):
+        return Case(task, prompt, None, ends, source)
+
+    def count():
+        color, shape = pair()
+        text = f"five {color} {shape}{'es' if shape == 'cross' else 's'}"
+        numbers = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+        ends = {f"{word} of them": only(*[(color, shape)] * k) for k, word in numbers.items()}
+        return case("t2i", [text], ends)
+
+    def two_colors():
+        (first, shape), (second, _) = two()
+        ends = {"the first color": only((first, shape)), "the last color": only((second, shape))}
+        ends["both"] = only((first, shape), (second, shape))
+        return case("t2i", [f"a {first} {second} {shape}"], ends)
+
+    def unknown(text, end, holds):
+        def make():
+            color, _ = pair()
+            one = lambda read: read.scene and len(read.objects) == 1
+            ends = {end: lambda read: one(read) and holds(read.objects[0], color)}
+            return case("t2i", [text.format(color=color)], ends)
+
+        return make
+
+    def word_against_picture():
+        a, b = two()
+        said = (b[0], a[1])
+        ends = {"as the picture": only(a), "as the words": only(said), "both": only(a, said)}
+        return case("objects", [f"a {b[0]} {a[1]} ", picture(a)], ends)
+
+    def one_place():
+        (a, b), place = two(), rng.choice(range(9))
+        name = shapes.PLACES[place]
+        ends = {"the first": only(a), "the second": only(b), "both, one elsewhere": only(a, b)}
+        prompt = [f"{name} ", picture(a), f", {name} ", picture(b), ", white background"]
+        return case("objects", prompt, ends)
+
+    def absent():
+        scene = shapes.sample_scene("scene", rng, exam=True)
+        shape = rng.choice([s for s in shapes.SHAPES if s not in {o.shape for o in scene.objects}])
+        return edit(scene, f"remove the {pair(shape=shape)[0]} {shape}")
+
+    def already():
+        scene = shapes.sample_scene("single", rng, exam=True)
+        (o,) = scene.objects
+        return edit(scene, f"make the {o.shape} {o.color}")
+
+    def edit(scene, text):
+        left = [Scene(scene.background, tuple(o for o in scene.objects if o != gone))
+                for gone in scene.objects]  # fmt: skip
+        ends = {"nothing changed": lambda read: read.scene == scene}
+        ends["an object removed"] = lambda read: bool(read.objects) and read.scene in left
+        ends["another color or shape"] = lambda read: (
+            read.scene not in (None, scene)
+            and {o.place for o in read.objects} == {o.place for o in scene.objects}
+        )
+        source = shapes.render(scene)
+        return case("edit", [source, text], ends, source)
+
+    add("five of a kind (at most four were trained)", count)
+    add("two colors for one object", two_colors)
+    add("a color it does not know", unknown("an orange circle", "a circle",
+        lambda o, _: o.shape == "circle"))  # fmt: skip
+    add("a shape it does not know", unknown("a {color} hexagon", "an object of that color",
+        lambda o, color: o.color == color))  # fmt: skip
+    add("words against picture", word_against_picture)
+    add("two pictures for one place", one_place)
+    add("remove what is not there", absent)
+    add("make it what it is", already)
+    for k in (3, 4):
+        cases = object_cases(2 * n, seed, count=k)["objects"]
+        about = "all objects right" if k == 3 else "all objects right (never trained)"
+        result[f"{k} pictures, each with its place"] = [
+            replace(c, checks={about: c.checks["exact"], "all there, some elsewhere": misplaced(c)})
+            for c in cases
+        ]
+    return result
+
+
+def misplaced(case):
+    return lambda read: case.checks["kept"](read) and not case.checks["exact"](read)
+
+
+def odd_ends(engine, out, n=50):
+    """{what: {end: bits}}, and a sheet of pictures."""
+    result, rows = {}, []
+    for what, cases in odd_cases(n).items():
+        images = draw(engine.generate, cases, what, guidance=GUIDANCE)
+        result[what] = judge(cases, images)
+        for c, image in list(zip(cases, images))[:2]:
+            shown = [part for part in c.prompt if isinstance(part, Image.Image)]
+            text = "".join(p if isinstance(p, str) else "[image]" for p in c.prompt)
+            rows.append(([*shown, image], f"{what}: {text}"))
+    sheet(rows, 96, 70).save(out / "odd.png")
+    return result
+
+
+# ---- what comes of it ---------------------------------------------------------------------------
+
+
+EXTRAS = {  # of the committed weights
+    "base": lambda out: against_base(),
+    "curve": lambda out: blend_curve(DreamEngine.load()),
+    "odd": lambda out: odd_ends(DreamEngine.load(), out),
+}
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def verdict(middle, half):
+    if abs(middle) <= half:
+        return "no difference shown"
+    return "the second" if middle > 0 else "the first"
+
+
+def compared(first, second):
+    middle, half = difference(first, second)
+    shares = [f"{sum(map(share, texts)) / len(texts):.3f}" for texts in (first, second)]
+    return [*shares, f"{middle:+.3f} ± {half:.3f}", verdict(middle, half)]
+
+
+def report(results):
+    """All results as Markdown: the tables of the README."""
+    parts = []
+    if base := results.get("base"):
+        pairs = [(f"{a}, guidance {g}", f"{b}, guidance {g}")
+                 for g in ("2", "4.5") for a, b in (("base", "stage 1"), ("stage 1", "stage 2"))]  # fmt: skip
+        rows = [[a, b, *compared([base[a]], [base[b]])] for a, b in pairs]
+        parts.append(table(["first", "second", "first", "second", "difference", "better"], rows))
+    rows = []
+    for c in COMPARISONS:
+        for row in c.rows:
+            first, second = (results["runs"].get(name, {}) for name in (c.first, c.second))
+            seeds = [s for s in first if s in second]
+            if len(seeds) < len(SEEDS):
+                continue
+            texts = [[scored[s][row]["exact"] for s in seeds] for scored in (first, second)]
+            rows.append([c.claim, c.question, c.first, c.second, row, *compared(*texts)])
+    head = ["claim", "question", "first", "second", "score", "first", "second", "difference"]
+    parts.append(table([*head, "better"], rows))
+    if curve := results.get("curve"):
+        rows = [
+            [row, check, *(f"{share(by_r[r][check]):.3f}" for r in by_r)]
+            for row, by_r in curve.items()
+            for check in next(iter(by_r.values()))
+        ]
+        parts.append(table(["", "", *(f"r = {r}" for r in RATIOS)], rows))
+    if odd := results.get("odd"):
+        rows = [
+            [what, len(next(iter(ends.values()))),
+             ", ".join(f"{end} {share(text):.2f}" for end, text in ends.items())]
+            for what, ends in odd.items()
+        ]  # fmt: skip
+        parts.append(table(["asked", "n", "how it ended"], rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def write(file, text):
+    partial = file.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, file)
+
+
+def main(arguments):
+    claims = [*EXTRAS, *dict.fromkeys(c.claim for c in COMPARISONS)]
+    parser = Parser(prog="evaluate.py claims", description="Train, score and compare.")
+    parser.add_argument("claims", nargs="*", metavar="claim", help=f"of {', '.join(claims)}")
+    parser.add_argument("--out", default="runs/claims", help="folder of runs, scores and pictures")
+    args = parser.parse_args(arguments)
+    if unknown := set(args.claims) - set(claims):
+        raise ValueError(f"unknown claim {unknown.pop()!r}: expected some of {', '.join(claims)}")
+    asked, out = args.claims or claims, Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    results = {"runs": {}}
+    for name, find in EXTRAS.items():
+        file = out / f"{name}.json"
+        if name in asked and not file.is_file():
+            write(file, json.dumps(find(out), indent=1) + "\n")
+        if file.is_file():
+            results[name] = json.loads(file.read_text())
+    for c in COMPARISONS:
+        for name in (c.first, c.second) if c.claim in asked else ():
+            results["runs"].setdefault(name, {str(s): run(name, s, out) for s in SEEDS})
+    write(out / "claims.json", json.dumps(results, indent=1) + "\n")
+    write(out / "claims.md", report(results))
+    if "curve" in results:
+        draw_curve(results["curve"]).save(out / "curve.png")
+    print(report(results))
