@@ -54,6 +54,7 @@ BOTH = "{out}/both-{seed}"
 RUNS = {  # by name: flags of train.py
     "both": ALIGN,
     "t2i alone": f"{ALIGN} --tasks t2i=1",
+    "t2i alone, 3000 steps": f"{ALIGN} --tasks t2i=1 --steps 3000",
     "i2i alone": f"{ALIGN} --tasks i2i=1",
     "r = 0": f"{ALIGN} --blend 0",
     "1 layer": f"{ALIGN} --layers 1",
@@ -95,7 +96,7 @@ STAGE2_ROWS = ("edits", "objects", "copies", "t2i")
 COMPARISONS = (
     Comparison("joint", "Does copying help text -> image?", "t2i alone", "both", ("t2i",)),
     Comparison("joint", "Does text -> image help copying?", "i2i alone", "both", ("copies",)),
-    Comparison("joint", "Is copying zero-shot?", "t2i alone", "both", ("copies",)),
+    Comparison("joint", "Is copying zero-shot?", "t2i alone, 3000 steps", "both", ("copies", "t2i")),
     Comparison("blend", "Is r at random better than r = 0?", "r = 0", "both",
                ("t2i", "copies", "copies at r = 1")),
     Comparison("blend", "The same in stage 2", "stage 2 at r = 0", "LoRA of rank 16",
@@ -137,6 +138,8 @@ def run(name, seed, out):
     scores = {}
     for r in (0.0, 1.0) if name in AT_R1 else (0.0,):
         for row, n in ROWS[stage].items():
+            if r and row == "t2i":  # without pictures nothing is blended
+                continue
             at = f"{row} at r = 1" if r else row
             scores[at] = score(engine.generate, row, n, f"claims {seed}", r, f"{name}, {at}")
     write(result, json.dumps(scores, indent=1) + "\n")
@@ -348,6 +351,9 @@ def table(head, rows):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+COMPARED = ("first", "second", "first", "second", "difference", "better")
+
+
 def verdict(middle, half):
     if abs(middle) <= half:
         return "no difference shown"
@@ -361,38 +367,52 @@ def compared(first, second):
 
 
 def report(results):
-    """All results as Markdown: the tables of the README."""
+    """All results as Markdown, as the README shows them."""
     parts = []
     if base := results.get("base"):
-        pairs = [(f"{a}, guidance {g}", f"{b}, guidance {g}")
-                 for g in ("2", "4.5") for a, b in (("base", "stage 1"), ("stage 1", "stage 2"))]  # fmt: skip
-        rows = [[a, b, *compared([base[a]], [base[b]])] for a, b in pairs]
-        parts.append(table(["first", "second", "first", "second", "difference", "better"], rows))
+        n = len(next(iter(base.values()))) // len(shapes.TASKS)
+        rows = [
+            [model, f"**{share(text):.3f}**"]
+            + [f"{share(text[i : i + n]):.2f}" for i in range(0, len(text), n)]
+            for model, text in base.items()
+        ]
+        parts.append(f"**Against the base**: text -> image, {n} prompts a task.")
+        parts.append(table(["", "mean", *shapes.TASKS], rows))
+        rows = [
+            [a, b, *compared([base[f"{a}, guidance {g}"]], [base[f"{b}, guidance {g}"]]), g]
+            for a, b in (("base", "stage 1"), ("stage 1", "stage 2"))
+            for g in ("2", "4.5")
+        ]
+        parts.append(table([*COMPARED, "guidance"], rows))
     rows = []
     for c in COMPARISONS:
+        if not {c.first, c.second} <= results["runs"].keys():
+            continue
+        first, second = (results["runs"][name].values() for name in (c.first, c.second))
         for row in c.rows:
-            first, second = (results["runs"].get(name, {}) for name in (c.first, c.second))
-            seeds = [s for s in first if s in second]
-            if len(seeds) < len(SEEDS):
-                continue
-            texts = [[scored[s][row]["exact"] for s in seeds] for scored in (first, second)]
-            rows.append([c.claim, c.question, c.first, c.second, row, *compared(*texts)])
-    head = ["claim", "question", "first", "second", "score", "first", "second", "difference"]
-    parts.append(table([*head, "better"], rows))
+            texts = [[scored[row]["exact"] for scored in runs] for runs in (first, second)]
+            rows.append([c.first, c.second, *compared(*texts), row, f"{c.question} (`{c.claim}`)"])
+    parts.append(f"**By training**: {len(SEEDS)} seeds each.")
+    parts.append(table([*COMPARED, "score", "question"], rows))
     if curve := results.get("curve"):
         rows = [
-            [row, check, *(f"{share(by_r[r][check]):.3f}" for r in by_r)]
+            [row, check, *(f"{share(at[check]):.3f}" for at in by_r.values())]
             for row, by_r in curve.items()
-            for check in next(iter(by_r.values()))
+            for check in by_r["0.0"]
         ]
-        parts.append(table(["", "", *(f"r = {r}" for r in RATIOS)], rows))
+        n = len(curve["copies"]["0.0"]["exact"])
+        parts.append(f"**The blend** (`curve`): stage 2 at guidance {GUIDANCE:g}, {n} cases a row.")
+        parts.append(table(["", "", *(f"r = {r:g}" for r in RATIOS)], rows))
     if odd := results.get("odd"):
         rows = [
-            [what, len(next(iter(ends.values()))),
-             ", ".join(f"{end} {share(text):.2f}" for end, text in ends.items())]
+            [what, ", ".join(f"{end} {share(text):.2f}" for end, text in ends.items())]
             for what, ends in odd.items()
-        ]  # fmt: skip
-        parts.append(table(["asked", "n", "how it ended"], rows))
+        ]
+        n = len(next(iter(next(iter(odd.values())).values())))
+        parts.append(
+            f"**Out of the ordinary** (`odd`): stage 2, {n} cases a row; the rest is none of it."
+        )
+        parts.append(table(["asked", "how it ended"], rows))
     return "\n\n".join(parts) + "\n"
 
 

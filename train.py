@@ -50,9 +50,9 @@ from logbook import (
 
 SHARES = {  # by stage: of each task among the microbatches
     1: {"t2i": 1, "i2i": 1},
-    2: {"t2i": 1, "i2i": 1, "edit": 2, "objects": 2},
+    2: {"t2i": 3, "i2i": 1, "edit": 3, "objects": 3},
 }
-STEPS, RATES = {1: 3000, 2: 6000}, {1: 2e-3, 2: 1e-3}  # that made the miniature
+STEPS, RATES = {1: 6000, 2: 8000}, {1: 2e-3, 2: 1e-3}  # that made the miniature
 PATIENCE = 5  # steps in a row that may fail
 
 
@@ -367,8 +367,8 @@ def parse(arguments=None):
     add("--blend", type=float, help="one r for all, 0 to 1; default: each example draws its own")
     add("--layers", type=int, default=2, help="of a new adapter")
     add("--mlp-dim", type=int, help="its hidden units; default: 4096, less for a small MM-DiT")
-    add("--steps", type=int, help="default: 3000 in stage 1, 6000 in stage 2")
-    add("--batch", type=int, default=64, help="examples in a microbatch")
+    add("--steps", type=int, help="default: 6000 in stage 1, 8000 in stage 2")
+    add("--batch", type=int, default=16, help="examples in a microbatch")
     add("--accumulate", type=int, default=1, help="microbatches a step, on each process")
     add("--lr", type=float, help="default: 2e-3 and 1e-3 for the miniature, else 5e-5")
     add("--warmup", type=int, default=100, help="steps")

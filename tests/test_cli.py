@@ -72,6 +72,7 @@ def test_prompts_of_several_lengths_are_drawn_together(capsys):
     together, alone = (np.asarray(Image.open(f), int) for f in ("all-2.png", "last.png"))
     assert abs(together - alone).max() <= 1
     assert Image.open("all-1.png").text["prompt"] == "a red circle"
+    capsys.readouterr()
     assert "1 <image> placeholders, but 2 images" in fails(
         sample.main, [*options[:5], "<image>", *images, "--image", "dog.png"], capsys
     )
