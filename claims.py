@@ -9,11 +9,10 @@ where it was.
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,18 +28,7 @@ from logbook import plot
 from mmdit import load_mmdit
 from pretrain import TEXT_ENCODER, TextEncoder, encode_text
 from pretrain import draw as draw_texts
-from scores import (
-    CASES,
-    Case,
-    difference,
-    draw,
-    judge,
-    object_cases,
-    only,
-    portrait,
-    share,
-)
-from shapes import Object, Scene
+from scores import CASES, difference, draw, judge, odd_cases, share
 
 GUIDANCE = 2.0  # at which the miniature draws best
 SEEDS = (0, 1, 2)
@@ -48,7 +36,7 @@ SEEDS = (0, 1, 2)
 # ---- what is trained ----------------------------------------------------------------------------
 
 ALIGN = "--stage 1 --steps 1000 --batch 16"
-TUNE = "--stage 2 --steps 600 --batch 16"
+TUNE = "--stage 2 --steps 500 --batch 16"
 BOTH = "{out}/both-{seed}"
 
 RUNS = {  # by name: flags of train.py
@@ -61,7 +49,7 @@ RUNS = {  # by name: flags of train.py
     "2 layers of 128": f"{ALIGN} --mlp-dim 128",
     "3 layers of 128": f"{ALIGN} --mlp-dim 128 --layers 3",
     "3 layers of 512": f"{ALIGN} --layers 3",
-    "random LMM": f"{ALIGN} --lmm {{out}}/random-lmm-{{seed}}",
+    "random LMM": f"{ALIGN} --lmm {{out}}/untrained-{{seed}}",
     "LoRA of rank 16": TUNE,
     "LoRA of rank 4": f"{TUNE} --rank 4",
     "LoRA of rank 1": f"{TUNE} --rank 1",
@@ -69,7 +57,7 @@ RUNS = {  # by name: flags of train.py
     "LoRA on the LMM": f"{TUNE} --lmm-lora",
     "stage 2 at r = 0": f"{TUNE} --blend 0",
     "both, then stage 2": f"{TUNE} --checkpoint {BOTH}",
-    "stage 2 from scratch": f"{TUNE} --steps 1600 --checkpoint none",
+    "stage 2 from scratch": f"{TUNE} --steps 1500 --checkpoint none",
 }
 ROWS = {  # by stage: what a run is scored on, cases for each seed
     1: {"t2i": 120, "copies": 100},
@@ -141,15 +129,15 @@ def run(name, seed, out):
             if r and row == "t2i":  # without pictures nothing is blended
                 continue
             at = f"{row} at r = 1" if r else row
-            scores[at] = score(engine.generate, row, n, f"claims {seed}", r, f"{name}, {at}")
+            scores[at] = score(engine.generate, row, n, f"claims {seed}", f"{name}, {at}", r=r)
     write(result, json.dumps(scores, indent=1) + "\n")
     return scores
 
 
-def score(generate, row, n, seed, r=0.0, what="", guidance=GUIDANCE):
-    """{check: bits} of n cases of a row."""
+def score(generate, row, n, seed, what="", guidance=GUIDANCE, **settings):
+    """{check: bits} of n cases of a row; settings as of `DreamEngine.generate`."""
     cases = [case for group in CASES[row](n, seed).values() for case in group]
-    return judge(cases, draw(generate, cases, what, guidance=guidance, r=r))
+    return judge(cases, draw(generate, cases, what, guidance=guidance, **settings))
 
 
 def random_lmm(folder, seed):
@@ -174,7 +162,7 @@ def against_base(n=600):
     stages["stage 2"] = DreamEngine.load(checkpoint=STAGE2, device="cpu")
     base = load_mmdit(SD3)  # an engine's own may have learnt LoRA
 
-    def by_base(prompts, task, guidance, seed, r):
+    def by_base(prompts, task, guidance, seed):
         texts = ["".join(prompt) for prompt in prompts]
         condition_of = lambda texts: encode_text(base, encoder, tokenizer, texts)
         vae = stages["stage 1"].vae
@@ -185,7 +173,7 @@ def against_base(n=600):
     for guidance in (2.0, 4.5):
         for name, generate in models.items():
             at = f"{name}, guidance {guidance:g}"
-            result[at] = score(generate, "t2i", n, "closing", 0.0, at, guidance)["exact"]
+            result[at] = score(generate, "t2i", n, "closing", at, guidance)["exact"]
     return result
 
 
@@ -196,7 +184,8 @@ def blend_curve(engine, n=200):
     """{row: {r: {check: bits}}}, all of the same cases."""
     return {
         row: {
-            str(r): score(engine.generate, row, n, "closing", r, f"{row}, r = {r}") for r in RATIOS
+            str(r): score(engine.generate, row, n, "closing", f"{row}, r = {r}", r=r)
+            for r in RATIOS
         }
         for row in ("copies", "edits", "objects", "mixing")
     }
@@ -213,113 +202,17 @@ def draw_curve(curve):
     return page
 
 
-def odd_cases(n, seed="closing"):
-    """Prompts that nothing in training was like, or that contradict themselves.
-
-    {what: [Case, ...]}; their checks are the ways in which it can end.
-    """
-    rng, result = random.Random(f"odd {seed}"), {}
-
-    def add(what, make):
-        result[what] = [make() for _ in range(n)]
-
-    def pair(color=None, shape=None):
-        while True:
-            found = color or rng.choice(list(shapes.COLORS)), shape or rng.choice(shapes.SHAPES)
-            if found not in shapes.HELD_OUT:
-                return found
-
-    def two():
-        a, b = pair(), pair()
-        while a[0] == b[0] or a[1] == b[1] or (b[0], a[1]) in shapes.HELD_OUT:
-            a, b = pair(), pair()
-        return a, b
-
-    def picture(kind):
-        return portrait(Scene("white", (Object(*kind, 4),)))
-
-    def case(task, prompt, ends, source=None):
-        return Case(task, prompt, None, ends, source)
-
-    def count():
-        color, shape = pair()
-        text = f"five {color} {shape}{'es' if shape == 'cross' else 's'}"
-        numbers = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
-        ends = {f"{word} of them": only(*[(color, shape)] * k) for k, word in numbers.items()}
-        return case("t2i", [text], ends)
-
-    def two_colors():
-        (first, shape), (second, _) = two()
-        ends = {"the first color": only((first, shape)), "the last color": only((second, shape))}
-        ends["both"] = only((first, shape), (second, shape))
-        return case("t2i", [f"a {first} {second} {shape}"], ends)
-
-    def unknown(text, end, holds):
-        def make():
-            color, _ = pair()
-            one = lambda read: read.scene and len(read.objects) == 1
-            ends = {end: lambda read: one(read) and holds(read.objects[0], color)}
-            return case("t2i", [text.format(color=color)], ends)
-
-        return make
-
-    def word_against_picture():
-        a, b = two()
-        said = (b[0], a[1])
-        ends = {"as the picture": only(a), "as the words": only(said), "both": only(a, said)}
-        return case("objects", [f"a {b[0]} {a[1]} ", picture(a)], ends)
-
-    def one_place():
-        (a, b), place = two(), rng.choice(range(9))
-        name = shapes.PLACES[place]
-        ends = {"the first": only(a), "the second": only(b), "both, one elsewhere": only(a, b)}
-        prompt = [f"{name} ", picture(a), f", {name} ", picture(b), ", white background"]
-        return case("objects", prompt, ends)
-
-    def absent():
-        scene = shapes.sample_scene("scene", rng, exam=True)
-        shape = rng.choice([s for s in shapes.SHAPES if s not in {o.shape for o in scene.objects}])
-        return edit(scene, f"remove the {pair(shape=shape)[0]} {shape}")
-
-    def already():
-        scene = shapes.sample_scene("single", rng, exam=True)
-        (o,) = scene.objects
-        return edit(scene, f"make the {o.shape} {o.color}")
-
-    def edit(scene, text):
-        left = [Scene(scene.background, tuple(o for o in scene.objects if o != gone))
-                for gone in scene.objects]  # fmt: skip
-        ends = {"nothing changed": lambda read: read.scene == scene}
-        ends["an object removed"] = lambda read: bool(read.objects) and read.scene in left
-        ends["another color or shape"] = lambda read: (
-            read.scene not in (None, scene)
-            and {o.place for o in read.objects} == {o.place for o in scene.objects}
-        )
-        source = shapes.render(scene)
-        return case("edit", [source, text], ends, source)
-
-    add("five of a kind (at most four were trained)", count)
-    add("two colors for one object", two_colors)
-    add("a color it does not know", unknown("an orange circle", "a circle",
-        lambda o, _: o.shape == "circle"))  # fmt: skip
-    add("a shape it does not know", unknown("a {color} hexagon", "an object of that color",
-        lambda o, color: o.color == color))  # fmt: skip
-    add("words against picture", word_against_picture)
-    add("two pictures for one place", one_place)
-    add("remove what is not there", absent)
-    add("make it what it is", already)
-    for k in (3, 4):
-        cases = object_cases(2 * n, seed, count=k)["objects"]
-        about = "all objects right" if k == 3 else "all objects right (never trained)"
-        result[f"{k} pictures, each with its place"] = [
-            replace(c, checks={about: c.checks["exact"], "all there, some elsewhere": misplaced(c)})
-            for c in cases
-        ]
+def two_guidances(engine, n=200):
+    """{row: {guidance: [bits without, bits with guidance of the null prompt, too]}}."""
+    result = {}
+    for row in ("edits", "objects"):
+        for g in (2.0, 4.5):
+            at = f"{row}, guidance {g:g}"
+            result[at] = [
+                score(engine.generate, row, n, "closing", at, g, null_guidance=s)["exact"]
+                for s in (1.0, 1.5)
+            ]
     return result
-
-
-def misplaced(case):
-    return lambda read: case.checks["kept"](read) and not case.checks["exact"](read)
 
 
 def odd_ends(engine, out, n=50):
@@ -342,6 +235,7 @@ def odd_ends(engine, out, n=50):
 EXTRAS = {  # of the committed weights
     "base": lambda out: against_base(),
     "curve": lambda out: blend_curve(DreamEngine.load()),
+    "guidance": lambda out: two_guidances(DreamEngine.load()),
     "odd": lambda out: odd_ends(DreamEngine.load(), out),
 }
 
@@ -403,6 +297,12 @@ def report(results):
         n = len(curve["copies"]["0.0"]["exact"])
         parts.append(f"**The blend** (`curve`): stage 2 at guidance {GUIDANCE:g}, {n} cases a row.")
         parts.append(table(["", "", *(f"r = {r:g}" for r in RATIOS)], rows))
+    if guided := results.get("guidance"):
+        rows = [[at, *compared([first], [second])] for at, (first, second) in guided.items()]
+        n = len(guided["edits, guidance 2"][0])
+        about = "of what the null prompt still holds: first 1, second 1.5"
+        parts.append(f"**A second guidance** (`guidance`), {about}; stage 2, {n} cases a row.")
+        parts.append(table(["", *COMPARED[2:]], rows))
     if odd := results.get("odd"):
         rows = [
             [what, ", ".join(f"{end} {share(text):.2f}" for end, text in ends.items())]

@@ -151,31 +151,47 @@ class DreamEngine(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, prompts, steps=28, guidance=4.5, r=0.0, size=None, seed=0, task=None, progress=iter
+        self,
+        prompts,
+        steps=28,
+        guidance=4.5,
+        r=0.0,
+        size=None,
+        seed=0,
+        task=None,
+        progress=iter,
+        null_guidance=1.0,
     ):
         """Draw one PIL image for each prompt, an interleaved list of strings and PIL images.
 
         size: (width, height) in pixels, multiples of 16. Image i is drawn from seed + i, the same
         alone as in any batch. task: one of prompts.TASKS. r: see `adapter.blend`. progress wraps the
-        steps, tqdm for one. Raises ValueError for settings that cannot be drawn.
+        steps, tqdm for one. null_guidance: of what the null prompt still holds, the picture of an
+        edit or the text around pictures of objects; see `flow.guide`. Raises ValueError for settings
+        that cannot be drawn.
         """
         width, height = size or (self.default_size, self.default_size)
-        self.check(steps, guidance, r, width, height)
+        self.check(steps, guidance, r, width, height, null_guidance)
         pairs = [apply_task(task, prompt) for prompt in prompts]
         positives, nulls = zip(*pairs)
         n = len(prompts)
-        guided = guidance != 1  # at 1 the null prompt cancels out
-        condition = self.encode([*positives, *nulls] if guided else positives, r)
+        if null_guidance != 1:
+            told = [*positives, *nulls, *[["Generate Image: "]] * n]
+        else:
+            told = [*positives, *nulls] if guidance != 1 else positives  # at 1 it cancels out
+        condition = self.encode(told, r)
         shape = (self.mmdit.config.channels, height // 8, width // 8)
-        latent = denoise(self.mmdit, condition, noise(n, shape, seed), steps, guidance, progress)
+        start = noise(n, shape, seed)
+        latent = denoise(self.mmdit, condition, start, steps, guidance, progress, null_guidance)
         return to_images(self.vae.decode(latent))
 
-    def check(self, steps, guidance, r, width, height):
+    def check(self, steps, guidance, r, width, height, null_guidance=1.0):
         """Raise ValueError, naming what is wrong and what would be right, before any long work."""
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        if not abs(guidance) < float("inf"):
-            raise ValueError(f"guidance must be a finite number, got {guidance}")
+        for strength in (guidance, null_guidance):
+            if not abs(strength) < float("inf"):
+                raise ValueError(f"guidance must be a finite number, got {strength}")
         if not 0 <= r <= 1:
             raise ValueError(f"blend must lie between 0 (LMM) and 1 (ViT), got {r}")
         largest = 8 * self.mmdit.config.patch * self.mmdit.config.positions
@@ -269,19 +285,23 @@ def noise(n, shape, seed):
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
-def denoise(transformer, condition, noise, steps=28, guidance=4.5, progress=iter):
+def denoise(
+    transformer, condition, noise, steps=28, guidance=4.5, progress=iter, null_guidance=1.0
+):
     """Noise (B, C, h, w) -> latent, by Euler's method with classifier-free guidance.
 
-    condition holds the B prompts and then their B null prompts; at guidance 1, the prompts alone.
+    condition holds the B prompts, their B null prompts unless guidance is 1, and B empty prompts if
+    null_guidance is not.
     """
     txt, mask, vec = condition.txt, condition.mask, condition.vec
 
     def velocity(z, t):
-        z = z.to(txt.dtype)
-        if guidance == 1:
-            return transformer(z, t, txt, vec, mask)
-        cond, null = transformer(torch.cat([z, z]), t, txt, vec, mask).float().chunk(2)
-        return flow.guide(cond, null, guidance)
+        copies = len(vec) // len(z)
+        v = transformer(z.to(txt.dtype).repeat(copies, 1, 1, 1), t, txt, vec, mask)
+        if copies == 1:
+            return v
+        cond, null, *empty = v.float().chunk(copies)
+        return flow.guide(cond, null, empty[0] if empty else null, guidance, null_guidance)
 
     return flow.euler(velocity, noise.to(txt.device), flow.sigma_schedule(steps), progress)
 

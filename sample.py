@@ -49,6 +49,8 @@ def parse(arguments=None):
     add("--blend", type=float, default=0.0, help="r: share of ViT features at images, 0 to 1")
     add("--steps", type=int, default=28, help="Euler steps")
     add("--guidance", type=float, default=4.5, help="classifier-free guidance; 1 is none")
+    add("--null-guidance", type=float, default=1.0,
+        help="of what the null prompt still holds, the picture of an edit; 1.5 may help edits")  # fmt: skip
     add("--seed", type=int, default=0, help="picture i is drawn from seed + i")
     add("--size", type=size, help="WIDTHxHEIGHT or one side, multiples of 16; default: the model's")
     add("--num", type=int, default=1, help="pictures of each prompt")
@@ -146,6 +148,7 @@ def main(arguments=None):
         args.seed,
         args.task,
         partial(tqdm, desc="drawing", unit="step"),
+        args.null_guidance,
     )
     hidden = ("prompt", "seed", "out", "num")
     settings = json.dumps({k: v for k, v in vars(args).items() if k not in hidden}, default=str)

@@ -127,7 +127,8 @@ def mixing_cases(n, seed, held_out=False):
         mixed = (b.color, a.shape)
         if a.color == b.color or a.shape == b.shape or (mixed in shapes.HELD_OUT) != held_out:
             continue
-        prompt = ["the shape of ", portrait(first), " in the color of ", portrait(second)]
+        pictures = [shapes.portrait(o, s.background) for o, s in ((a, first), (b, second))]
+        prompt = ["the shape of ", pictures[0], " in the color of ", pictures[1]]
         asked = Prompt("", (Mention(a.shape, b.color),))
         checks = {
             "exact": asked_for(asked),
@@ -140,6 +141,129 @@ def mixing_cases(n, seed, held_out=False):
         }
         cases.append(Case("objects", prompt, Scene("white", (Object(*mixed, 4),)), checks))
     return {"mixing": cases}
+
+
+def odd_cases(n, seed="closing"):
+    """Prompts that nothing in training was like, or that contradict themselves.
+
+    {what: [Case, ...]}; their checks are the ways in which it can end.
+    """
+    rng, result = random.Random(f"odd {seed}"), {}
+
+    def add(what, make):
+        result[what] = [make() for _ in range(n)]
+
+    def pair(color=None, shape=None):
+        while True:
+            found = color or rng.choice(list(shapes.COLORS)), shape or rng.choice(shapes.SHAPES)
+            if found not in shapes.HELD_OUT:
+                return found
+
+    def two():
+        a, b = pair(), pair()
+        while a[0] == b[0] or a[1] == b[1] or (b[0], a[1]) in shapes.HELD_OUT:
+            a, b = pair(), pair()
+        return a, b
+
+    def picture(kind):
+        return shapes.portrait(Object(*kind, 4))
+
+    def case(task, prompt, ends, source=None):
+        return Case(task, prompt, None, ends, source)
+
+    def count():
+        color, shape = pair()
+        text = f"five {color} {shape}{'es' if shape == 'cross' else 's'}"
+        numbers = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+        ends = {f"{word} of them": only(*[(color, shape)] * k) for k, word in numbers.items()}
+        return case("t2i", [text], ends)
+
+    def two_colors():
+        (first, shape), (second, _) = two()
+        ends = {"the first color": only((first, shape)), "the last color": only((second, shape))}
+        ends["both"] = only((first, shape), (second, shape))
+        return case("t2i", [f"a {first} {second} {shape}"], ends)
+
+    def unknown(text, end, holds):
+        def make():
+            color, _ = pair()
+            one = lambda read: read.scene and len(read.objects) == 1
+            ends = {end: lambda read: one(read) and holds(read.objects[0], color)}
+            return case("t2i", [text.format(color=color)], ends)
+
+        return make
+
+    def word_against_picture():
+        a, b = two()
+        said = (b[0], a[1])
+        ends = {"as the picture": only(a), "as the words": only(said), "both": only(a, said)}
+        return case("objects", [f"a {b[0]} {a[1]} ", picture(a)], ends)
+
+    def one_place():
+        (a, b), place = two(), rng.choice(range(9))
+        name = shapes.PLACES[place]
+        ends = {"the first": only(a), "the second": only(b), "both, one elsewhere": only(a, b)}
+        prompt = [f"{name} ", picture(a), f", {name} ", picture(b), ", white background"]
+        return case("objects", prompt, ends)
+
+    def one_object(k):
+        shape = rng.choice(shapes.SHAPES)
+        colors = rng.sample([c for c in shapes.COLORS if (c, shape) not in shapes.HELD_OUT], k)
+        shown = [(color, shape) for color in colors]
+        ends = {
+            "one of them": lambda read: any(only(one)(read) for one in shown),
+            "some of them": lambda read: read.scene and 1 < len(read.objects) < k
+            and set(kinds_of(read)) < set(shown),
+            "all of them": only(*shown),
+        }  # fmt: skip
+        return case("objects", [f"a {shape} ", *map(picture, shown)], ends)
+
+    def absent():
+        scene = shapes.sample_scene("scene", rng, exam=True)
+        shape = rng.choice([s for s in shapes.SHAPES if s not in {o.shape for o in scene.objects}])
+        return edit(scene, f"remove the {pair(shape=shape)[0]} {shape}")
+
+    def already():
+        scene = shapes.sample_scene("single", rng, exam=True)
+        (o,) = scene.objects
+        return edit(scene, f"make the {o.shape} {o.color}")
+
+    def edit(scene, text):
+        left = [Scene(scene.background, tuple(o for o in scene.objects if o != gone))
+                for gone in scene.objects]  # fmt: skip
+        ends = {"nothing changed": lambda read: read.scene == scene}
+        ends["an object removed"] = lambda read: bool(read.objects) and read.scene in left
+        ends["another color or shape"] = lambda read: (
+            read.scene not in (None, scene)
+            and {o.place for o in read.objects} == {o.place for o in scene.objects}
+        )
+        source = shapes.render(scene)
+        return case("edit", [source, text], ends, source)
+
+    add("five of a kind (at most four were trained)", count)
+    add("two colors for one object", two_colors)
+    add("a color it does not know", unknown("an orange circle", "a circle",
+        lambda o, _: o.shape == "circle"))  # fmt: skip
+    add("a shape it does not know", unknown("a {color} hexagon", "an object of that color",
+        lambda o, color: o.color == color))  # fmt: skip
+    add("words against picture", word_against_picture)
+    add("two pictures for one place", one_place)
+    for k in (3, 4):
+        add(f"{k} pictures of one object, each in another color", lambda k=k: one_object(k))
+    add("remove what is not there", absent)
+    add("make it what it is", already)
+    for k in (3, 4):
+        cases = object_cases(2 * n, seed, count=k)["objects"]
+        about = "all objects right" if k == 3 else "all objects right (never trained)"
+        result[f"{k} pictures, each with its place"] = [
+            replace(c, checks={about: c.checks["exact"], "all there, some elsewhere": misplaced(c)})
+            for c in cases
+        ]
+    return result
+
+
+def misplaced(case):
+    return lambda read: case.checks["kept"](read) and not case.checks["exact"](read)
 
 
 CASES = {
@@ -166,12 +290,6 @@ def kind(obj):
 
 def kinds_of(read):
     return map(kind, read.objects)
-
-
-def portrait(scene):
-    """The picture of a scene's first object alone."""
-    rows, cols = shapes.cell(scene.objects[0].place)
-    return shapes.render(scene).crop((cols.start, rows.start, cols.stop, rows.stop))
 
 
 # ---- what is drawn, and how it is judged --------------------------------------------------------

@@ -184,6 +184,13 @@ def render(scene):
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
+def portrait(obj, background="white"):
+    """The 16x16 picture of an object alone, as it stands in any scene."""
+    rows, cols = cell(obj.place)
+    whole = render(Scene(background, (obj,)))
+    return whole.crop((cols.start, rows.start, cols.stop, rows.stop))
+
+
 def box(obj):
     """Where an object is drawn: its cell's left, top, right and bottom in thousandths of the side."""
     rows, cols = cell(obj.place)

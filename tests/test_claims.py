@@ -34,7 +34,7 @@ def test_comparisons_ask_for_what_their_runs_are_scored_on():
 
 
 def test_odd_prompts_fit_their_templates_and_end_one_way():
-    for what, cases in claims.odd_cases(6, "test").items():
+    for what, cases in scores.odd_cases(6, "test").items():
         for case in cases:
             apply_task(case.task, case.prompt)
             blank = shapes.read(Image.new("RGB", (64, 64)))
@@ -76,10 +76,8 @@ def test_a_claim_is_trained_scored_compared_and_kept(tmp_path, monkeypatch, caps
         len(s["copies"]["exact"]) for run in results["runs"].values() for s in run.values()
     } == {4}
     said = (tmp_path / "claims.md").read_text()
-    assert (
-        "| layers | Do they help? | one | two | copies | 0.000 | 0.000 | +0.000 ± 0.000 |" in said
-    )
-    assert "no difference shown" in said and said in capsys.readouterr().out
+    line = "| one | two | 0.000 | 0.000 | +0.000 ± 0.000 | no difference shown | copies |"
+    assert f"{line} Do they help? (`layers`) |" in said and said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -97,4 +95,7 @@ def test_a_difference_is_claimed_only_beyond_its_interval(first, second, better)
 def test_unknown_claims_end_in_one_line(capsys):
     with pytest.raises(SystemExit), one_line_errors():
         evaluate.main(["claims", "beauty"])
-    assert "unknown claim 'beauty': expected some of base, curve, odd" in capsys.readouterr().err
+    assert (
+        "unknown claim 'beauty': expected some of base, curve, guidance, odd"
+        in capsys.readouterr().err
+    )

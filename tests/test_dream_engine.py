@@ -163,6 +163,19 @@ def test_a_ragged_batch_equals_its_items_alone(engine, r):
         assert relative(together.vec[i], alone.vec[0]) < 1e-5
 
 
+def test_thousands_of_tokens_and_many_pictures_beside_a_short_prompt(engine):
+    long = ["a red circle, " * 800, *PICTURES, " and ", *PICTURES]
+    batch = engine.collate([long, ["a ring"]])
+    assert batch.mask.sum(1)[0] > 3000 and len(batch.grids) == 6
+    together, alone = engine.encode([long, ["a ring"]]), engine.encode([["a ring"]])
+    n = alone.txt.shape[1]
+    assert relative(together.txt[1, :n], alone.txt[0]) < 1e-5
+    assert relative(together.vec[1], alone.vec[0]) < 1e-5
+    _, image = engine.generate([long, ["a ring"]], steps=1)
+    (same,) = engine.generate([["a ring"]], steps=1, seed=1)
+    assert np.abs(np.asarray(image, int) - np.asarray(same, int)).max() <= 1
+
+
 def test_r_moves_image_prompts_only(engine):
     text, image, _ = (engine.encode([p], 0.0).txt for p in PROMPTS)
     assert torch.equal(engine.encode([PROMPTS[0]], 1.0).txt, text)
@@ -195,9 +208,19 @@ def test_sizes(engine):
     assert image.size == (64, 64)
 
 
+def test_guidance_of_the_null_prompt(engine):
+    prompt, settings = [PICTURES[0], "make the star blue"], {"steps": 3, "task": "edit"}
+    (plain,) = engine.generate([prompt], **settings)
+    (nearly,) = engine.generate([prompt], **settings, null_guidance=1 + 1e-6)
+    (strong,) = engine.generate([prompt], **settings, null_guidance=3)
+    plain, nearly, strong = (np.asarray(image, int) for image in (plain, nearly, strong))
+    assert abs(plain - nearly).max() <= 1 and abs(plain - strong).max() > 20
+
+
 @pytest.mark.parametrize(
     "setting, message",
     [
+        ({"null_guidance": float("nan")}, "guidance"),
         ({"steps": 0}, "steps"),
         ({"guidance": float("nan")}, "guidance"),
         ({"guidance": float("inf")}, "guidance"),

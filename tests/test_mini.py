@@ -71,7 +71,7 @@ def test_the_lmm_describes_what_it_sees(engine):
 
 
 def test_pictures_match_their_prompts(engine):
-    prompts = [p for ps in shapes.benchmark(5, seed="test").values() for p in ps]
+    prompts = [p for pairs in shapes.benchmark(5, seed="test").values() for _, p in pairs]
     images = engine.generate([[p.text] for p in prompts])
     right = sum(shapes.matches(p, shapes.detect(i)) for p, i in zip(prompts, images))
     assert right >= 20  # of 30

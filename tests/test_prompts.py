@@ -171,6 +171,20 @@ def test_interleave_fills_placeholders_in_order():
             + [" and generate an image following: "],
         ),
         (
+            "combine",
+            ["a dog", A, ", a hat", B, ", a car ", A, "they meet"],
+            ["Combine the objects: ", "a dog", A, ", ", "a hat", B, ", ", "a car", A]
+            + [" and generate an image following: ", "they meet"],
+            ["Combine the objects: ", "a dog", A, ", ", "a hat", B, ", ", "a car", A]
+            + [" and generate an image following: "],
+        ),
+        (
+            "objects",
+            [A, " and ", B, ", then ", A],
+            ["Generate Image: ", A, " and ", B, ", then ", A],
+            ["Generate Image: ", "and , then"],
+        ),
+        (
             "objects",
             [" a ", A, " by ", B, " "],
             ["Generate Image: ", "a ", A, " by ", B, ""],

@@ -227,7 +227,7 @@ def test_resuming_with_other_settings_says_what_differs(monkeypatch):
     run(2, 2, "run", "--rank", "4")
     said = fails(2, 2, "run", "--resume", "--rank", "8", "--tasks", "t2i=1", "--batch", "3")
     assert "rank: 4 then, 8 now" in said and "batch: 2 then, 3 now" in said
-    assert "'edit 64x64 x 2 from rendered scenes'" in said and "now" in said
+    assert "'edit 64x64 x 3 from rendered scenes'" in said and "now" in said
     assert "seed" not in said
     monkeypatch.setattr(dream_engine, "fingerprint", lambda transformer: 1.5)
     assert "base: 11.1805 then, 1.5 now" in fails(1, 2, "one", "--resume")
