@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import shapes
 import weights
@@ -120,8 +120,8 @@ def run(name, seed, out):
         run("both", seed, out)
     command = [sys.executable, Path(__file__).with_name("train.py"), *flags]
     command += ["--seed", str(seed), "--out", folder, "--resume", "--keep", "1"]
-    subprocess.run([*command, "--sample-every", "0"], check=True)
-    shutil.rmtree(folder / "checkpoints")  # what is learnt lies beside it
+    if code := subprocess.run([*command, "--sample-every", "0"], check=False).returncode:
+        raise ValueError(f"{name}, seed {seed}: its training ended with code {code}")
     engine = DreamEngine.load(SD3, lmm, folder)
     scores = {}
     for r in (0.0, 1.0) if name in AT_R1 else (0.0,):
@@ -131,6 +131,7 @@ def run(name, seed, out):
             at = f"{row} at r = 1" if r else row
             scores[at] = score(engine.generate, row, n, f"claims {seed}", f"{name}, {at}", r=r)
     write(result, json.dumps(scores, indent=1) + "\n")
+    shutil.rmtree(folder / "checkpoints")  # what is learnt lies beside it
     return scores
 
 
@@ -154,21 +155,18 @@ def random_lmm(folder, seed):
 
 def against_base(n=600):
     """Text -> image by the base's own text encoder, by stage 1 and by stage 2: {model: bits}."""
-    tokenizer = AutoTokenizer.from_pretrained(LMM)
+    one, two = DreamEngine.load(checkpoint=STAGE1), DreamEngine.load(checkpoint=STAGE2)
     with torch.device("meta"):
-        encoder = TextEncoder(len(tokenizer))
-    weights.fill(encoder, weights.read(TEXT_ENCODER), TEXT_ENCODER, dtype=torch.float32)
-    stages = {"stage 1": DreamEngine.load(checkpoint=STAGE1, device="cpu")}
-    stages["stage 2"] = DreamEngine.load(checkpoint=STAGE2, device="cpu")
-    base = load_mmdit(SD3)  # an engine's own may have learnt LoRA
+        encoder = TextEncoder(len(one.tokenizer))
+    weights.fill(encoder, weights.read(TEXT_ENCODER), TEXT_ENCODER, one.device, torch.float32)
+    base = load_mmdit(SD3, one.device)
 
     def by_base(prompts, task, guidance, seed):
         texts = ["".join(prompt) for prompt in prompts]
-        condition_of = lambda texts: encode_text(base, encoder, tokenizer, texts)
-        vae = stages["stage 1"].vae
-        return draw_texts(base, vae, condition_of, texts, guidance=guidance, seed=seed)
+        condition_of = lambda texts: encode_text(base, encoder, one.tokenizer, texts)
+        return draw_texts(base, one.vae, condition_of, texts, guidance=guidance, seed=seed)
 
-    models = {"base": by_base} | {name: engine.generate for name, engine in stages.items()}
+    models = {"base": by_base, "stage 1": one.generate, "stage 2": two.generate}
     result = {}
     for guidance in (2.0, 4.5):
         for name, generate in models.items():
