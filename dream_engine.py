@@ -294,16 +294,18 @@ def denoise(
     null_guidance is not.
     """
     txt, mask, vec = condition.txt, condition.mask, condition.vec
+    copies, sigmas = len(vec) // len(noise), flow.sigma_schedule(steps)
+    modulations = iter(transformer.modulations(sigmas[:-1], vec))
 
     def velocity(z, t):
-        copies = len(vec) // len(z)
-        v = transformer(z.to(txt.dtype).repeat(copies, 1, 1, 1), t, txt, vec, mask)
+        z = z.to(txt.dtype).repeat(copies, 1, 1, 1)
+        v = transformer(z, t, txt, vec, mask, next(modulations))
         if copies == 1:
             return v
         cond, null, *empty = v.float().chunk(copies)
         return flow.guide(cond, null, empty[0] if empty else null, guidance, null_guidance)
 
-    return flow.euler(velocity, noise.to(txt.device), flow.sigma_schedule(steps), progress)
+    return flow.euler(velocity, noise.to(txt.device), sigmas, progress)
 
 
 # ---- loading ------------------------------------------------------------------------------------

@@ -97,10 +97,13 @@ class Attention(nn.Module):
 
     def heads(self, x):
         """x (B, n, D) -> q, k, v, each (B, heads, n, head_dim)."""
-        q, k, v = rearrange(
+        qkv = rearrange(
             self.qkv(x), "B n (three heads d) -> three B heads n d", three=3, d=self.head_dim
         )
-        return (self.ln_q(q), self.ln_k(k), v) if hasattr(self, "ln_q") else (q, k, v)
+        if not hasattr(self, "ln_q"):
+            return qkv
+        weights = torch.stack([self.ln_q.weight, self.ln_k.weight])[:, None, None, None]
+        return *(F.rms_norm(qkv[:2], (self.head_dim,), eps=1e-6) * weights), qkv[2]
 
 
 def attend(q, k, v, mask=None):
@@ -152,10 +155,17 @@ class JointBlock(nn.Module):
         self.context_block = Stream(config, last=last)
         self.x_block = Stream(config, dual=index in config.dual)
 
+    def modulation(self, c):
+        return self.context_block.modulation(c), self.x_block.modulation(c)
+
     def forward(self, txt, img, c, mask=None):
-        """txt (B, L, D), img (B, N, D), c (B, D), mask (B, 1, 1, L + N) -> txt (or None), img."""
-        shift1, scale1, *txt_mod = self.context_block.modulation(c)
-        img_shift1, img_scale1, img_gate1, *img_mod = self.x_block.modulation(c)
+        """txt (B, L, D), img (B, N, D), mask (B, 1, 1, L + N) -> txt (or None), img.
+
+        c (B, D), or what `modulation` made of it.
+        """
+        txt_mod, img_mod = self.modulation(c) if torch.is_tensor(c) else c
+        shift1, scale1, *txt_mod = txt_mod
+        img_shift1, img_scale1, img_gate1, *img_mod = img_mod
         img_norm = modulate(img, img_shift1, img_scale1)
 
         tq, tk, tv = self.context_block.attn.heads(modulate(txt, shift1, scale1))
@@ -166,19 +176,21 @@ class JointBlock(nn.Module):
         txt_y, img_y = y[:, : -img.shape[1]], y[:, -img.shape[1] :]
 
         x = img
-        img = img + img_gate1 * self.x_block.attn.proj(img_y)
+        img = torch.addcmul(img, img_gate1, self.x_block.attn.proj(img_y))
         img_shift2, img_scale2, img_gate2, *dual_mod = img_mod
         if dual_mod:  # reads the same input as the joint attention did
             shift, scale, gate = dual_mod
             y2 = attend(*self.x_block.attn2.heads(modulate(x, shift, scale)))
-            img = img + gate * self.x_block.attn2.proj(y2)
-        img = img + img_gate2 * self.x_block.mlp(modulate(img, img_shift2, img_scale2))
+            img = torch.addcmul(img, gate, self.x_block.attn2.proj(y2))
+        img_mlp = self.x_block.mlp(modulate(img, img_shift2, img_scale2))
+        img = torch.addcmul(img, img_gate2, img_mlp)
 
         if not txt_mod:
             return None, img
         gate1, shift2, scale2, gate2 = txt_mod
-        txt = txt + gate1 * self.context_block.attn.proj(txt_y)
-        return txt + gate2 * self.context_block.mlp(modulate(txt, shift2, scale2)), img
+        txt = torch.addcmul(txt, gate1, self.context_block.attn.proj(txt_y))
+        txt_mlp = self.context_block.mlp(modulate(txt, shift2, scale2))
+        return torch.addcmul(txt, gate2, txt_mlp), img
 
 
 class FinalLayer(nn.Module):
@@ -187,8 +199,11 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.width, config.patch**2 * config.channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
 
+    def modulation(self, c):
+        return self.adaLN_modulation(c)[:, None].chunk(2, dim=2)
+
     def forward(self, img, c):
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=2)
+        shift, scale = self.modulation(c) if torch.is_tensor(c) else c
         return self.linear(modulate(img, shift, scale))
 
 
@@ -218,12 +233,36 @@ class MMDiT(nn.Module):
         table = rearrange(self.pos_embed, "1 (h w) D -> h w D", h=side)
         return rearrange(table[top : top + h, left : left + w], "h w D -> 1 (h w) D")
 
-    def forward(self, latent, t, txt, vec, txt_mask=None):
+    def time_and_vec(self, t, vec):
+        """What modulates: t (B,) and vec (B, D) -> c (B, D)."""
+        return self.t_embedder(timestep_embedding(t).to(vec.dtype)) + vec
+
+    def modulations(self, times, vec):
+        """All that depends on (t, vec) alone, for vec (B, D) at each of the times, computed at once.
+
+        The adaLN layers, a third of all parameters, serve nothing else. Returns a list of what
+        `forward` takes as modulation, one for each time.
+        """
+        n = len(vec)
+        t = torch.as_tensor(times, dtype=torch.float32, device=vec.device).repeat_interleave(n)
+        c = self.time_and_vec(t, vec.repeat(len(times), 1))
+        whole = [block.modulation(c) for block in self.joint_blocks] + [
+            self.final_layer.modulation(c)
+        ]
+
+        def at(i, part):
+            if torch.is_tensor(part):
+                return part[i * n : (i + 1) * n]
+            return [at(i, inner) for inner in part]
+
+        return [at(i, whole) for i in range(len(times))]
+
+    def forward(self, latent, t, txt, vec, txt_mask=None, modulation=None):
         """Predict the velocity noise - x0.
 
         latent (B, C, H, W), even sides; t (B,) or a number, in [0, 1], 1 is pure noise;
-        txt (B, L, D) and vec (B, D) from `embed_text` or an adapter; txt_mask (B, L) bool, False at padding.
-        Returns (B, C, H, W).
+        txt (B, L, D) and vec (B, D) from `embed_text` or an adapter; txt_mask (B, L) bool, False at
+        padding; modulation: from `modulations`, for this t and vec. Returns (B, C, H, W).
         """
         p = self.config.patch
         if latent.shape[2] % p or latent.shape[3] % p:
@@ -232,17 +271,19 @@ class MMDiT(nn.Module):
             )
         h, w = latent.shape[2] // p, latent.shape[3] // p
         img = self.x_embedder(latent) + self.crop_positions(h, w)
-        t = torch.as_tensor(t, dtype=torch.float32, device=latent.device).expand(len(latent))
-        c = self.t_embedder(timestep_embedding(t).to(vec.dtype)) + vec
+        if modulation is None:
+            t = torch.as_tensor(t, dtype=torch.float32, device=latent.device).expand(len(latent))
+            c = self.time_and_vec(t, vec)
+            modulation = [c] * (self.config.depth + 1)
         mask = None
         if txt_mask is not None and not txt_mask.all():
             mask = F.pad(txt_mask, (0, h * w), value=True)[:, None, None]
-        for block in self.joint_blocks:
+        for block, c in zip(self.joint_blocks, modulation):
             if self.checkpointing and torch.is_grad_enabled():
                 txt, img = checkpoint(block, txt, img, c, mask, use_reentrant=False)
             else:
                 txt, img = block(txt, img, c, mask)
-        out = self.final_layer(img, c)
+        out = self.final_layer(img, modulation[-1])
         return rearrange(out, "B (h w) (p q C) -> B C (h p) (w q)", h=h, p=p, q=p)
 
 
