@@ -13,6 +13,7 @@ A picture counts only if it is just what was asked. For any weights, on their ow
 import json
 import os
 import sys
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -40,9 +41,10 @@ def score_rows(engine, rows, n, out, **settings):
     for row in rows:
         for held_out in (False, True):
             name = f"{row}, held-out pairs" if held_out else row
-            groups, lines = {}, []
-            for group, cases in CASES[row](n, STREAM, held_out).items():
-                images = draw(engine.generate, cases, f"{name}: {group}", **settings)
+            groups, lines, asked = {}, [], CASES[row](n, STREAM, held_out)
+            drawn = iter(draw(engine.generate, chain(*asked.values()), name, **settings))
+            for group, cases in asked.items():
+                images = list(islice(drawn, len(cases)))
                 groups[group] = judge(cases, images) | controls(engine.vae, cases, images)
                 lines += [[shapes.render(case.target) for case in cases[:10]], images[:10]]
                 if cases[0].source:

@@ -296,8 +296,11 @@ def kinds_of(read):
 
 
 def draw(generate, cases, what="", **settings):
-    """A picture for each case, case i from seed i; generate as `DreamEngine.generate`."""
-    images = []
+    """A picture for each case, case i from seed i; generate as `DreamEngine.generate`.
+
+    No two cases of a row share their noise: some noise is luckier than other.
+    """
+    cases, images = list(cases), []
     with tqdm(total=len(cases), desc=what, leave=False) as bar:
         for task, group in groupby(cases, lambda case: case.task):
             group = list(group)
