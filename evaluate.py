@@ -15,6 +15,7 @@ import os
 import sys
 from itertools import chain, islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -178,8 +179,8 @@ def geneval_summary(arguments):
     for record in read_jsonl(parser.parse_args(arguments).results, "tag", "correct"):
         by_tag.setdefault(record["tag"], []).append(bool(record["correct"]))
     for tag, flags in by_tag.items():
-        print(f"{tag:16} {share(flags):.4f}   n = {len(flags)}")
-    print(f"{'mean':16} {share(map(share, by_tag.values())):.4f}")
+        print(f"{tag:16} {fmean(flags):.4f}   n = {len(flags)}")
+    print(f"{'mean':16} {fmean(map(fmean, by_tag.values())):.4f}")
 
 
 @torch.no_grad()
