@@ -2,9 +2,9 @@
 
     python evaluate.py claims                # all of them, or only some: claims adapter rank
 
-RUNS says what is trained, COMPARISONS what is asked of it. Each run is trained with three seeds,
-scored on cases of that seed, and kept in --out/NAME-SEED, so that an interrupted command goes on
-where it was.
+RUNS says what is trained, COMPARISONS what is asked of it. Each run is trained with three seeds or
+five, scored on cases of that seed, and kept in --out/NAME-SEED, so that an interrupted command goes
+on where it was.
 """
 
 import json
@@ -31,7 +31,6 @@ from pretrain import draw as draw_texts
 from scores import CASES, difference, draw, judge, odd_cases, share
 
 GUIDANCE = 2.0  # at which the miniature draws best
-SEEDS = (0, 1, 2)
 
 # ---- what is trained ----------------------------------------------------------------------------
 
@@ -71,18 +70,19 @@ AT_R1 = ("both", "r = 0", "LoRA of rank 16", "stage 2 at r = 0")  # scored at r 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Is the second run better than the first?"""
+    """Is the second run, B, better than the first, A?"""
 
     claim: str
     question: str
     first: str
     second: str
     rows: tuple[str, ...]
+    seeds: int = 3
 
 
 STAGE2_ROWS = ("edits", "objects", "copies", "t2i")
 COMPARISONS = (
-    Comparison("joint", "Does copying help text -> image?", "t2i alone", "both", ("t2i",)),
+    Comparison("joint", "Does copying help text -> image?", "t2i alone", "both", ("t2i",), 5),
     Comparison("joint", "Does text -> image help copying?", "i2i alone", "both", ("copies",)),
     Comparison("joint", "Is copying zero-shot?", "t2i alone, 3000 steps", "both", ("copies", "t2i")),
     Comparison("blend", "Is r at random better than r = 0?", "r = 0", "both",
@@ -219,7 +219,7 @@ def odd_ends(engine, out, n=50):
     for what, cases in odd_cases(n).items():
         images = draw(engine.generate, cases, what, guidance=GUIDANCE)
         result[what] = judge(cases, images)
-        for c, image in list(zip(cases, images))[:2]:
+        for c, image in list(zip(cases, images))[:1]:
             shown = [part for part in c.prompt if isinstance(part, Image.Image)]
             text = "".join(p if isinstance(p, str) else "[image]" for p in c.prompt)
             rows.append(([*shown, image], f"{what}: {text}"))
@@ -243,13 +243,13 @@ def table(head, rows):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-COMPARED = ("first", "second", "first", "second", "difference", "better")
+COMPARED = ("A", "B", "score of A", "of B", "B - A", "better")
 
 
 def verdict(middle, half):
     if abs(middle) <= half:
         return "no difference shown"
-    return "the second" if middle > 0 else "the first"
+    return "B" if middle > 0 else "A"
 
 
 def compared(first, second):
@@ -278,14 +278,15 @@ def report(results):
         parts.append(table([*COMPARED, "guidance"], rows))
     rows = []
     for c in COMPARISONS:
-        if not {c.first, c.second} <= results["runs"].keys():
+        pair, seeds = (c.first, c.second), range(c.seeds)
+        scored = [[results["runs"].get(name, {}).get(str(s)) for s in seeds] for name in pair]
+        if None in scored[0] + scored[1]:
             continue
-        first, second = (results["runs"][name].values() for name in (c.first, c.second))
         for row in c.rows:
-            texts = [[scored[row]["exact"] for scored in runs] for runs in (first, second)]
-            rows.append([c.first, c.second, *compared(*texts), row, f"{c.question} (`{c.claim}`)"])
-    parts.append(f"**By training**: {len(SEEDS)} seeds each.")
-    parts.append(table([*COMPARED, "score", "question"], rows))
+            texts = [[of_seed[row]["exact"] for of_seed in runs] for runs in scored]
+            rows.append([*pair, *compared(*texts), row, f"{c.question} (`{c.claim}`)", c.seeds])
+    parts.append("**By training**")
+    parts.append(table([*COMPARED, "score", "question", "seeds"], rows))
     if curve := results.get("curve"):
         rows = [
             [row, check, *(f"{share(at[check]):.3f}" for at in by_r.values())]
@@ -298,7 +299,7 @@ def report(results):
     if guided := results.get("guidance"):
         rows = [[at, *compared([first], [second])] for at, (first, second) in guided.items()]
         n = len(guided["edits, guidance 2"][0])
-        about = "of what the null prompt still holds: first 1, second 1.5"
+        about = "of what the null prompt still holds: A 1, B 1.5"
         parts.append(f"**A second guidance** (`guidance`), {about}; stage 2, {n} cases a row.")
         parts.append(table(["", *COMPARED[2:]], rows))
     if odd := results.get("odd"):
@@ -339,7 +340,8 @@ def main(arguments):
             results[name] = json.loads(file.read_text())
     for c in COMPARISONS:
         for name in (c.first, c.second) if c.claim in asked else ():
-            results["runs"].setdefault(name, {str(s): run(name, s, out) for s in SEEDS})
+            for seed in range(c.seeds):
+                results["runs"].setdefault(name, {})[str(seed)] = run(name, seed, out)
     write(out / "claims.json", json.dumps(results, indent=1) + "\n")
     write(out / "claims.md", report(results))
     if "curve" in results:

@@ -13,7 +13,9 @@ A picture counts only if it is just what was asked. For any weights, on their ow
 import json
 import os
 import sys
+from itertools import chain, islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -40,9 +42,10 @@ def score_rows(engine, rows, n, out, **settings):
     for row in rows:
         for held_out in (False, True):
             name = f"{row}, held-out pairs" if held_out else row
-            groups, lines = {}, []
-            for group, cases in CASES[row](n, STREAM, held_out).items():
-                images = draw(engine.generate, cases, f"{name}: {group}", **settings)
+            groups, lines, asked = {}, [], CASES[row](n, STREAM, held_out)
+            drawn = iter(draw(engine.generate, chain(*asked.values()), name, **settings))
+            for group, cases in asked.items():
+                images = list(islice(drawn, len(cases)))
                 groups[group] = judge(cases, images) | controls(engine.vae, cases, images)
                 lines += [[shapes.render(case.target) for case in cases[:10]], images[:10]]
                 if cases[0].source:
@@ -176,8 +179,8 @@ def geneval_summary(arguments):
     for record in read_jsonl(parser.parse_args(arguments).results, "tag", "correct"):
         by_tag.setdefault(record["tag"], []).append(bool(record["correct"]))
     for tag, flags in by_tag.items():
-        print(f"{tag:16} {share(flags):.4f}   n = {len(flags)}")
-    print(f"{'mean':16} {share(map(share, by_tag.values())):.4f}")
+        print(f"{tag:16} {fmean(flags):.4f}   n = {len(flags)}")
+    print(f"{'mean':16} {fmean(map(fmean, by_tag.values())):.4f}")
 
 
 @torch.no_grad()

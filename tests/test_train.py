@@ -92,6 +92,29 @@ def test_not_one_frozen_byte_changes_and_all_that_learns_does(stage, more, engin
     assert not [k for k in learnt if torch.equal(learnt[k], started[k])]
 
 
+def test_adapters_of_other_depth_are_kept_and_gone_on_with(engines):
+    deep = run(1, 1, "deep", "--layers", "3", "--mlp-dim", "32")
+    assert [len(deep[f"adapter.txt.{i}.bias"]) for i in (0, 2, 4)] == [32, 32, 128]
+    goes_on = run(2, 1, "next", "--checkpoint", "deep")
+    assert {k for k in goes_on if k.startswith("adapter.")} == deep.keys()
+    assert {"adapter.txt.0.bias", "adapter.txt.2.bias"} & run(
+        1, 1, "flat", "--layers", "1"
+    ).keys() == {"adapter.txt.0.bias"}
+
+
+def test_one_r_for_all_and_stage_2_from_none(monkeypatch):
+    seen, condition = [], DreamEngine.condition
+    keep = lambda self, batch, r: seen.append(r) or condition(self, batch, r)
+    monkeypatch.setattr(DreamEngine, "condition", keep)
+    scratch = run(2, 2, "a", "--blend", "0.25", "--checkpoint", "none")
+    assert len(seen) == 2 and all(torch.equal(r, torch.full((2,), 0.25)) for r in seen)
+    assert any(name.startswith("lora.") for name in scratch)
+    learnt = load_file(train.STAGE1)["adapter.txt.0.weight"]
+    assert (scratch["adapter.txt.0.weight"] - learnt).norm() > 0.5 * learnt.norm()
+    run(1, 2, "b")
+    assert 0 < torch.stack(seen[2:]).std() and all(r.min() >= 0 and r.max() <= 1 for r in seen)
+
+
 def test_both_losses(engines):
     """The official one weighs the error by t squared."""
     run(1, 1, "a")
@@ -413,6 +436,9 @@ def test_manifests_of_all_tasks_train(capsys):
         (["--stage", "1", "--sd3", "big.safetensors"], "--data is missing"),
         (["--stage", "1", "--lr", "-1"], "--lr must be positive"),
         (["--stage", "1", "--size", "72"], "multiples of 16"),
+        (["--stage", "1", "--blend", "2"], "--blend must lie between 0"),
+        (["--stage", "1", "--layers", "0"], "--layers must be at least 1"),
+        (["--stage", "1", "--mlp-dim", "0"], "--mlp-dim must be positive"),
         (["--stage", "1", "--batch", "0"], "--batch must be at least 1"),
         (["--stage", "2", "--checkpoint", "gone.safetensors"], "gone.safetensors"),
     ],
