@@ -163,7 +163,9 @@ class JointBlock(nn.Module):
 
         c (B, D), or what `modulation` made of it.
         """
-        txt_mod, img_mod = self.modulation(c) if torch.is_tensor(c) else c
+        if torch.is_tensor(c):
+            c = self.context_block.modulation(c), self.x_block.modulation(c)
+        txt_mod, img_mod = c
         shift1, scale1, *txt_mod = txt_mod
         img_shift1, img_scale1, img_gate1, *img_mod = img_mod
         img_norm = modulate(img, img_shift1, img_scale1)

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -248,6 +248,8 @@ def distribute(engine, learning, shard, world):
         mesh = dist.init_device_mesh(engine.device.type, (world,))
         for block in (*engine.mmdit.joint_blocks, engine.mmdit):
             fully_shard(block, mesh=mesh, ignored_params=ignored)
+            method = "modulations" if block is engine.mmdit else "modulation"
+            register_fsdp_forward_method(block, method)  # it, too, needs the whole weights
     names = {name for name, _ in (*engine.named_parameters(), *engine.named_buffers())}
     frozen = names - learning.keys()
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(engine, frozen)
