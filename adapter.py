@@ -35,7 +35,8 @@ def _mlp(widths):
 
 
 class Adapter(nn.Module):
-    """Two two-layer MLPs: every LMM state becomes a text token, their mean the modulation vector."""
+    """Two MLPs, of two layers each: every LMM state becomes a text token, their mean the modulation
+    vector."""
 
     def __init__(self, lmm_width, width, mlp_dim=4096, layers=2):
         super().__init__()

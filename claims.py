@@ -22,13 +22,13 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 import shapes
 import weights
 from cli import Parser
-from data import sheet
+from data import example_row, sheet
 from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
 from logbook import plot
 from mmdit import load_mmdit
 from pretrain import TEXT_ENCODER, TextEncoder, encode_text
 from pretrain import draw as draw_texts
-from scores import CASES, difference, draw, judge, odd_cases, share
+from scores import CASES, STREAM, difference, draw, judge, odd_cases, share
 
 GUIDANCE = 2.0  # at which the miniature draws best
 
@@ -171,7 +171,7 @@ def against_base(n=600):
     for guidance in (2.0, 4.5):
         for name, generate in models.items():
             at = f"{name}, guidance {guidance:g}"
-            result[at] = score(generate, "t2i", n, "closing", at, guidance)["exact"]
+            result[at] = score(generate, "t2i", n, STREAM, at, guidance)["exact"]
     return result
 
 
@@ -182,8 +182,7 @@ def blend_curve(engine, n=200):
     """{row: {r: {check: bits}}}, all of the same cases."""
     return {
         row: {
-            str(r): score(engine.generate, row, n, "closing", f"{row}, r = {r}", r=r)
-            for r in RATIOS
+            str(r): score(engine.generate, row, n, STREAM, f"{row}, r = {r}", r=r) for r in RATIOS
         }
         for row in ("copies", "edits", "objects", "mixing")
     }
@@ -207,7 +206,7 @@ def two_guidances(engine, n=200):
         for g in (2.0, 4.5):
             at = f"{row}, guidance {g:g}"
             result[at] = [
-                score(engine.generate, row, n, "closing", at, g, null_guidance=s)["exact"]
+                score(engine.generate, row, n, STREAM, at, g, null_guidance=s)["exact"]
                 for s in (1.0, 1.5)
             ]
     return result
@@ -219,10 +218,7 @@ def odd_ends(engine, out, n=50):
     for what, cases in odd_cases(n).items():
         images = draw(engine.generate, cases, what, guidance=GUIDANCE)
         result[what] = judge(cases, images)
-        for c, image in list(zip(cases, images))[:1]:
-            shown = [part for part in c.prompt if isinstance(part, Image.Image)]
-            text = "".join(p if isinstance(p, str) else "[image]" for p in c.prompt)
-            rows.append(([*shown, image], f"{what}: {text}"))
+        rows.append(example_row(what, cases[0].prompt, images[0]))
     sheet(rows, 96, 70).save(out / "odd.png")
     return result
 

@@ -68,8 +68,8 @@ class DreamEngine(nn.Module):
         weights, or kept apart with merge=False, to train on. Or a folder of the published
         DreamEngine, whose LMM and MM-DiT then replace those of lmm and sd3, with lora_scale * B A
         added to their weights (1 as in the official demo, 2 as in its training; the files do not
-        say). None starts a new adapter, of so many layers of mlp_dim hidden units. mrope=False counts positions as early transformers did.
-        Raises FileNotFoundError or ValueError, with one line that says what does not fit.
+        say). None starts a new adapter, of so many layers of mlp_dim hidden units. mrope=False counts
+        positions as early transformers did. Raises FileNotFoundError or ValueError, with one line that says what does not fit.
         """
         device = usable_device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)

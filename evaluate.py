@@ -29,15 +29,13 @@ from data import sheet
 from dream_engine import LMM, SD3, STAGE2, DreamEngine
 from pretrain import describe_images, grid
 from prompts import crop_to, read_image, to_tensor
-from scores import CASES, bits, controls, draw, interval, judge, share
-
-STREAM = "closing"  # of cases that no choice of weights or settings has looked at
+from scores import CASES, STREAM, bits, controls, draw, interval, judge, share
 
 
 def score_rows(engine, rows, n, out, **settings):
-    """{row: {group: {check: bits}}} of all rows, also over held-out pairs, and sheets of pictures.
+    """Score rows, each also over held-out pairs: yields (name, {group: {check: bits}}) of each.
 
-    Yields each row when it is done.
+    Sheets of the first ten pictures go to out.
     """
     for row in rows:
         for held_out in (False, True):

@@ -103,7 +103,7 @@ class Attention(nn.Module):
         if not hasattr(self, "ln_q"):
             return qkv
         weights = torch.stack([self.ln_q.weight, self.ln_k.weight])[:, None, None, None]
-        return *(F.rms_norm(qkv[:2], (self.head_dim,), eps=1e-6) * weights), qkv[2]
+        return *(F.rms_norm(qkv[:2], (self.head_dim,), eps=self.ln_q.eps) * weights), qkv[2]
 
 
 def attend(q, k, v, mask=None):
@@ -156,6 +156,7 @@ class JointBlock(nn.Module):
         self.x_block = Stream(config, dual=index in config.dual)
 
     def modulation(self, c):
+        """What `forward` takes in place of c (B, D); FSDP may wrap this, so forward does not call it."""
         return self.context_block.modulation(c), self.x_block.modulation(c)
 
     def forward(self, txt, img, c, mask=None):
