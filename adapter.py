@@ -69,6 +69,15 @@ class LoRALinear(nn.Module):
         """What LoRA adds to the weight, (out, in)."""
         return self.scale * rearrange(self.B @ self.A, "parts o i -> (parts o) i")
 
+    @property
+    def weight(self):
+        """The weight with LoRA, for who needs a part of it only."""
+        return self.base.weight + self.delta().to(self.base.weight)
+
+    @property
+    def bias(self):
+        return self.base.bias
+
     def forward(self, x):
         low = torch.einsum("...i,pri->...pr", x, self.A.to(x.dtype))
         update = torch.einsum("...pr,por->...po", low, self.B.to(x.dtype)).flatten(-2)

@@ -39,6 +39,10 @@ class Condition:
     mask: torch.Tensor  # (B, L) bool, False at padding
     vec: torch.Tensor  # (B, D)
 
+    def first(self, n):
+        """The first n of the prompts."""
+        return Condition(self.txt[:n], self.mask[:n], self.vec[:n])
+
 
 class DreamEngine(nn.Module):
     """Everything between a prompt and a picture. `start_training` says what learns; else nothing."""
@@ -61,6 +65,8 @@ class DreamEngine(nn.Module):
         merge=True,
         layers=2,
         mlp_dim=None,
+        low_memory=False,
+        compile=False,
     ):
         """Load SD3.5 (single file or diffusers folder), Qwen2-VL (Hugging Face folder), an adapter.
 
@@ -69,10 +75,13 @@ class DreamEngine(nn.Module):
         DreamEngine, whose LMM and MM-DiT then replace those of lmm and sd3, with lora_scale * B A
         added to their weights (1 as in the official demo, 2 as in its training; the files do not
         say). None starts a new adapter, of so many layers of mlp_dim hidden units. mrope=False counts
-        positions as early transformers did. Raises FileNotFoundError or ValueError, with one line that says what does not fit.
+        positions as early transformers did. low_memory: see `save_memory`; compile: see
+        `MMDiT.compile_blocks`. Raises FileNotFoundError or ValueError, with one line that says what does not
+        fit.
         """
-        device = usable_device(device)
-        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        target = usable_device(device)
+        dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
+        device = "cpu" if low_memory else target
         config = lmm_config(lmm)
         if checkpoint is not None and (own := sorted(Path(checkpoint).glob("stage?.safetensors"))):
             checkpoint = own[-1]
@@ -102,11 +111,30 @@ class DreamEngine(nn.Module):
             if merge:
                 merge_lora(engine.mmdit)
                 merge_lora(engine.lmm)
+        if low_memory:
+            engine.save_memory(target)
+        if compile:
+            engine.mmdit.compile_blocks()
         return engine
+
+    def save_memory(self, device):
+        """Put on the device only what every step of the sampler needs; all else visits it for a call.
+
+        Of SD3.5-large that is two thirds, as the modulations are made once a picture. Nothing that is
+        drawn changes; what the engine cannot do any more is learn.
+        """
+        once = [self.adapter, self.vae.encoder, self.vae.decoder, *self.mmdit.embedders()]
+        once += [part for part in self.lmm.modules() if not list(part.children())]
+        for part in once:
+            weights.visit(part, device)
+        visiting = {inner for part in once for inner in part.modules()}
+        for part in self.mmdit.modules():
+            if part not in visiting:
+                weights.settle(part, device)
 
     @property
     def device(self):
-        return self.lmm.language_model.embed_tokens.weight.device
+        return self.mmdit.x_embedder.proj.weight.device
 
     @property
     def default_size(self):
@@ -161,17 +189,19 @@ class DreamEngine(nn.Module):
         task=None,
         progress=iter,
         null_guidance=1.0,
+        interval=(0.0, 1.0),
     ):
         """Draw one PIL image for each prompt, an interleaved list of strings and PIL images.
 
         size: (width, height) in pixels, multiples of 16. Image i is drawn from seed + i, the same
         alone as in any batch. task: one of prompts.TASKS. r: see `adapter.blend`. progress wraps the
         steps, tqdm for one. null_guidance: of what the null prompt still holds, the picture of an
-        edit or the text around pictures of objects; see `flow.guide`. Raises ValueError for settings
-        that cannot be drawn.
+        edit or the text around pictures of objects; see `flow.guide`. interval: the lowest and highest
+        t that are guided; others, at half the work, are as with guidance 1 (arXiv 2404.07724). Raises
+        ValueError for settings that cannot be drawn.
         """
         width, height = size or (self.default_size, self.default_size)
-        self.check(steps, guidance, r, width, height, null_guidance)
+        self.check(steps, guidance, r, width, height, null_guidance, interval)
         pairs = [apply_task(task, prompt) for prompt in prompts]
         positives, nulls = zip(*pairs)
         n = len(prompts)
@@ -182,16 +212,21 @@ class DreamEngine(nn.Module):
         condition = self.encode(told, r)
         shape = (self.mmdit.config.channels, height // 8, width // 8)
         start = noise(n, shape, seed)
-        latent = denoise(self.mmdit, condition, start, steps, guidance, progress, null_guidance)
+        guiding = guidance, null_guidance, interval
+        latent = denoise(self.mmdit, condition, start, steps, *guiding, progress)
         return to_images(self.vae.decode(latent))
 
-    def check(self, steps, guidance, r, width, height, null_guidance=1.0):
+    def check(self, steps, guidance, r, width, height, null_guidance=1.0, interval=(0.0, 1.0)):
         """Raise ValueError, naming what is wrong and what would be right, before any long work."""
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         for strength in (guidance, null_guidance):
             if not abs(strength) < float("inf"):
                 raise ValueError(f"guidance must be a finite number, got {strength}")
+        if not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(
+                f"guidance interval must rise within 0 to 1, got {interval[0]} to {interval[1]}"
+            )
         if not 0 <= r <= 1:
             raise ValueError(f"blend must lie between 0 (LMM) and 1 (ViT), got {r}")
         largest = 8 * self.mmdit.config.patch * self.mmdit.config.positions
@@ -239,7 +274,8 @@ class DreamEngine(nn.Module):
             x0 = self.vae.encode(image)
         condition = self.condition(batch, r)
         z = flow.add_noise(x0, noise, t).to(condition.txt.dtype)
-        velocity = self.mmdit(z, t, condition.txt, condition.vec, condition.mask)
+        mask = None if condition.mask.all() else condition.mask
+        velocity = self.mmdit(z, t, condition.txt, condition.vec, mask)
         return flow.velocity_loss(velocity, x0, noise, t if weighted else None)
 
     def learnt(self):
@@ -286,26 +322,34 @@ def noise(n, shape, seed):
 
 
 def denoise(
-    transformer, condition, noise, steps=28, guidance=4.5, progress=iter, null_guidance=1.0
-):
+    transformer, condition, noise, steps=28, guidance=4.5, null_guidance=1.0, interval=(0.0, 1.0),
+    progress=iter,
+):  # fmt: skip
     """Noise (B, C, h, w) -> latent, by Euler's method with classifier-free guidance.
 
     condition holds the B prompts, their B null prompts unless guidance is 1, and B empty prompts if
-    null_guidance is not.
+    null_guidance is not. Outside interval the B prompts alone are at work.
     """
-    txt, mask, vec = condition.txt, condition.mask, condition.vec
-    copies, sigmas = len(vec) // len(noise), flow.sigma_schedule(steps)
-    modulations = iter(transformer.modulations(sigmas[:-1], vec))
+    n, sigmas = len(noise), flow.sigma_schedule(steps)
+    h, w = (side // transformer.config.patch for side in noise.shape[2:])
+    given = {}  # to the transformer, at each t
+    for rows, is_guided in ((condition, True), (condition.first(n), False)):
+        times = [t for t in sigmas[:-1].tolist() if (interval[0] <= t <= interval[1]) == is_guided]
+        if times:
+            inputs = rows.txt, rows.vec, None if rows.mask.all() else rows.mask
+            prepared = transformer.prepare(times, rows.vec, rows.txt.shape[1], h, w)
+            given |= {t: (*inputs, at_t) for t, at_t in zip(times, prepared)}
 
     def velocity(z, t):
-        z = z.to(txt.dtype).repeat(copies, 1, 1, 1)
-        v = transformer(z, t, txt, vec, mask, next(modulations))
+        txt, *rest = given[t]
+        copies = len(txt) // n
+        v = transformer(z.to(txt.dtype).repeat(copies, 1, 1, 1), t, txt, *rest)
         if copies == 1:
             return v
         cond, null, *empty = v.float().chunk(copies)
         return flow.guide(cond, null, empty[0] if empty else null, guidance, null_guidance)
 
-    return flow.euler(velocity, noise.to(txt.device), sigmas, progress)
+    return flow.euler(velocity, noise.to(condition.txt.device), sigmas, progress)
 
 
 # ---- loading ------------------------------------------------------------------------------------

@@ -7,13 +7,15 @@ h w the latent's sides in patches (N = h w).
 """
 
 import math
+import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -74,40 +76,52 @@ class Embedder(nn.Module):
 
 
 class PatchEmbed(nn.Module):
+    """Stored as a convolution; its strides do not overlap, so it is one linear map of each patch."""
+
     def __init__(self, config):
         super().__init__()
-        self.proj = nn.Conv2d(config.channels, config.width, config.patch, stride=config.patch)
+        p = config.patch
+        self.proj = nn.Conv2d(config.channels, config.width, p, stride=p)
 
     def forward(self, latent):
-        return rearrange(self.proj(latent), "B D h w -> B (h w) D")
+        p, _ = self.proj.stride
+        patches = rearrange(latent, "B C (h p) (w q) -> B (h w) (C p q)", p=p, q=p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
     """Fused projections of one stream's attention; the attending itself may be joint."""
 
-    def __init__(self, config, has_output=True):
+    def __init__(self, config, last=False):
         super().__init__()
-        self.head_dim = config.head_dim
         self.qkv = nn.Linear(config.width, 3 * config.width)
-        if has_output:
+        if not last:
             self.proj = nn.Linear(config.width, config.width)
         if config.qk_norm:
             self.ln_q = nn.RMSNorm(config.head_dim, eps=1e-6)
             self.ln_k = nn.RMSNorm(config.head_dim, eps=1e-6)
 
-    def heads(self, x):
-        """x (B, n, D) -> q, k, v, each (B, heads, n, head_dim)."""
-        qkv = rearrange(
-            self.qkv(x), "B n (three heads d) -> three B heads n d", three=3, d=self.head_dim
-        )
-        if not hasattr(self, "ln_q"):
-            return qkv
-        weights = torch.stack([self.ln_q.weight, self.ln_k.weight])[:, None, None, None]
-        return *(F.rms_norm(qkv[:2], (self.head_dim,), eps=self.ln_q.eps) * weights), qkv[2]
+    def project(self, x):
+        """x (B, n, D) -> q, k, v side by side, (B, n, 3 D); no q, but zeros, of the last text stream."""
+        if hasattr(self, "proj"):
+            return self.qkv(x)
+        D = x.shape[-1]
+        return F.pad(F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]), (D, 0))
+
+    def gain(self, n):
+        """What q and k of n tokens are multiplied by after their norm, (2, 1, 1, n, head_dim)."""
+        weights = torch.stack([self.ln_q.weight, self.ln_k.weight])
+        return repeat(weights, "qk d -> qk 1 1 n d", n=n)
 
 
-def attend(q, k, v, mask=None):
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+def attend(qkv, head_dim, gain=None, mask=None, silent=0):
+    """qkv (B, n, 3 D) -> (B, n - silent, D). silent: tokens at the start that are only listened to.
+
+    gain: of q and k after an RMS norm; None: there is no norm.
+    """
+    qkv = rearrange(qkv, "B n (qkv heads d) -> qkv B heads n d", qkv=3, d=head_dim)
+    qk = qkv[:2] if gain is None else F.rms_norm(qkv[:2], (head_dim,), eps=1e-6) * gain
+    y = F.scaled_dot_product_attention(qk[0, :, :, silent:], qk[1], qkv[2], attn_mask=mask)
     return rearrange(y, "B heads n d -> B n (heads d)")
 
 
@@ -126,7 +140,7 @@ class Stream(nn.Module):
 
     def __init__(self, config, dual=False, last=False):
         super().__init__()
-        self.attn = Attention(config, has_output=not last)
+        self.attn = Attention(config, last)
         if dual:
             self.attn2 = Attention(config)
         if not last:
@@ -136,14 +150,19 @@ class Stream(nn.Module):
             nn.SiLU(), nn.Linear(config.width, chunks * config.width)
         )
 
-    def modulation(self, c):
-        """c (B, D) -> shift, scale[, gate, shift, scale, gate ...], each (B, 1, D)."""
-        m = self.adaLN_modulation(c)
-        return rearrange(m, "B (chunks D) -> chunks B 1 D", D=c.shape[-1]).unbind()
+
+def modulation(layer, c):
+    """An adaLN layer's output for c (B, D): shift, gain[, gate, shift, gain, gate ...].
+
+    (chunks, B, 1, D). The layer knows gains as their difference from 1.
+    """
+    m = rearrange(layer(c), "B (chunks D) -> chunks B 1 D", D=c.shape[-1])
+    m[1::3] += 1
+    return m
 
 
-def modulate(x, shift, scale):
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+def modulate(x, shift, gain):
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), gain)
 
 
 class JointBlock(nn.Module):
@@ -151,48 +170,57 @@ class JointBlock(nn.Module):
 
     def __init__(self, config, index):
         super().__init__()
+        self.config = config
         last = index == config.depth - 1
         self.context_block = Stream(config, last=last)
         self.x_block = Stream(config, dual=index in config.dual)
 
-    def modulation(self, c):
-        """What `forward` takes in place of c (B, D); FSDP may wrap this, so forward does not call it."""
-        return self.context_block.modulation(c), self.x_block.modulation(c)
+    def prepare(self, c, text, image):
+        """What it makes of c (B, D) before it sees any of its text and image tokens.
+
+        The modulations of both streams; the gains of q and k in the joint, and in the second attention.
+        """
+        streams = self.context_block, self.x_block
+        modulations = [modulation(stream.adaLN_modulation, c) for stream in streams]
+        if not self.config.qk_norm:
+            return *modulations, None, None
+        gains = [s.attn.gain(n) for s, n in zip(streams, (text, image))]
+        second = self.x_block.attn2.gain(image) if hasattr(self.x_block, "attn2") else None
+        return *modulations, torch.cat(gains, dim=3), second
 
     def forward(self, txt, img, c, mask=None):
         """txt (B, L, D), img (B, N, D), mask (B, 1, 1, L + N) -> txt (or None), img.
 
-        c (B, D), or what `modulation` made of it.
+        c (B, D), or what `prepare` made of it.
         """
-        if torch.is_tensor(c):
-            c = self.context_block.modulation(c), self.x_block.modulation(c)
-        txt_mod, img_mod = c
-        shift1, scale1, *txt_mod = txt_mod
-        img_shift1, img_scale1, img_gate1, *img_mod = img_mod
-        img_norm = modulate(img, img_shift1, img_scale1)
+        d, L, N = self.config.head_dim, txt.shape[1], img.shape[1]
+        txt_mod, img_mod, gain, gain2 = (
+            JointBlock.prepare(self, c, L, N) if torch.is_tensor(c) else c
+        )
+        shift1, gain1, *txt_mod = txt_mod
+        img_shift1, img_gain1, img_gate1, *img_mod = img_mod
+        is_last = not txt_mod
 
-        tq, tk, tv = self.context_block.attn.heads(modulate(txt, shift1, scale1))
-        iq, ik, iv = self.x_block.attn.heads(img_norm)
-        q = torch.cat([tq, iq], dim=2) if txt_mod else iq  # the last text output is not used
-        k, v = torch.cat([tk, ik], dim=2), torch.cat([tv, iv], dim=2)
-        y = attend(q, k, v, mask)
-        txt_y, img_y = y[:, : -img.shape[1]], y[:, -img.shape[1] :]
+        txt_qkv = self.context_block.attn.project(modulate(txt, shift1, gain1))
+        img_qkv = self.x_block.attn.project(modulate(img, img_shift1, img_gain1))
+        y = attend(torch.cat([txt_qkv, img_qkv], dim=1), d, gain, mask, L if is_last else 0)
+        txt_y, img_y = y[:, :-N], y[:, -N:]
 
         x = img
         img = torch.addcmul(img, img_gate1, self.x_block.attn.proj(img_y))
-        img_shift2, img_scale2, img_gate2, *dual_mod = img_mod
+        img_shift2, img_gain2, img_gate2, *dual_mod = img_mod
         if dual_mod:  # reads the same input as the joint attention did
-            shift, scale, gate = dual_mod
-            y2 = attend(*self.x_block.attn2.heads(modulate(x, shift, scale)))
+            shift, gain, gate = dual_mod
+            y2 = attend(self.x_block.attn2.project(modulate(x, shift, gain)), d, gain2)
             img = torch.addcmul(img, gate, self.x_block.attn2.proj(y2))
-        img_mlp = self.x_block.mlp(modulate(img, img_shift2, img_scale2))
+        img_mlp = self.x_block.mlp(modulate(img, img_shift2, img_gain2))
         img = torch.addcmul(img, img_gate2, img_mlp)
 
-        if not txt_mod:
+        if is_last:
             return None, img
-        gate1, shift2, scale2, gate2 = txt_mod
+        gate1, shift2, gain2, gate2 = txt_mod
         txt = torch.addcmul(txt, gate1, self.context_block.attn.proj(txt_y))
-        txt_mlp = self.context_block.mlp(modulate(txt, shift2, scale2))
+        txt_mlp = self.context_block.mlp(modulate(txt, shift2, gain2))
         return torch.addcmul(txt, gate2, txt_mlp), img
 
 
@@ -202,12 +230,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.width, config.patch**2 * config.channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
 
-    def modulation(self, c):
-        return self.adaLN_modulation(c)[:, None].chunk(2, dim=2)
-
     def forward(self, img, c):
-        shift, scale = self.modulation(c) if torch.is_tensor(c) else c
-        return self.linear(modulate(img, shift, scale))
+        shift, gain = modulation(self.adaLN_modulation, c) if c.ndim == 2 else c
+        return self.linear(modulate(img, shift, gain))
 
 
 class MMDiT(nn.Module):
@@ -234,38 +259,53 @@ class MMDiT(nn.Module):
             raise ValueError(f"latent of {h}x{w} patches is larger than the table, {side}x{side}")
         top, left = (side - h) // 2, (side - w) // 2
         table = rearrange(self.pos_embed, "1 (h w) D -> h w D", h=side)
-        return rearrange(table[top : top + h, left : left + w], "h w D -> 1 (h w) D")
+        positions = rearrange(table[top : top + h, left : left + w], "h w D -> 1 (h w) D")
+        return positions.to(self.x_embedder.proj.weight.device)
 
     def time_and_vec(self, t, vec):
         """What modulates: t (B,) and vec (B, D) -> c (B, D)."""
         return self.t_embedder(timestep_embedding(t).to(vec.dtype)) + vec
 
-    def modulations(self, times, vec):
-        """All that depends on (t, vec) alone, for vec (B, D) at each of the times, computed at once.
+    def prepare(self, times, vec, text, h, w):
+        """All that `forward` would compute anew at each of the times though no latent has a part in it.
 
-        The adaLN layers, a third of all parameters, serve nothing else. Returns a list of what
-        `forward` takes as modulation, one for each time.
+        For vec (B, D), text tokens and h x w patches. The adaLN layers, a third of all parameters,
+        serve nothing else. Returns a list of what `forward` takes as prepared, one for each time.
         """
-        n = len(vec)
-        t = torch.as_tensor(times, dtype=torch.float32, device=vec.device).repeat_interleave(n)
+        shape = len(times), len(vec)
+        t = torch.tensor(times, device=vec.device).repeat_interleave(len(vec))
         c = self.time_and_vec(t, vec.repeat(len(times), 1))
-        whole = [block.modulation(c) for block in self.joint_blocks] + [
-            self.final_layer.modulation(c)
-        ]
 
-        def at(i, part):
-            if torch.is_tensor(part):
-                return part[i * n : (i + 1) * n]
-            return [at(i, inner) for inner in part]
+        def by_time(m):
+            return m.unflatten(1, shape).unbind(1)
 
-        return [at(i, whole) for i in range(len(times))]
+        blocks = []
+        for block in self.joint_blocks:
+            txt_mod, img_mod, *gains = block.prepare(c, text, h * w)
+            blocks.append([(*mods, *gains) for mods in zip(by_time(txt_mod), by_time(img_mod))])
+        final = by_time(modulation(self.final_layer.adaLN_modulation, c))
+        positions = self.crop_positions(h, w)
+        return [(positions, *at_one_time) for at_one_time in zip(zip(*blocks), final)]
 
-    def forward(self, latent, t, txt, vec, txt_mask=None, modulation=None):
+    def compile_blocks(self):
+        """torch.compile the blocks: one program for all but the last, for texts of any length."""
+        if self.pos_embed.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise ValueError("compiling for the CPU needs a C++ compiler; install g++ or set CXX")
+        for block in self.joint_blocks[:-1]:
+            block.compile(dynamic=True)
+
+    def embedders(self):
+        """The parts that a sampling loop calls only before its first step."""
+        adaln = [m for name, m in self.named_modules() if name.endswith("adaLN_modulation")]
+        return [self.t_embedder, self.y_embedder, self.context_embedder, *adaln]
+
+    def forward(self, latent, t, txt, vec, txt_mask=None, prepared=None):
         """Predict the velocity noise - x0.
 
         latent (B, C, H, W), even sides; t (B,) or a number, in [0, 1], 1 is pure noise;
         txt (B, L, D) and vec (B, D) from `embed_text` or an adapter; txt_mask (B, L) bool, False at
-        padding; modulation: from `modulations`, for this t and vec. Returns (B, C, H, W).
+        padding, better None where there is none; prepared: from `prepare`, for this t and vec, and
+        then neither is read. Returns (B, C, H, W).
         """
         p = self.config.patch
         if latent.shape[2] % p or latent.shape[3] % p:
@@ -273,20 +313,21 @@ class MMDiT(nn.Module):
                 f"latent sides must be multiples of {p}, got {tuple(latent.shape[2:])}"
             )
         h, w = latent.shape[2] // p, latent.shape[3] // p
-        img = self.x_embedder(latent) + self.crop_positions(h, w)
-        if modulation is None:
+        if prepared is None:
             t = torch.as_tensor(t, dtype=torch.float32, device=latent.device).expand(len(latent))
             c = self.time_and_vec(t, vec)
-            modulation = [c] * (self.config.depth + 1)
+            prepared = self.crop_positions(h, w), [c] * self.config.depth, c
+        positions, of_blocks, of_final = prepared
+        img = self.x_embedder(latent) + positions
         mask = None
-        if txt_mask is not None and not txt_mask.all():
+        if txt_mask is not None:
             mask = F.pad(txt_mask, (0, h * w), value=True)[:, None, None]
-        for block, c in zip(self.joint_blocks, modulation):
+        for block, c in zip(self.joint_blocks, of_blocks):
             if self.checkpointing and torch.is_grad_enabled():
                 txt, img = checkpoint(block, txt, img, c, mask, use_reentrant=False)
             else:
                 txt, img = block(txt, img, c, mask)
-        out = self.final_layer(img, modulation[-1])
+        out = self.final_layer(img, of_final)
         return rearrange(out, "B (h w) (p q C) -> B C (h p) (w q)", h=h, p=p, q=p)
 
 

@@ -51,6 +51,8 @@ def parse(arguments=None):
     add("--guidance", type=float, default=4.5, help="classifier-free guidance; 1 is none")
     add("--null-guidance", type=float, default=1.0,
         help="of what the null prompt still holds, the picture of an edit; 1.5 may help edits")  # fmt: skip
+    add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
+        help="the noise levels t that are guided; all others take half the time")  # fmt: skip
     add("--seed", type=int, default=0, help="picture i is drawn from seed + i")
     add("--size", type=size, help="WIDTHxHEIGHT or one side, multiples of 16; default: the model's")
     add("--num", type=int, default=1, help="pictures of each prompt")
@@ -61,6 +63,9 @@ def parse(arguments=None):
         choices=("float32", "bfloat16", "float16"),
         help="default: fp32 on CPU, else bf16",
     )
+    add("--low-memory", action="store_true",
+        help="on the device only what every step needs: two thirds of SD3.5, nothing of the LMM")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile; pays for many or large pictures")
     add("--sd3", default=SD3, help="SD3 / SD3.5: single file or diffusers folder")
     add("--lmm", default=LMM, help="Qwen2-VL: Hugging Face folder")
     add("--checkpoint", help="file of train.py, or folder of the published DreamEngine")
@@ -138,6 +143,8 @@ def main(arguments=None):
         args.dtype and getattr(torch, args.dtype),
         args.lora_scale,
         mrope=args.positions == "mrope",
+        low_memory=args.low_memory,
+        compile=args.compile,
     )
     images = engine.generate(
         [prompt for prompt in prompts for _ in range(args.num)],
@@ -149,6 +156,7 @@ def main(arguments=None):
         args.task,
         partial(tqdm, desc="drawing", unit="step"),
         args.null_guidance,
+        args.guidance_interval,
     )
     hidden = ("prompt", "seed", "out", "num")
     settings = json.dumps({k: v for k, v in vars(args).items() if k not in hidden}, default=str)

@@ -248,8 +248,7 @@ def distribute(engine, learning, shard, world):
         mesh = dist.init_device_mesh(engine.device.type, (world,))
         for block in (*engine.mmdit.joint_blocks, engine.mmdit):
             fully_shard(block, mesh=mesh, ignored_params=ignored)
-            method = "modulations" if block is engine.mmdit else "modulation"
-            register_fsdp_forward_method(block, method)  # it, too, needs the whole weights
+            register_fsdp_forward_method(block, "prepare")  # it, too, needs the whole weights
     names = {name for name, _ in (*engine.named_parameters(), *engine.named_buffers())}
     frozen = names - learning.keys()
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(engine, frozen)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 
 def read(path):
@@ -122,3 +123,38 @@ def check(tensors, expected, source):
     if faults:
         more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
         raise ValueError(f"{source}: does not fit: {'; '.join(sorted(faults)[:4])}{more}")
+
+
+# ---- on a device too small for all --------------------------------------------------------------
+
+
+def settle(module, device):
+    """Move a module's own parameters, not those of its parts, to device for good."""
+    _put(module, {name: p.to(device) for name, p in module.named_parameters(recurse=False)})
+
+
+def visit(module, device):
+    """Leave the tensors of a module and its parts where they lie: each call brings copies to device and
+    drops them afterwards."""
+    home = [(part, _own(part)) for part in module.modules()]
+
+    def come(*_):
+        for part, tensors in home:
+            _put(part, {name: x.to(device) for name, x in tensors.items()})
+
+    def leave(*_):
+        for part, tensors in home:
+            _put(part, tensors)
+
+    module.register_forward_pre_hook(come)
+    module.register_forward_hook(leave, always_call=True)
+
+
+def _own(module):
+    return dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+
+
+def _put(module, tensors):
+    for name, x in tensors.items():
+        is_parameter = isinstance(getattr(module, name), nn.Parameter)
+        setattr(module, name, nn.Parameter(x, requires_grad=False) if is_parameter else x)

@@ -95,15 +95,15 @@ def test_full_sizes_have_the_published_numbers(family, keys, parameters, positio
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_modulations_at_once_equal_those_of_every_step(family, names):
+def test_what_is_prepared_at_once_equals_what_every_step_computes(family, names):
     model = mmdit.build(tensors(names[f"mmdit/{family}/single"]), "tiny")
     config, times = model.config, [1.0, 0.7, 0.05]
     generator = torch.Generator().manual_seed(0)
     shapes = (2, config.channels, 8, 8), (2, 7, config.width), (2, config.width)
     latent, txt, vec = (torch.randn(shape, generator=generator) for shape in shapes)
-    for t, modulation in zip(times, model.modulations(times, vec), strict=True):
+    for t, prepared in zip(times, model.prepare(times, vec, 7, 4, 4), strict=True):
         plain = model(latent, t, txt, vec)
-        assert relative(model(latent, t, txt, vec, modulation=modulation), plain) < 1e-5
+        assert relative(model(latent, t, txt, vec, prepared=prepared), plain) < 1e-5
         assert relative(model(latent, 0.3, txt, vec), plain) > 1e-3
 
 
