@@ -6,6 +6,7 @@ Letters: B batch, L tokens, D width of the MM-DiT, M width of the LMM, n image t
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
@@ -79,9 +80,9 @@ class LoRALinear(nn.Module):
         return self.base.bias
 
     def forward(self, x):
-        low = torch.einsum("...i,pri->...pr", x, self.A.to(x.dtype))
-        update = torch.einsum("...pr,por->...po", low, self.B.to(x.dtype)).flatten(-2)
-        return self.base(x) + self.scale * update
+        lows = F.linear(x, self.A.to(x.dtype).flatten(0, 1)).chunk(len(self.A), dim=-1)
+        updates = [F.linear(low, B) for low, B in zip(lows, self.B.to(x.dtype))]
+        return self.base(x).add(torch.cat(updates, dim=-1), alpha=self.scale)
 
 
 # The attention projections of an MMDiT (all streams, attn2 too) and of transformers' Qwen2 layers,

@@ -274,8 +274,7 @@ class DreamEngine(nn.Module):
             x0 = self.vae.encode(image)
         condition = self.condition(batch, r)
         z = flow.add_noise(x0, noise, t).to(condition.txt.dtype)
-        mask = None if condition.mask.all() else condition.mask
-        velocity = self.mmdit(z, t, condition.txt, condition.vec, mask)
+        velocity = self.mmdit(z, t, condition.txt, condition.vec, condition.mask)
         return flow.velocity_loss(velocity, x0, noise, t if weighted else None)
 
     def learnt(self):
@@ -336,18 +335,18 @@ def denoise(
     for rows, is_guided in ((condition, True), (condition.first(n), False)):
         times = [t for t in sigmas[:-1].tolist() if (interval[0] <= t <= interval[1]) == is_guided]
         if times:
-            inputs = rows.txt, rows.vec, None if rows.mask.all() else rows.mask
-            prepared = transformer.prepare(times, rows.vec, rows.txt.shape[1], h, w)
-            given |= {t: (*inputs, at_t) for t, at_t in zip(times, prepared)}
+            prepared = transformer.prepare(times, rows.vec, rows.mask, h, w)
+            given |= {t: (rows, at_t) for t, at_t in zip(times, prepared)}
 
     def velocity(z, t):
-        txt, *rest = given[t]
-        copies = len(txt) // n
-        v = transformer(z.to(txt.dtype).repeat(copies, 1, 1, 1), t, txt, *rest)
+        rows, prepared = given[t]
+        copies = len(rows.vec) // n
+        z = z.to(rows.txt.dtype).repeat(copies, 1, 1, 1)
+        v = transformer(z, t, rows.txt, rows.vec, prepared=prepared)
         if copies == 1:
             return v
         cond, null, *empty = v.float().chunk(copies)
-        return flow.guide(cond, null, empty[0] if empty else null, guidance, null_guidance)
+        return flow.guide(cond, null, guidance, *empty, null_guidance=null_guidance)
 
     return flow.euler(velocity, noise.to(condition.txt.device), sigmas, progress)
 

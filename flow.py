@@ -41,13 +41,14 @@ def euler(velocity_fn, noise, sigmas, progress=iter):
     return z
 
 
-def guide(cond, null, empty, guidance, null_guidance=1.0):
+def guide(cond, null, guidance, empty=None, null_guidance=1.0):
     """Classifier-free guidance (arXiv 2207.12598): v = v_null + g (v_cond - v_null).
 
     With another strength for what the null prompt still says, the picture in editing (arXiv
     2211.09800, eq. 3): v = v_empty + s (v_null - v_empty) + g (v_cond - v_null).
     """
-    return empty + null_guidance * (null - empty) + guidance * (cond - null)
+    start = null if empty is None else empty + null_guidance * (null - empty)
+    return start + guidance * (cond - null)
 
 
 # ---- training -----------------------------------------------------------------------------------

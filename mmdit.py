@@ -120,9 +120,21 @@ def attend(qkv, head_dim, gain=None, mask=None, silent=0):
     gain: of q and k after an RMS norm; None: there is no norm.
     """
     qkv = rearrange(qkv, "B n (qkv heads d) -> qkv B heads n d", qkv=3, d=head_dim)
-    qk = qkv[:2] if gain is None else F.rms_norm(qkv[:2], (head_dim,), eps=1e-6) * gain
-    y = F.scaled_dot_product_attention(qk[0, :, :, silent:], qk[1], qkv[2], attn_mask=mask)
+    qk, v = qkv.split([2, 1])
+    if gain is not None:
+        qk = F.rms_norm(qk, (head_dim,), eps=1e-6) * gain
+    q, k = qk
+    y = F.scaled_dot_product_attention(q[:, :, silent:], k, v.squeeze(0), attn_mask=mask)
     return rearrange(y, "B heads n d -> B n (heads d)")
+
+
+def joint_mask(txt_mask, image, dtype):
+    """What to add to the scores of attention, (B, 1, 1, L + image): -inf at padding. None if there is
+    no padding."""
+    if txt_mask.all():
+        return None
+    mask = F.pad(txt_mask, (0, image), value=True)[:, None, None]
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
 
 
 class MLP(nn.Module):
@@ -152,13 +164,12 @@ class Stream(nn.Module):
 
 
 def modulation(layer, c):
-    """An adaLN layer's output for c (B, D): shift, gain[, gate, shift, gain, gate ...].
+    """An adaLN layer's output for c (B, D): shift, gain[, gate, shift, gain, gate ...], each (B, 1, D).
 
-    (chunks, B, 1, D). The layer knows gains as their difference from 1.
+    The layer knows gains as their difference from 1.
     """
-    m = rearrange(layer(c), "B (chunks D) -> chunks B 1 D", D=c.shape[-1])
-    m[1::3] += 1
-    return m
+    chunks = rearrange(layer(c), "B (chunks D) -> chunks B 1 D", D=c.shape[-1]).unbind()
+    return [1 + x if i % 3 == 1 else x for i, x in enumerate(chunks)]
 
 
 def modulate(x, shift, gain):
@@ -189,7 +200,7 @@ class JointBlock(nn.Module):
         return *modulations, torch.cat(gains, dim=3), second
 
     def forward(self, txt, img, c, mask=None):
-        """txt (B, L, D), img (B, N, D), mask (B, 1, 1, L + N) -> txt (or None), img.
+        """txt (B, L, D), img (B, N, D), mask from `joint_mask` -> txt (or None), img.
 
         c (B, D), or what `prepare` made of it.
         """
@@ -204,7 +215,7 @@ class JointBlock(nn.Module):
         txt_qkv = self.context_block.attn.project(modulate(txt, shift1, gain1))
         img_qkv = self.x_block.attn.project(modulate(img, img_shift1, img_gain1))
         y = attend(torch.cat([txt_qkv, img_qkv], dim=1), d, gain, mask, L if is_last else 0)
-        txt_y, img_y = y[:, :-N], y[:, -N:]
+        txt_y, img_y = y.split([y.shape[1] - N, N], dim=1)
 
         x = img
         img = torch.addcmul(img, img_gate1, self.x_block.attn.proj(img_y))
@@ -231,7 +242,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
 
     def forward(self, img, c):
-        shift, gain = modulation(self.adaLN_modulation, c) if c.ndim == 2 else c
+        shift, gain = modulation(self.adaLN_modulation, c) if torch.is_tensor(c) else c
         return self.linear(modulate(img, shift, gain))
 
 
@@ -266,26 +277,27 @@ class MMDiT(nn.Module):
         """What modulates: t (B,) and vec (B, D) -> c (B, D)."""
         return self.t_embedder(timestep_embedding(t).to(vec.dtype)) + vec
 
-    def prepare(self, times, vec, text, h, w):
+    def prepare(self, times, vec, txt_mask, h, w):
         """All that `forward` would compute anew at each of the times though no latent has a part in it.
 
-        For vec (B, D), text tokens and h x w patches. The adaLN layers, a third of all parameters,
-        serve nothing else. Returns a list of what `forward` takes as prepared, one for each time.
+        For vec (B, D), txt_mask (B, L) bool and h x w patches. The adaLN layers, a third of all
+        parameters, serve nothing else. Returns a list of what `forward` takes as prepared, one for
+        each time.
         """
-        shape = len(times), len(vec)
         t = torch.tensor(times, device=vec.device).repeat_interleave(len(vec))
         c = self.time_and_vec(t, vec.repeat(len(times), 1))
 
-        def by_time(m):
-            return m.unflatten(1, shape).unbind(1)
+        def by_time(chunks):
+            shape = len(times), len(vec)
+            return list(zip(*(x.unflatten(0, shape).unbind() for x in chunks)))
 
         blocks = []
         for block in self.joint_blocks:
-            txt_mod, img_mod, *gains = block.prepare(c, text, h * w)
+            txt_mod, img_mod, *gains = block.prepare(c, txt_mask.shape[1], h * w)
             blocks.append([(*mods, *gains) for mods in zip(by_time(txt_mod), by_time(img_mod))])
         final = by_time(modulation(self.final_layer.adaLN_modulation, c))
-        positions = self.crop_positions(h, w)
-        return [(positions, *at_one_time) for at_one_time in zip(zip(*blocks), final)]
+        always = self.crop_positions(h, w), joint_mask(txt_mask, h * w, vec.dtype)
+        return [(*always, *at_one_time) for at_one_time in zip(zip(*blocks), final)]
 
     def compile_blocks(self):
         """torch.compile the blocks: one program for all but the last, for texts of any length."""
@@ -304,8 +316,8 @@ class MMDiT(nn.Module):
 
         latent (B, C, H, W), even sides; t (B,) or a number, in [0, 1], 1 is pure noise;
         txt (B, L, D) and vec (B, D) from `embed_text` or an adapter; txt_mask (B, L) bool, False at
-        padding, better None where there is none; prepared: from `prepare`, for this t and vec, and
-        then neither is read. Returns (B, C, H, W).
+        padding; prepared: from `prepare`, for this t, vec and txt_mask, which then are not read.
+        Returns (B, C, H, W).
         """
         p = self.config.patch
         if latent.shape[2] % p or latent.shape[3] % p:
@@ -316,12 +328,10 @@ class MMDiT(nn.Module):
         if prepared is None:
             t = torch.as_tensor(t, dtype=torch.float32, device=latent.device).expand(len(latent))
             c = self.time_and_vec(t, vec)
-            prepared = self.crop_positions(h, w), [c] * self.config.depth, c
-        positions, of_blocks, of_final = prepared
+            mask = None if txt_mask is None else joint_mask(txt_mask, h * w, txt.dtype)
+            prepared = self.crop_positions(h, w), mask, [c] * self.config.depth, c
+        positions, mask, of_blocks, of_final = prepared
         img = self.x_embedder(latent) + positions
-        mask = None
-        if txt_mask is not None:
-            mask = F.pad(txt_mask, (0, h * w), value=True)[:, None, None]
         for block, c in zip(self.joint_blocks, of_blocks):
             if self.checkpointing and torch.is_grad_enabled():
                 txt, img = checkpoint(block, txt, img, c, mask, use_reentrant=False)

@@ -66,8 +66,7 @@ def test_noising_and_loss():
 
 
 def test_guidance_extrapolates_from_null_to_cond():
-    cond, null = torch.tensor([3.0]), torch.tensor([1.0])
-    assert [flow.guide(cond, null, null, g).item() for g in (0, 1, 4)] == [1, 3, 9]
-    empty = torch.tensor(-1.0)
-    assert flow.guide(cond, null, empty, 4, 1) == 9  # as without it
-    assert flow.guide(cond, null, empty, 4, 3) == -1 + 3 * 2 + 4 * 2
+    cond, null, empty = torch.tensor(3.0), torch.tensor(1.0), torch.tensor(-1.0)
+    assert [flow.guide(cond, null, g).item() for g in (0, 1, 4)] == [1, 3, 9]
+    assert flow.guide(cond, null, 4, empty, 1) == 9  # as without it
+    assert flow.guide(cond, null, 4, empty, 3) == -1 + 3 * 2 + 4 * 2

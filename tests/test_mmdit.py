@@ -101,10 +101,11 @@ def test_what_is_prepared_at_once_equals_what_every_step_computes(family, names)
     generator = torch.Generator().manual_seed(0)
     shapes = (2, config.channels, 8, 8), (2, 7, config.width), (2, config.width)
     latent, txt, vec = (torch.randn(shape, generator=generator) for shape in shapes)
-    for t, prepared in zip(times, model.prepare(times, vec, 7, 4, 4), strict=True):
-        plain = model(latent, t, txt, vec)
-        assert relative(model(latent, t, txt, vec, prepared=prepared), plain) < 1e-5
-        assert relative(model(latent, 0.3, txt, vec), plain) > 1e-3
+    mask = torch.arange(7) < torch.tensor([[7], [4]])
+    for t, prepared in zip(times, model.prepare(times, vec, mask, 4, 4), strict=True):
+        plain = model(latent, t, txt, vec, mask)
+        assert relative(model(latent, None, txt, None, prepared=prepared), plain) < 1e-5
+        assert relative(model(latent, 0.3, txt, vec, mask), plain) > 1e-3
 
 
 def test_the_position_table_counts_columns_in_its_first_half():
