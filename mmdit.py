@@ -109,9 +109,9 @@ class Attention(nn.Module):
         return F.pad(F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]), (D, 0))
 
     def gain(self, n):
-        """What q and k of n tokens are multiplied by after their norm, (2, 1, 1, n, head_dim)."""
+        """What q and k of n tokens are multiplied by after their norm, (n, 2, 1, head_dim)."""
         weights = torch.stack([self.ln_q.weight, self.ln_k.weight])
-        return repeat(weights, "qk d -> qk 1 1 n d", n=n)
+        return repeat(weights, "qk d -> n qk 1 d", n=n)
 
 
 def attend(qkv, head_dim, gain=None, mask=None, silent=0):
@@ -119,12 +119,12 @@ def attend(qkv, head_dim, gain=None, mask=None, silent=0):
 
     gain: of q and k after an RMS norm; None: there is no norm.
     """
-    qkv = rearrange(qkv, "B n (qkv heads d) -> qkv B heads n d", qkv=3, d=head_dim)
-    qk, v = qkv.split([2, 1])
+    qk, v = qkv.unflatten(2, (3, -1, head_dim)).split([2, 1], dim=2)
     if gain is not None:
         qk = F.rms_norm(qk, (head_dim,), eps=1e-6) * gain
-    q, k = qk
-    y = F.scaled_dot_product_attention(q[:, :, silent:], k, v.squeeze(0), attn_mask=mask)
+    q, k = rearrange(qk, "B n qk heads d -> qk B heads n d")
+    v = rearrange(v, "B n 1 heads d -> B heads n d")
+    y = F.scaled_dot_product_attention(q[:, :, silent:], k, v, attn_mask=mask)
     return rearrange(y, "B heads n d -> B n (heads d)")
 
 
@@ -197,7 +197,7 @@ class JointBlock(nn.Module):
             return *modulations, None, None
         gains = [s.attn.gain(n) for s, n in zip(streams, (text, image))]
         second = self.x_block.attn2.gain(image) if hasattr(self.x_block, "attn2") else None
-        return *modulations, torch.cat(gains, dim=3), second
+        return *modulations, torch.cat(gains), second
 
     def forward(self, txt, img, c, mask=None):
         """txt (B, L, D), img (B, N, D), mask from `joint_mask` -> txt (or None), img.
