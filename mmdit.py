@@ -94,6 +94,7 @@ class Attention(nn.Module):
 
     def __init__(self, config, last=False):
         super().__init__()
+        self.head_dim = config.head_dim
         self.qkv = nn.Linear(config.width, 3 * config.width)
         if not last:
             self.proj = nn.Linear(config.width, config.width)
@@ -102,29 +103,31 @@ class Attention(nn.Module):
             self.ln_k = nn.RMSNorm(config.head_dim, eps=1e-6)
 
     def project(self, x):
-        """x (B, n, D) -> q, k, v side by side, (B, n, 3 D); no q, but zeros, of the last text stream."""
+        """x (B, n, D) -> q, k, v, (3, B, heads, n, d); zeros for q in the last text stream, which asks
+        nothing."""
         if hasattr(self, "proj"):
-            return self.qkv(x)
-        D = x.shape[-1]
-        return F.pad(F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]), (D, 0))
+            qkv = self.qkv(x)
+        else:
+            D = x.shape[-1]
+            qkv = F.pad(F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]), (D, 0))
+        return rearrange(qkv, "B n (qkv heads d) -> qkv B heads n d", qkv=3, d=self.head_dim)
 
     def gain(self, n):
-        """What q and k of n tokens are multiplied by after their norm, (n, 2, 1, head_dim)."""
+        """What q and k of n tokens are multiplied by after their norm, (2, 1, 1, n, d)."""
         weights = torch.stack([self.ln_q.weight, self.ln_k.weight])
-        return repeat(weights, "qk d -> n qk 1 d", n=n)
+        return repeat(weights, "qk d -> qk 1 1 n d", n=n)
 
 
-def attend(qkv, head_dim, gain=None, mask=None, silent=0):
-    """qkv (B, n, 3 D) -> (B, n - silent, D). silent: tokens at the start that are only listened to.
+def attend(qkv, gain=None, mask=None, silent=0):
+    """qkv (3, B, heads, n, d) -> (B, n - silent, D). silent: tokens at the start that ask nothing.
 
     gain: of q and k after an RMS norm; None: there is no norm.
     """
-    qk, v = qkv.unflatten(2, (3, -1, head_dim)).split([2, 1], dim=2)
+    qk, v = qkv.split([2, 1])
     if gain is not None:
-        qk = F.rms_norm(qk, (head_dim,), eps=1e-6) * gain
-    q, k = rearrange(qk, "B n qk heads d -> qk B heads n d")
-    v = rearrange(v, "B n 1 heads d -> B heads n d")
-    y = F.scaled_dot_product_attention(q[:, :, silent:], k, v, attn_mask=mask)
+        qk = F.rms_norm(qk, qk.shape[-1:], eps=1e-6) * gain
+    q, k = qk
+    y = F.scaled_dot_product_attention(q[:, :, silent:], k, v.squeeze(0), attn_mask=mask)
     return rearrange(y, "B heads n d -> B n (heads d)")
 
 
@@ -197,14 +200,14 @@ class JointBlock(nn.Module):
             return *modulations, None, None
         gains = [s.attn.gain(n) for s, n in zip(streams, (text, image))]
         second = self.x_block.attn2.gain(image) if hasattr(self.x_block, "attn2") else None
-        return *modulations, torch.cat(gains), second
+        return *modulations, torch.cat(gains, dim=3), second
 
     def forward(self, txt, img, c, mask=None):
         """txt (B, L, D), img (B, N, D), mask from `joint_mask` -> txt (or None), img.
 
         c (B, D), or what `prepare` made of it.
         """
-        d, L, N = self.config.head_dim, txt.shape[1], img.shape[1]
+        L, N = txt.shape[1], img.shape[1]
         txt_mod, img_mod, gain, gain2 = (
             JointBlock.prepare(self, c, L, N) if torch.is_tensor(c) else c
         )
@@ -214,7 +217,7 @@ class JointBlock(nn.Module):
 
         txt_qkv = self.context_block.attn.project(modulate(txt, shift1, gain1))
         img_qkv = self.x_block.attn.project(modulate(img, img_shift1, img_gain1))
-        y = attend(torch.cat([txt_qkv, img_qkv], dim=1), d, gain, mask, L if is_last else 0)
+        y = attend(torch.cat([txt_qkv, img_qkv], dim=3), gain, mask, L if is_last else 0)
         txt_y, img_y = y.split([y.shape[1] - N, N], dim=1)
 
         x = img
@@ -222,7 +225,7 @@ class JointBlock(nn.Module):
         img_shift2, img_gain2, img_gate2, *dual_mod = img_mod
         if dual_mod:  # reads the same input as the joint attention did
             shift, gain, gate = dual_mod
-            y2 = attend(self.x_block.attn2.project(modulate(x, shift, gain)), d, gain2)
+            y2 = attend(self.x_block.attn2.project(modulate(x, shift, gain)), gain2)
             img = torch.addcmul(img, gate, self.x_block.attn2.proj(y2))
         img_mlp = self.x_block.mlp(modulate(img, img_shift2, img_gain2))
         img = torch.addcmul(img, img_gate2, img_mlp)
