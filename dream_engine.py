@@ -177,7 +177,7 @@ class DreamEngine(nn.Module):
         """Prompts, each a list of strings and PIL images exactly as the LMM shall read them."""
         return self.condition(self.collate(prompts), r)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(
         self,
         prompts,
