@@ -189,6 +189,41 @@ class JointBlock(nn.Module):
         self.context_block = Stream(config, last=last)
         self.x_block = Stream(config, dual=index in config.dual)
 
+    def forward(self, txt, img, c, mask=None):
+        """txt (B, L, D), img (B, N, D), mask from `joint_mask` -> txt (or None), img.
+
+        c (B, D), or what `prepare` made of it.
+        """
+        L, N = txt.shape[1], img.shape[1]
+        if torch.is_tensor(c):
+            c = JointBlock.prepare(self, c, L, N)
+        txt_mod, img_mod, qk_gain, dual_qk_gain = c
+        shift1, gain1, *txt_mod = txt_mod
+        img_shift1, img_gain1, img_gate1, *img_mod = img_mod
+        is_last = not txt_mod
+
+        txt_qkv = self.context_block.attn.project(modulate(txt, shift1, gain1))
+        img_qkv = self.x_block.attn.project(modulate(img, img_shift1, img_gain1))
+        y = attend(torch.cat([txt_qkv, img_qkv], dim=3), qk_gain, mask, L if is_last else 0)
+        txt_y, img_y = y.split([y.shape[1] - N, N], dim=1)
+
+        x = img
+        img = torch.addcmul(img, img_gate1, self.x_block.attn.proj(img_y))
+        img_shift2, img_gain2, img_gate2, *dual_mod = img_mod
+        if dual_mod:  # reads the same input as the joint attention did
+            shift, gain, gate = dual_mod
+            y2 = attend(self.x_block.attn2.project(modulate(x, shift, gain)), dual_qk_gain)
+            img = torch.addcmul(img, gate, self.x_block.attn2.proj(y2))
+        img_mlp = self.x_block.mlp(modulate(img, img_shift2, img_gain2))
+        img = torch.addcmul(img, img_gate2, img_mlp)
+
+        if is_last:
+            return None, img
+        gate1, shift2, gain2, gate2 = txt_mod
+        txt = torch.addcmul(txt, gate1, self.context_block.attn.proj(txt_y))
+        txt_mlp = self.context_block.mlp(modulate(txt, shift2, gain2))
+        return torch.addcmul(txt, gate2, txt_mlp), img
+
     def prepare(self, c, text, image):
         """What it makes of c (B, D) before it sees any of its text and image tokens.
 
@@ -201,41 +236,6 @@ class JointBlock(nn.Module):
         gains = [s.attn.gain(n) for s, n in zip(streams, (text, image))]
         second = self.x_block.attn2.gain(image) if hasattr(self.x_block, "attn2") else None
         return *modulations, torch.cat(gains, dim=3), second
-
-    def forward(self, txt, img, c, mask=None):
-        """txt (B, L, D), img (B, N, D), mask from `joint_mask` -> txt (or None), img.
-
-        c (B, D), or what `prepare` made of it.
-        """
-        L, N = txt.shape[1], img.shape[1]
-        txt_mod, img_mod, gain, gain2 = (
-            JointBlock.prepare(self, c, L, N) if torch.is_tensor(c) else c
-        )
-        shift1, gain1, *txt_mod = txt_mod
-        img_shift1, img_gain1, img_gate1, *img_mod = img_mod
-        is_last = not txt_mod
-
-        txt_qkv = self.context_block.attn.project(modulate(txt, shift1, gain1))
-        img_qkv = self.x_block.attn.project(modulate(img, img_shift1, img_gain1))
-        y = attend(torch.cat([txt_qkv, img_qkv], dim=3), gain, mask, L if is_last else 0)
-        txt_y, img_y = y.split([y.shape[1] - N, N], dim=1)
-
-        x = img
-        img = torch.addcmul(img, img_gate1, self.x_block.attn.proj(img_y))
-        img_shift2, img_gain2, img_gate2, *dual_mod = img_mod
-        if dual_mod:  # reads the same input as the joint attention did
-            shift, gain, gate = dual_mod
-            y2 = attend(self.x_block.attn2.project(modulate(x, shift, gain)), gain2)
-            img = torch.addcmul(img, gate, self.x_block.attn2.proj(y2))
-        img_mlp = self.x_block.mlp(modulate(img, img_shift2, img_gain2))
-        img = torch.addcmul(img, img_gate2, img_mlp)
-
-        if is_last:
-            return None, img
-        gate1, shift2, gain2, gate2 = txt_mod
-        txt = torch.addcmul(txt, gate1, self.context_block.attn.proj(txt_y))
-        txt_mlp = self.context_block.mlp(modulate(txt, shift2, gain2))
-        return torch.addcmul(txt, gate2, txt_mlp), img
 
 
 class FinalLayer(nn.Module):
@@ -280,40 +280,6 @@ class MMDiT(nn.Module):
         """What modulates: t (B,) and vec (B, D) -> c (B, D)."""
         return self.t_embedder(timestep_embedding(t).to(vec.dtype)) + vec
 
-    def prepare(self, times, vec, txt_mask, h, w):
-        """All that `forward` would compute anew at each of the times though no latent has a part in it.
-
-        For vec (B, D), txt_mask (B, L) bool and h x w patches. The adaLN layers, a third of all
-        parameters, serve nothing else. Returns a list of what `forward` takes as prepared, one for
-        each time.
-        """
-        t = torch.tensor(times, device=vec.device).repeat_interleave(len(vec))
-        c = self.time_and_vec(t, vec.repeat(len(times), 1))
-
-        def by_time(chunks):
-            shape = len(times), len(vec)
-            return list(zip(*(x.unflatten(0, shape).unbind() for x in chunks)))
-
-        blocks = []
-        for block in self.joint_blocks:
-            txt_mod, img_mod, *gains = block.prepare(c, txt_mask.shape[1], h * w)
-            blocks.append([(*mods, *gains) for mods in zip(by_time(txt_mod), by_time(img_mod))])
-        final = by_time(modulation(self.final_layer.adaLN_modulation, c))
-        always = self.crop_positions(h, w), joint_mask(txt_mask, h * w, vec.dtype)
-        return [(*always, *at_one_time) for at_one_time in zip(zip(*blocks), final)]
-
-    def compile_blocks(self):
-        """torch.compile the blocks: one program for all but the last, for texts of any length."""
-        if self.pos_embed.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-            raise ValueError("compiling for the CPU needs a C++ compiler; install g++ or set CXX")
-        for block in self.joint_blocks[:-1]:
-            block.compile(dynamic=True)
-
-    def embedders(self):
-        """The parts that a sampling loop calls only before its first step."""
-        adaln = [m for name, m in self.named_modules() if name.endswith("adaLN_modulation")]
-        return [self.t_embedder, self.y_embedder, self.context_embedder, *adaln]
-
     def forward(self, latent, t, txt, vec, txt_mask=None, prepared=None):
         """Predict the velocity noise - x0.
 
@@ -342,6 +308,42 @@ class MMDiT(nn.Module):
                 txt, img = block(txt, img, c, mask)
         out = self.final_layer(img, of_final)
         return rearrange(out, "B (h w) (p q C) -> B C (h p) (w q)", h=h, p=p, q=p)
+
+    def prepare(self, times, vec, txt_mask, h, w):
+        """All that `forward` would compute anew at each of the times though no latent has a part in it.
+
+        For vec (B, D), txt_mask (B, L) bool and h x w patches. The adaLN layers, a third of all
+        parameters, serve nothing else. Returns a list of what `forward` takes as prepared, one for
+        each time.
+        """
+        t = torch.tensor(times, device=vec.device).repeat_interleave(len(vec))
+        c = self.time_and_vec(t, vec.repeat(len(times), 1))
+
+        def by_time(chunks):
+            shape = len(times), len(vec)
+            return list(zip(*(x.unflatten(0, shape).unbind() for x in chunks)))
+
+        blocks = []
+        for block in self.joint_blocks:
+            txt_mod, img_mod, *gains = block.prepare(c, txt_mask.shape[1], h * w)
+            blocks.append([(*mods, *gains) for mods in zip(by_time(txt_mod), by_time(img_mod))])
+        final = by_time(modulation(self.final_layer.adaLN_modulation, c))
+        always = self.crop_positions(h, w), joint_mask(txt_mask, h * w, vec.dtype)
+        return [(*always, *at_one_time) for at_one_time in zip(zip(*blocks), final)]
+
+    def compile_blocks(self):
+        """torch.compile the blocks: one program for all but the last, for texts of any length."""
+        if self.x_embedder.proj.weight.device.type == "cpu" and not shutil.which(
+            os.environ.get("CXX", "g++")
+        ):
+            raise ValueError("compiling for the CPU needs a C++ compiler; install g++ or set CXX")
+        for block in self.joint_blocks[:-1]:
+            block.compile(dynamic=True)
+
+    def embedders(self):
+        """The parts that a sampling loop calls only before its first step."""
+        adaln = [m for name, m in self.named_modules() if name.endswith("adaLN_modulation")]
+        return [self.t_embedder, self.y_embedder, self.context_embedder, *adaln]
 
 
 # ---- loading ------------------------------------------------------------------------------------

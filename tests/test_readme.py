@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+import bench
 import claims
 import evaluate
 import sample
@@ -16,7 +17,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_tables_are_those_of_the_committed_results():
-    for name, report in (("scores", evaluate.report), ("claims", claims.report)):
+    reports = {"scores": evaluate.report, "claims": claims.report, "bench": bench.report}
+    for name, report in reports.items():
         results = json.loads((ROOT / "results" / f"{name}.json").read_text())
         assert report(results) == (ROOT / "results" / f"{name}.md").read_text()
         assert report(results).strip() in README
