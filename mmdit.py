@@ -113,7 +113,7 @@ class Attention(nn.Module):
         return rearrange(qkv, "B n (qkv heads d) -> qkv B heads n d", qkv=3, d=self.head_dim)
 
     def gain(self, n):
-        """What q and k of n tokens are multiplied by after their norm, (2, 1, 1, n, d)."""
+        """The weights of q's and k's RMS norms, once for each of n tokens: (2, 1, 1, n, d)."""
         weights = torch.stack([self.ln_q.weight, self.ln_k.weight])
         return repeat(weights, "qk d -> qk 1 1 n d", n=n)
 
@@ -121,7 +121,8 @@ class Attention(nn.Module):
 def attend(qkv, gain=None, mask=None, silent=0):
     """qkv (3, B, heads, n, d) -> (B, n - silent, D). silent: tokens at the start that ask nothing.
 
-    gain: of q and k after an RMS norm; None: there is no norm.
+    gain: the weights of q's and k's RMS norms at each token, (2, 1, 1, n, d), as they differ between
+    the streams; None: there are no norms.
     """
     qk, v = qkv.split([2, 1])
     if gain is not None:
@@ -196,7 +197,7 @@ class JointBlock(nn.Module):
         """
         L, N = txt.shape[1], img.shape[1]
         if torch.is_tensor(c):
-            c = JointBlock.prepare(self, c, L, N)
+            c = JointBlock.prepare(self, c, L, N)  # not self.prepare, which FSDP may wrap
         txt_mod, img_mod, qk_gain, dual_qk_gain = c
         shift1, gain1, *txt_mod = txt_mod
         img_shift1, img_gain1, img_gate1, *img_mod = img_mod
@@ -225,9 +226,9 @@ class JointBlock(nn.Module):
         return torch.addcmul(txt, gate2, txt_mlp), img
 
     def prepare(self, c, text, image):
-        """What it makes of c (B, D) before it sees any of its text and image tokens.
+        """What the block makes of c (B, D) before it sees any of so many text and image tokens.
 
-        The modulations of both streams; the gains of q and k in the joint, and in the second attention.
+        The modulations of both streams; the gains for the joint and for the second attention.
         """
         streams = self.context_block, self.x_block
         modulations = [modulation(stream.adaLN_modulation, c) for stream in streams]
@@ -332,12 +333,11 @@ class MMDiT(nn.Module):
         return [(*always, *at_one_time) for at_one_time in zip(zip(*blocks), final)]
 
     def compile_blocks(self):
-        """torch.compile the blocks: one program for all but the last, for texts of any length."""
-        if self.x_embedder.proj.weight.device.type == "cpu" and not shutil.which(
-            os.environ.get("CXX", "g++")
-        ):
+        """torch.compile the blocks: one program for all of a kind, and for texts of any length."""
+        device, compiler = self.x_embedder.proj.weight.device, os.environ.get("CXX", "g++")
+        if device.type == "cpu" and not shutil.which(compiler):
             raise ValueError("compiling for the CPU needs a C++ compiler; install g++ or set CXX")
-        for block in self.joint_blocks[:-1]:
+        for block in self.joint_blocks[:-1]:  # the last is the only one of its kind
             block.compile(dynamic=True)
 
     def embedders(self):
