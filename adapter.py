@@ -70,15 +70,6 @@ class LoRALinear(nn.Module):
         """What LoRA adds to the weight, (out, in)."""
         return self.scale * rearrange(self.B @ self.A, "parts o i -> (parts o) i")
 
-    @property
-    def weight(self):
-        """The weight with LoRA, for who needs a part of it only."""
-        return self.base.weight + self.delta().to(self.base.weight)
-
-    @property
-    def bias(self):
-        return self.base.bias
-
     def forward(self, x):
         lows = F.linear(x, self.A.to(x.dtype).flatten(0, 1)).chunk(len(self.A), dim=-1)
         updates = [F.linear(low, B) for low, B in zip(lows, self.B.to(x.dtype))]

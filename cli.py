@@ -20,9 +20,14 @@ def one_line_errors():
     except (ValueError, OSError) as error:
         message = str(error)
     except RuntimeError as error:
-        if "out of memory" not in str(error):
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            reason = str(error).strip().splitlines()[0]
+            message = f"torch.compile does not work here, leave --compile out ({reason[:200]})"
+        elif "out of memory" in str(error):
+            smaller = "try a smaller --size, --num or --batch, and to draw --low-memory"
+            message = f"the GPU has too little memory; {smaller}"
+        else:
             raise
-        message = "the GPU has too little memory; try a smaller --size, --num or --batch"
     else:
         return
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

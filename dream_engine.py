@@ -123,7 +123,7 @@ class DreamEngine(nn.Module):
         Of SD3.5-large that is two thirds, as the modulations are made once a picture. Nothing that is
         drawn changes; what the engine cannot do any more is learn.
         """
-        once = [self.adapter, self.vae.encoder, self.vae.decoder, *self.mmdit.embedders()]
+        once = [self.adapter, self.vae.encoder, self.vae.decoder, *self.mmdit.before_sampling()]
         once += [part for part in self.lmm.modules() if not list(part.children())]
         for part in once:
             weights.visit(part, device)
@@ -197,13 +197,14 @@ class DreamEngine(nn.Module):
         alone as in any batch. task: one of prompts.TASKS. r: see `adapter.blend`. progress wraps the
         steps, tqdm for one. null_guidance: of what the null prompt still holds, the picture of an
         edit or the text around pictures of objects; see `flow.guide`. interval: the lowest and highest
-        t that are guided; others, at half the work, are as with guidance 1 (arXiv 2404.07724). Raises
-        ValueError for settings that cannot be drawn.
+        t that are guided (arXiv 2404.07724); at others the prompt alone is at work, as with guidance 1.
+        Raises ValueError for settings that cannot be drawn.
         """
         width, height = size or (self.default_size, self.default_size)
         self.check(steps, guidance, r, width, height, null_guidance, interval)
-        pairs = [apply_task(task, prompt) for prompt in prompts]
-        positives, nulls = zip(*pairs)
+        if not prompts:
+            raise ValueError("no prompt to draw")
+        positives, nulls = zip(*(apply_task(task, prompt) for prompt in prompts))
         n = len(prompts)
         if null_guidance != 1:
             told = [*positives, *nulls, *[["Generate Image: "]] * n]
@@ -363,7 +364,7 @@ def usable_device(name=None):
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"device {name}: not usable on this machine; try cpu") from None
     return torch.device(name)

@@ -7,9 +7,7 @@ h w the latent's sides in patches (N = h w).
 """
 
 import math
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,9 +101,8 @@ class Attention(nn.Module):
             self.ln_k = nn.RMSNorm(config.head_dim, eps=1e-6)
 
     def project(self, x):
-        """x (B, n, D) -> q, k, v, (3, B, heads, n, d); zeros for q in the last text stream, which asks
-        nothing."""
-        if hasattr(self, "proj"):
+        """x (B, n, D) -> q, k, v, (3, B, heads, n, d). The last text stream's q, of no use, is zero."""
+        if hasattr(self, "proj") or not isinstance(self.qkv, nn.Linear):  # not, but LoRA around it
             qkv = self.qkv(x)
         else:
             D = x.shape[-1]
@@ -314,8 +311,8 @@ class MMDiT(nn.Module):
         """All that `forward` would compute anew at each of the times though no latent has a part in it.
 
         For vec (B, D), txt_mask (B, L) bool and h x w patches. The adaLN layers, a third of all
-        parameters, serve nothing else. Returns a list of what `forward` takes as prepared, one for
-        each time.
+        parameters, serve nothing else. Returns for each time what `forward` takes as prepared:
+        positions, mask, what each block makes of c, what the final layer does.
         """
         t = torch.tensor(times, device=vec.device).repeat_interleave(len(vec))
         c = self.time_and_vec(t, vec.repeat(len(times), 1))
@@ -332,16 +329,15 @@ class MMDiT(nn.Module):
         always = self.crop_positions(h, w), joint_mask(txt_mask, h * w, vec.dtype)
         return [(*always, *at_one_time) for at_one_time in zip(zip(*blocks), final)]
 
-    def compile_blocks(self):
+    def compile_blocks(self, **options):
         """torch.compile the blocks: one program for all of a kind, and for texts of any length."""
-        device, compiler = self.x_embedder.proj.weight.device, os.environ.get("CXX", "g++")
-        if device.type == "cpu" and not shutil.which(compiler):
-            raise ValueError("compiling for the CPU needs a C++ compiler; install g++ or set CXX")
+        # A text that happens to have as many tokens as the picture shall not be a special case.
+        torch.fx.experimental._config.use_duck_shape = False
         for block in self.joint_blocks[:-1]:  # the last is the only one of its kind
-            block.compile(dynamic=True)
+            block.compile(dynamic=True, **options)
 
-    def embedders(self):
-        """The parts that a sampling loop calls only before its first step."""
+    def before_sampling(self):
+        """The parts that no step of a prepared sampling loop calls."""
         adaln = [m for name, m in self.named_modules() if name.endswith("adaLN_modulation")]
         return [self.t_embedder, self.y_embedder, self.context_embedder, *adaln]
 

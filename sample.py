@@ -55,7 +55,7 @@ def parse(arguments=None):
     add("--null-guidance", type=float, default=1.0,
         help="of what the null prompt still holds, the picture of an edit; 1.5 may help edits")  # fmt: skip
     add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
-        help="the noise levels t that are guided; all others take half the time")  # fmt: skip
+        help="the noise levels t that are guided; at others the prompt alone is at work, in half the time")  # fmt: skip
     add("--seed", type=int, default=0, help="picture i is drawn from seed + i")
     add("--size", type=size, help="WIDTHxHEIGHT or one side, multiples of 16; default: the model's")
     add("--num", type=int, default=1, help="pictures of each prompt")

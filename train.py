@@ -73,7 +73,7 @@ def train(args):
     engine.mmdit.checkpointing = args.checkpointing
     learning = engine.start_training(args.rank, args.alpha, args.lmm_lora)
     params = list(learning.values())
-    optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.98), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
     args.size = args.size or min(512, engine.default_size)
     data = dataset(args, engine, sources, world)
     facts = settings(args, engine, data, world)

@@ -62,7 +62,7 @@ def in_stripes(layer, x, scale=1):
 def norm_silu_conv(norm, conv, x):
     """conv(silu(norm(x))). In stripes the norm, which needs all of x, is made an affine map first."""
     if x.shape[2] * x.shape[3] <= STRIPE:
-        return conv(F.silu(norm(x)))
+        return conv(F.silu(norm(x), inplace=True))
     by_channel = torch.var_mean(x, dim=(2, 3), correction=0)
     var, mean = (
         rearrange(y, "B (groups C) -> B groups C", groups=norm.num_groups) for y in by_channel
@@ -71,7 +71,11 @@ def norm_silu_conv(norm, conv, x):
     gain = (var + norm.eps).rsqrt().expand_as(mean).flatten(1) * norm.weight
     shift = norm.bias - mean.mean(2, keepdim=True).expand_as(mean).flatten(1) * gain
     gain, shift = (rearrange(y, "B C -> B C 1 1") for y in (gain, shift))
-    return in_stripes(lambda stripe: conv(F.silu(torch.addcmul(shift, stripe, gain))), x)
+
+    def layer(stripe):
+        return conv(F.silu(torch.addcmul(shift, stripe, gain), inplace=True))
+
+    return in_stripes(layer, x)
 
 
 class ResnetBlock(nn.Module):

@@ -86,6 +86,11 @@ def test_results_are_added_to_those_there_are(tmp_path, monkeypatch, capsys):
     bench.main(["step", "--out", str(tmp_path), "--device", "cpu"])
     assert json.loads((tmp_path / "bench.json").read_text()).keys() == {"mid", "step"}
     assert "| ours | 1 |" in (tmp_path / "bench.md").read_text()
-    with pytest.raises(SystemExit), one_line_errors():
-        bench.main(["everything"])
-    assert "unknown part 'everything'" in capsys.readouterr().err
+    for arguments, said in (
+        (["everything"], "unknown part 'everything'"),
+        (["step", "--full"], "name no parts with it"),
+        (["--full", "--device", "cpu"], "--full needs a GPU"),
+    ):
+        with pytest.raises(SystemExit), one_line_errors():
+            bench.main(arguments)
+        assert said in capsys.readouterr().err

@@ -121,6 +121,7 @@ def test_every_task_draws(arguments):
         (["--prompt", "a", "--num", "0"], "--num must be at least 1"),
         (["--prompt", "a", "--seed", "-1"], "--seed must be between"),
         (["--prompt", "a", "--device", "abacus"], "device abacus: not usable"),
+        (["--prompt", "a", "--device", "meta"], "device meta: not usable"),
         (["--prompt", "a", "--out", "a.jpg"], "ends in .png"),
         (["--prompt", "a", "--out", "dog.png/a.png"], "dog.png"),
         (["--prompt", "a", "--sd3", "none.safetensors"], "--checkpoint is missing"),
@@ -183,6 +184,16 @@ def test_the_program_ends_with_one_line_and_code_two():
     )
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.startswith("error: empty prompt") and run.stderr.count("\n") == 1
+
+
+def test_without_a_compiler_one_line_says_so(folder):
+    environment = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(folder)}
+    program = [sys.executable, ROOT / "sample.py", "--prompt", "a red circle", *FAST, "--compile"]
+    ended = subprocess.run(program, env=environment, check=False, capture_output=True, text=True)
+    assert ended.returncode == 2 and not list(folder.glob("sample*.png"))
+    last = ended.stderr.strip().splitlines()[-1]
+    assert "error: torch.compile does not work here, leave --compile out" in last
+    assert "Traceback" not in ended.stderr
 
 
 def test_control_c_leaves_nothing_behind(folder):

@@ -76,6 +76,15 @@ def test_outside_the_interval_only_the_prompts_are_at_work(engine, monkeypatch):
     assert rows == [2, 2]
 
 
+def test_outside_the_interval_no_null_prompt_is_at_work(engine):
+    settings = {"steps": 3, "task": "edit"}
+    prompt = [PICTURE, "make the star blue"]
+    alone = pixels(engine.generate([prompt], guidance=1, **settings))
+    for strengths in ({"guidance": 7}, {"guidance": 7, "null_guidance": 3}):
+        outside = pixels(engine.generate([prompt], interval=(0, 0), **strengths, **settings))
+        assert abs(np.subtract(alone, outside)).max() <= 1
+
+
 @pytest.mark.parametrize("family", ["sd3-medium", "sd3.5-medium", "sd3.5-large"])
 def test_lora_learns_and_merges_alike_where_only_keys_and_values_are_computed(family, names):
     model = mmdit.build(tensors(names[f"mmdit/{family}/single"]), "tiny")
@@ -96,7 +105,7 @@ def test_lora_learns_and_merges_alike_where_only_keys_and_values_are_computed(fa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("stripe", [1, 40 * 24 * 3, 48 * 24 * 64])
+@pytest.mark.parametrize("stripe", [1, 40 * 24 * 3, 16 * 24 * 64])
 def test_a_vae_in_stripes_equals_the_whole(stripe, write, monkeypatch):
     model = vae.load_vae(write("vae/16/single"))
     generator = torch.Generator().manual_seed(0)
@@ -132,7 +141,7 @@ def test_low_memory_draws_the_same(engine):
 def test_weights_of_sd35_large_that_stay_on_the_device():
     with torch.device("meta"):
         model = mmdit.MMDiT(mmdit.FAMILIES["SD3.5-large"])
-    visiting = {id(p) for part in model.embedders() for p in part.parameters()}
+    visiting = {id(p) for part in model.before_sampling() for p in part.parameters()}
     staying = sum(p.numel() for p in model.parameters() if id(p) not in visiting)
     assert 2 * staying < 10.8e9  # bytes in bf16
     assert 2 * sum(p.numel() for p in model.parameters()) > 16.1e9
@@ -159,6 +168,7 @@ def test_low_memory_brings_everything_to_the_device_and_leaves_nothing_there():
         steps=2, guidance=1,
     )  # fmt: skip
     image = engine.vae.decode(latent)
+    assert engine.vae.encode(image).is_meta
     assert image.is_meta and image.shape == (1, 3, 64, 64)
     assert {n: p.data_ptr() for n, p in engine.named_parameters() if n not in staying} == {
         n: at for n, at in homes.items() if n not in staying
@@ -178,11 +188,15 @@ def test_a_failed_visit_leaves_nothing_behind():
 
 def test_blocks_are_compiled_once_for_prompts_of_every_length(engine):
     compiled = DreamEngine.load(device="cpu")
-    for block in compiled.mmdit.joint_blocks[:-1]:
-        block.compile(dynamic=True, backend="eager")  # what is compiled, without the compiler
+    compiled.mmdit.compile_blocks(backend="eager")  # what is compiled, without the compiler
     counters.clear()
     longer = "a red circle above a blue star on the left of a green ring on a black background"
-    for i, prompt in enumerate((["a red circle"], [longer], ["two blue rings"], PROMPTS[1])):
+    words = longer.split()
+    texts = [[" ".join(words[:n])] for n in range(1, len(words))]
+    told = [dream_engine.apply_task(None, text)[0] for text in texts]
+    lengths = [engine.collate([prompt]).ids.shape[1] for prompt in told]
+    as_long_as_the_picture = texts[lengths.index(16)]
+    for i, prompt in enumerate((as_long_as_the_picture, [longer], texts[2], PROMPTS[1])):
         fast, plain = (pixels(e.generate([prompt], steps=2)) for e in (compiled, engine))
         assert abs(np.subtract(fast, plain)).max() <= 1
         if i == 0:
@@ -194,9 +208,3 @@ def test_blocks_are_compiled_once_for_prompts_of_every_length(engine):
 def test_compiled_blocks_draw_the_same(engine):
     fast = pixels(DreamEngine.load(device="cpu", compile=True).generate(PROMPTS, steps=3))
     assert abs(np.subtract(fast, pixels(engine.generate(PROMPTS, steps=3)))).max() <= 1
-
-
-def test_without_a_compiler_one_line_says_so(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match="install g\\+\\+ or set CXX"):
-        DreamEngine.load(device="cpu", compile=True)
