@@ -508,7 +508,9 @@ def report(results):
     """All results as Markdown, as the README shows them."""
 
     def cell(x):
-        return "" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x)
+        if isinstance(x, float):
+            return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+        return "" if x is None else str(x)
 
     parts = []
     for name, part in results.items():
