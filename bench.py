@@ -3,8 +3,8 @@
     python bench.py                           # all but full, or some: step request
     python bench.py --device cuda --full      # SD3.5-large and Qwen2-VL-2B, random weights
 
-Contestants first show that they compute the same numbers, then take turns. A time is the median over
-the rounds and a ratio the median of the rounds' ratios. diffusers and peft are contestants only
+Contestants first show that they compute the same numbers, then take turns. A time is the median
+over the rounds and a ratio the median of the rounds' ratios. diffusers and peft are contestants only
 (pip install diffusers peft); their rows are left out where they are missing. The official way runs
 LMM and ViT inside the sampling loop and keeps nothing from step to step.
 """
@@ -125,7 +125,7 @@ def contestants(config, device="cpu", dtype=torch.float32):
 
 
 def sampling(model, inputs, times):
-    """A function that runs a sampling loop's velocities, as the contestant would, and returns the last."""
+    """A function that computes a sampling loop's velocities as the contestant would -> the last."""
     latent, txt, vec = inputs
     if isinstance(model, Reference):
         return no_grad(lambda: [model(latent, t, txt, vec) for t in times][-1])
@@ -147,7 +147,7 @@ def gemm(device, dtype):
 
 
 def flops(config, batch, image, text):
-    """Multiplications and additions of one velocity's linear layers and attention; modulation apart."""
+    """Multiplications and additions of one velocity's linear layers and attention."""
     D, n = config.width, image + text
     block = 24 * n * D**2 + 4 * n**2 * D
     last = (24 * image + 4 * text) * D**2 + 4 * image * n * D
@@ -262,9 +262,9 @@ def mid(device):
 
 @torch.no_grad()
 def official(engine, transformer, is_masked, prompts, steps=28, guidance=4.5):
-    """`DreamEngine.generate` as the official code does it: the LMM at every step, padding unmasked."""
-    told = [prompt for pair in zip(*(apply_task(None, p) for p in prompts)) for prompt in pair]
-    batch = engine.collate(told)
+    """`DreamEngine.generate` as the official code does it: the LMM at every step."""
+    positives, nulls = zip(*(apply_task(None, prompt) for prompt in prompts))
+    batch = engine.collate([*positives, *nulls])
     shape = (transformer.config.channels, *[engine.default_size // 8] * 2)
 
     def velocity(z, t):
@@ -318,9 +318,9 @@ def even_batch(data, pool, size):
             return data.collate(prompts), to_tensor(targets)
 
 
-def training_step(engine, learning, batches, device):
+def training_step(engine, batches, device):
     """A function that takes one training step on each batch and returns the losses."""
-    params = list(learning.values())
+    params = [p for p in engine.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, 1e-5, betas=(0.9, 0.98), fused=True)
 
     def steps():
@@ -351,14 +351,13 @@ def training(device):
             engine.mmdit = model
             args = train.parse(["--stage", str(stage), "--size", str(engine.default_size)])
             theirs = isinstance(model, Reference)
-            learning = engine.start_training(None if theirs else args.rank)
+            engine.start_training(None if theirs else args.rank)
             if theirs and args.rank:
                 config = LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=PEFT_TARGETS)
                 inject_adapter_in_model(config, model.transformer)
-                learning = {k: p for k, p in engine.named_parameters() if p.requires_grad}
             data = train.dataset(args, engine, [(None, 1)], 1)
             batches = [even_batch(data, pool, args.batch) for pool in train.first_pools(data)]
-            steps[name] = training_step(engine, learning, batches, device)
+            steps[name] = training_step(engine, batches, device)
             passes[name] = partial(forward_backward, model, args.batch, device)
         losses = [f() for f in steps.values()]  # LoRA's B is zero until the first step
         apart = max(apart, *(same(losses[-1], x) for x in losses))
@@ -465,13 +464,13 @@ def full(device, models=LARGE, rounds=3):
     for stage, rank in ((1, None), (2, 32)):
         engine = random_engine(models, device, dtype)
         engine.mmdit.checkpointing = True
-        learning = engine.start_training(rank)
+        engine.start_training(rank)
         batches = [(engine.collate(prompt * 8), torch.rand(8, 3, side // 2, side // 2) * 2 - 1)]
-        run = training_step(engine, learning, batches, device)
+        run = training_step(engine, batches, device)
         seconds = median(race({"step": run}, rounds, device)["step"])
         name = f"stage {stage}, 8 of {side // 2} x {side // 2}"
         rows.append({"": name, "steps a second": 1 / seconds})
-        del engine, learning, run
+        del engine, run
     found["full training"] = {"about": "Training, blocks computed twice.", "rows": rows}
     return found
 

@@ -76,8 +76,8 @@ class DreamEngine(nn.Module):
         added to their weights (1 as in the official demo, 2 as in its training; the files do not
         say). None starts a new adapter, of so many layers of mlp_dim hidden units. mrope=False counts
         positions as early transformers did. low_memory: see `save_memory`; compile: see
-        `MMDiT.compile_blocks`. Raises FileNotFoundError or ValueError, with one line that says what does not
-        fit.
+        `MMDiT.compile_blocks`. Raises FileNotFoundError or ValueError, with one line that says what
+        does not fit.
         """
         target = usable_device(device)
         dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)

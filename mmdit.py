@@ -130,8 +130,7 @@ def attend(qkv, gain=None, mask=None, silent=0):
 
 
 def joint_mask(txt_mask, image, dtype):
-    """What to add to the scores of attention, (B, 1, 1, L + image): -inf at padding. None if there is
-    no padding."""
+    """What to add to the scores of attention, (B, 1, 1, L + image): -inf at padding; None without."""
     if txt_mask.all():
         return None
     mask = F.pad(txt_mask, (0, image), value=True)[:, None, None]
@@ -165,9 +164,9 @@ class Stream(nn.Module):
 
 
 def modulation(layer, c):
-    """An adaLN layer's output for c (B, D): shift, gain[, gate, shift, gain, gate ...], each (B, 1, D).
+    """What an adaLN layer makes of c (B, D): shift, gain[, gate, shift, gain, gate ...].
 
-    The layer knows gains as their difference from 1.
+    Each is (B, 1, D). The layer knows gains as their difference from 1.
     """
     chunks = rearrange(layer(c), "B (chunks D) -> chunks B 1 D", D=c.shape[-1]).unbind()
     return [1 + x if i % 3 == 1 else x for i, x in enumerate(chunks)]
@@ -308,7 +307,7 @@ class MMDiT(nn.Module):
         return rearrange(out, "B (h w) (p q C) -> B C (h p) (w q)", h=h, p=p, q=p)
 
     def prepare(self, times, vec, txt_mask, h, w):
-        """All that `forward` would compute anew at each of the times though no latent has a part in it.
+        """All that `forward` would compute at each of the times though no latent has a part in it.
 
         For vec (B, D), txt_mask (B, L) bool and h x w patches. The adaLN layers, a third of all
         parameters, serve nothing else. Returns for each time what `forward` takes as prepared:

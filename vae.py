@@ -40,8 +40,8 @@ STRIPE = 512 * 512  # pixels that a convolution makes at once
 def in_stripes(layer, x, scale=1):
     """layer(x), for a layer that sees a row and its two neighbours; of a large picture by stripes.
 
-    Equal to the whole, but what lies between x and the result is only as large as a stripe. scale: rows
-    that the layer makes of one.
+    Equal to the whole, but what lies between x and the result is only as large as a stripe. scale:
+    rows that the layer makes of one.
     """
     height, rows = x.shape[2], max(1, STRIPE // (scale**2 * x.shape[3]))
     if rows >= height:

@@ -134,8 +134,7 @@ def settle(module, device):
 
 
 def visit(module, device):
-    """Leave the tensors of a module and its parts where they lie: each call brings copies to device and
-    drops them afterwards."""
+    """Leave a module's tensors where they lie; each call brings copies to device and drops them."""
     home = [(part, _own(part)) for part in module.modules()]
 
     def come(*_):
