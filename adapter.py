@@ -81,12 +81,12 @@ class LoRALinear(nn.Module):
 PROJECTIONS = {"qkv": 3, "proj": 1, "q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 1}
 
 
-def _lora_sites(model, kind):
-    """(parent, name, module) of every attention projection."""
+def lora_sites(model, kind=nn.Linear):
+    """(path, (module, number of matrices in it)) of every attention projection of a kind."""
     for path, module in list(model.named_modules()):
         parent, _, name = path.rpartition(".")
         if isinstance(module, kind) and name in PROJECTIONS and "attn" in parent:
-            yield model.get_submodule(parent), name, module
+            yield path, (module, PROJECTIONS[name])
 
 
 def add_lora(model, rank=32, alpha=None):
@@ -95,17 +95,33 @@ def add_lora(model, rank=32, alpha=None):
     alpha defaults to rank, so that the scale alpha / rank is 1. Returns the new parameters by name.
     """
     model.requires_grad_(False)
-    for parent, name, linear in _lora_sites(model, nn.Linear):
-        alpha = rank if alpha is None else alpha
-        setattr(parent, name, LoRALinear(linear, rank, alpha, PROJECTIONS[name]))
+    for path, (linear, parts) in lora_sites(model):
+        _replace(model, path, LoRALinear(linear, rank, rank if alpha is None else alpha, parts))
     return {k: p for k, p in model.named_parameters() if p.requires_grad}
+
+
+def wrap_lora(model, lora):
+    """Wrap attention projections in the trained LoRA {path: (A, B, alpha)}, frozen.
+
+    A is (parts, rank, in), B (parts, out / parts, rank).
+    """
+    for path, (a, b, alpha) in lora.items():
+        wrapped = LoRALinear(model.get_submodule(path), a.shape[1], alpha, len(a))
+        wrapped.A.data.copy_(a)
+        wrapped.B.data.copy_(b)
+        _replace(model, path, wrapped.requires_grad_(False))
 
 
 @torch.no_grad()
 def merge_lora(model):
     """Add every LoRA to the weight it wraps and unwrap it: the model is plain again."""
-    for parent, name, lora in _lora_sites(model, LoRALinear):
+    for path, (lora, _) in lora_sites(model, LoRALinear):
         weight = lora.base.weight
         weight.copy_(weight.float() + lora.delta())
-        setattr(parent, name, lora.base)
+        _replace(model, path, lora.base)
     return model
+
+
+def _replace(model, path, module):
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

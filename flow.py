@@ -41,14 +41,15 @@ def euler(velocity_fn, noise, sigmas, progress=iter):
     return z
 
 
-def guide(cond, null, guidance, empty=None, null_guidance=1.0):
-    """Classifier-free guidance (arXiv 2207.12598): v = v_null + g (v_cond - v_null).
+def guide(cond, null, guidance):
+    """Classifier-free guidance (arXiv 2207.12598): v = v_null + g (v_cond - v_null)."""
+    return null + guidance * (cond - null)
 
-    With another strength for what the null prompt still says, the picture in editing (arXiv
-    2211.09800, eq. 3): v = v_empty + s (v_null - v_empty) + g (v_cond - v_null).
-    """
-    start = null if empty is None else empty + null_guidance * (null - empty)
-    return start + guidance * (cond - null)
+
+def noise(n, shape, seed):
+    """What sampling starts from: Gaussian (n, *shape), fp32 on the CPU; row i is that of seed + i."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 # ---- training -----------------------------------------------------------------------------------

@@ -1,18 +1,19 @@
-"""From what a user types to what the models eat, and back: prompts, images, batches.
+"""What a user types, and pictures on their way in and out.
 
-An interleaved prompt is a list of strings and PIL images in any order. A task's template turns it
-into such a list again, the tokenizer and `image_patches` into a row of token ids and image patches,
-and `collate` rows into a Batch. Letters: B batch, L tokens, P patches of all images together.
+An interleaved prompt is a list of strings and PIL images in any order; a task's template makes such a
+list of it again, the one that the LMM reads.
 """
 
+import re
 import warnings
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from PIL import ExifTags, Image, ImageOps
+
+from support.cli import UserError
 
 # ---- images -------------------------------------------------------------------------------------
 
@@ -20,7 +21,7 @@ from PIL import ExifTags, Image, ImageOps
 def read_image(path):
     """Read an image file as a person sees it: a PIL image in RGB, turned upright.
 
-    The first frame of an animation. Raises FileNotFoundError, or ValueError for anything that is
+    The first frame of an animation. Raises FileNotFoundError, or UserError for anything that is
     not a whole image of a sane size.
     """
     path = Path(path)
@@ -33,10 +34,10 @@ def read_image(path):
                 return to_rgb(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = Image.MAX_IMAGE_PIXELS // 10**6
-        raise ValueError(f"{path}: image too large; at most {limit} million pixels") from None
+        raise UserError(f"{path}: image too large; at most {limit} million pixels") from None
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise anything on damaged files
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else "damaged"
-        raise ValueError(f"{path}: {reason}; expected a whole PNG, JPEG or similar file") from None
+        raise UserError(f"{path}: {reason}; expected a whole PNG, JPEG or similar file") from None
 
 
 def to_rgb(image):
@@ -56,56 +57,6 @@ def upright_size(image):
     """(width, height) of a PIL image as a person sees it, without reading its pixels."""
     turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return image.size[::-1] if turned else image.size
-
-
-def smart_resize(height, width, factor=28, min_pixels=56 * 56, max_pixels=512 * 28 * 28):
-    """Qwen2-VL's choice of size: sides the multiples of factor nearest to the image's own.
-
-    Returns (height, width); raises ValueError where one side is over 200 times the other.
-    """
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"image of {width}x{height}: one side is over 200 times the other")
-    h, w = round(height / factor) * factor, round(width / factor) * factor
-    if h * w > max_pixels:
-        shrink = (height * width / max_pixels) ** 0.5
-        h = max(factor, int(height / shrink / factor) * factor)
-        w = max(factor, int(width / shrink / factor) * factor)
-    elif h * w < min_pixels:
-        grow = (min_pixels / (height * width)) ** 0.5
-        h = -int(-height * grow // factor) * factor
-        w = -int(-width * grow // factor) * factor
-    return h, w
-
-
-@dataclass(frozen=True)
-class PatchConfig:
-    """How an LMM wants its images: patch side, patches merged into a token, limits of size.
-
-    At most 512 tokens an image in the official code, whatever Qwen2-VL itself would allow.
-    """
-
-    patch: int = 14
-    merge: int = 2
-    min_pixels: int = 56 * 56
-    max_pixels: int = 512 * 28 * 28
-
-
-CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
-CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
-
-
-def image_patches(image, config=PatchConfig()):
-    """Cut an RGB image for Qwen2-VL's ViT: patches (n, 3 * 2 * patch * patch), grid (1, gh, gw).
-
-    Equal bit for bit to transformers' Qwen2VLImageProcessorPil. Patches that will be merged into
-    one token are neighbours in the order; every patch is there twice, as two video frames.
-    """
-    p, m = config.patch, config.merge
-    h, w = smart_resize(image.height, image.width, p * m, config.min_pixels, config.max_pixels)
-    levels = np.asarray(image.resize((w, h), Image.BICUBIC), np.float64) * (1 / 255)
-    x = torch.from_numpy((levels.astype(np.float32) - CLIP_MEAN) / CLIP_STD)
-    x = rearrange(x, "(h mh p) (w mw q) c -> (h w mh mw) c p q", mh=m, mw=m, p=p, q=p)
-    return repeat(x, "n c p q -> n (c t p q)", t=2), (1, h // p, w // p)
 
 
 def crop_to(image, width, height):
@@ -132,7 +83,7 @@ def interleave(text, images):
     """Put images, in order, in the place of each <image> of text -> a list of strings and images."""
     parts = text.split("<image>")
     if len(parts) - 1 != len(images):
-        raise ValueError(
+        raise UserError(
             f"the prompt has {len(parts) - 1} <image> placeholders, but {len(images)} images were given"
         )
     prompt = [parts[0]]
@@ -157,19 +108,23 @@ def apply_task(task, prompt):
     moves away from. Task None means t2i for text alone, else objects.
     """
     prompt = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not all(isinstance(part, str | Image.Image) for part in prompt):
+        raise UserError("a prompt is a list of strings and PIL images")
     images = [part for part in prompt if not isinstance(part, str)]
     text = "".join(part for part in prompt if isinstance(part, str))
+    if re.search("[\ud800-\udfff]", text):  # as a terminal without UTF-8 makes of an umlaut
+        raise UserError("the prompt holds half a letter (a lone surrogate): use a UTF-8 terminal")
     if task is None:
         task = "objects" if images else "t2i"
     if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
+        raise UserError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
     if not text.strip() and task != "i2i":
-        raise ValueError(f"empty prompt: task {task} needs some text")
+        raise UserError(f"empty prompt: task {task} needs some text")
     if text.strip() and task == "i2i":
-        raise ValueError("task i2i copies its image: it takes no text")
+        raise UserError("task i2i copies its image: it takes no text")
     wanted = {"t2i": "no image", "i2i": "one image", "edit": "one image"}.get(task, "images")
     if not {"no image": not images, "one image": len(images) == 1, "images": images}[wanted]:
-        raise ValueError(f"task {task} takes {wanted}, but {len(images)} were given")
+        raise UserError(f"task {task} takes {wanted}, but {len(images)} were given")
 
     if task == "t2i":
         return ["Generate Image: ", text], ["Generate Image: "]
@@ -212,88 +167,3 @@ def reference_prompt(segments, named):
         whole = "".join(text for text, _ in segments)
         return "combine", [part for pair in pictured for part in pair] + [whole]
     return "objects", [part for text, images in segments for part in (text, *images) if part != ""]
-
-
-# ---- batches ------------------------------------------------------------------------------------
-
-
-@dataclass
-class Batch:
-    """Right-padded rows of tokens, and the patches of all their images in order."""
-
-    ids: torch.Tensor  # (B, L)
-    mask: torch.Tensor  # (B, L) bool, False at padding
-    image_mask: torch.Tensor  # (B, L) bool, True where a token stands for a part of an image
-    positions: torch.Tensor  # (3, B, L): time, height, width
-    patches: torch.Tensor  # (P, 3 * 2 * patch * patch); P = 0 without images
-    grids: torch.Tensor  # (images, 3): 1, height and width in patches
-
-    def to(self, device, **options):
-        return Batch(**{f.name: getattr(self, f.name).to(device, **options) for f in fields(self)})
-
-
-def mrope_positions(image_mask, grids, merge=2):
-    """Qwen2-VL's multimodal rotary positions of one row: image_mask (L,) bool -> (3, L).
-
-    Text counts up in all three rows at once. An image stands still in time and counts its merged
-    rows and columns; the text after it goes on from the largest position so far.
-    """
-    positions, start, i = torch.zeros(3, len(image_mask), dtype=torch.long), 0, 0
-    grids = iter(grids)
-    while i < len(image_mask):
-        if image_mask[i]:
-            _, h, w = (int(n) for n in next(grids))
-            h, w = h // merge, w // merge
-            cells = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
-            positions[1:, i : i + h * w] = start + cells.flatten(1)
-            positions[0, i : i + h * w] = start
-            i, start = i + h * w, start + max(h, w)
-        else:
-            positions[:, i] = start
-            i, start = i + 1, start + 1
-    return positions
-
-
-def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
-    """Tokenize and pad prompts (lists of strings and PIL images), templates already applied -> Batch.
-
-    Text is always plain text: a special token's name in it is spelt out, not obeyed. With
-    mrope=False positions are 0, 1, 2, ... as transformers before 4.47 had them.
-    """
-    start, pad, end = tokenizer.convert_tokens_to_ids(
-        ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
-    )
-    rows, patches, grids = [], [], []
-    for prompt in prompts:
-        ids, text, first = [], "", len(grids)
-        for part in [*prompt, None]:  # None flushes the last text
-            if isinstance(part, str):
-                text += part
-                continue
-            if text:
-                ids += tokenizer.encode(text, split_special_tokens=True, add_special_tokens=False)
-                text = ""
-            if part is not None:
-                x, grid = image_patches(to_rgb(part), config)
-                patches.append(x)
-                grids.append(grid)
-                ids += [start, *[pad] * (len(x) // config.merge**2), end]
-        ids = torch.tensor(ids)
-        is_image = ids == pad
-        counted = torch.arange(len(ids)).expand(3, -1)
-        if mrope:
-            counted = mrope_positions(is_image, grids[first:], config.merge)
-        rows.append((ids, is_image, counted))
-
-    def padded(tensors, value):
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-    ids, image_mask, positions = zip(*rows)
-    return Batch(
-        ids=padded(ids, tokenizer.pad_token_id),
-        mask=padded([torch.ones_like(x, dtype=torch.bool) for x in ids], False),
-        image_mask=padded(image_mask, False),
-        positions=rearrange(padded([p.T for p in positions], 0), "B L thw -> thw B L"),
-        patches=torch.cat(patches) if patches else torch.zeros(0, 6 * config.patch**2),
-        grids=torch.tensor(grids).reshape(-1, 3),
-    )

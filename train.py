@@ -5,10 +5,9 @@
     torchrun --nproc-per-node 8 train.py --stage 2 --data edits.jsonl --sd3 ... --lmm ... --checkpoint ...
 
 Without --data the miniature learns from rendered scenes. LMM, VAE and the MM-DiT's own weights stay
-frozen, in bf16 on a GPU; what learns is fp32. --out gets all there is to see, and checkpoints from
-which --resume goes on. A microbatch and its noise are a function of (seed, number) alone: a resumed
-run sees what an unbroken one would have seen, and N processes see what one process sees that takes
-N times as many microbatches a step.
+frozen, in bf16 on a GPU; what learns is fp32. --out gets metrics, pictures, and checkpoints from which
+--resume goes on. A microbatch and its noise depend on (seed, number) alone: a resumed run sees what an
+unbroken one would have seen, and N processes see what one sees that takes N times as many a step.
 """
 
 import argparse
@@ -19,34 +18,23 @@ import re
 import signal
 import sys
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import flow
-from cli import Parser, one_line_errors
-from data import FIELDS, Faults, Manifest, Microbatches, make_pools
-from dream_engine import LMM, SD3, STAGE1, DreamEngine, usable_device
-from logbook import (
-    BINS,
-    Clock,
-    keep_metrics,
-    latest,
-    log,
-    loss_curve,
-    memory_plan,
-    mixture,
-    publish,
-    restore,
-    samples,
-    save,
-    writing,
-)
+from data import FIELDS, BadLines, Manifest, Microbatches, make_pools
+from dream_engine import LMM, SD3, STAGE1, DreamEngine, new_adapter
+from lmm import collate
+from support import runs
+from support.cli import Parser, UserError, number, one_line_errors, whole_number
+from support.fast import usable_device
 
 SHARES = {  # by stage: of each task among the microbatches
     1: {"t2i": 1, "i2i": 1},
@@ -56,134 +44,116 @@ STEPS, RATES = {1: 6000, 2: 8000}, {1: 2e-3, 2: 1e-3}  # that made the miniature
 PATIENCE = 5  # steps in a row that may fail
 
 
-def train(args):
-    rank, world, device = join(args)
-    out = Path(args.out)
-    found = latest(out)
-    if found and not args.resume:
-        raise ValueError(f"{out} holds a run: --resume goes on with it, or choose another --out")
-    sources = [(Manifest(file), weight) for file, weight in args.data] or [(None, 1)]
-    faults = Faults([manifest for manifest, _ in sources if manifest])
-    faults.check(0, 0)
-    torch.manual_seed(args.seed)
-    engine = DreamEngine.load(
-        args.sd3, args.lmm, args.checkpoint, device, merge=False,
-        layers=args.layers, mlp_dim=args.mlp_dim,
-    )  # fmt: skip
-    engine.mmdit.checkpointing = args.checkpointing
+def train(args, sources):
+    """Train as the options say, on examples of [(source, weight)]; a source is a `data.Manifest`."""
+    rank, world, device = join(args.device)
+    out, bad_lines = Path(args.out), BadLines(sources)
+    engine = load_engine(args, device)
     learning = engine.start_training(args.rank, args.alpha, args.lmm_lora)
     params = list(learning.values())
     optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
-    args.size = args.size or min(512, engine.default_size)
     data = dataset(args, engine, sources, world)
-    facts = settings(args, engine, data, world)
-    start = restore(found, engine, optimizer, facts) if found else 0
-    model = distribute(engine, learning, args.shard, world) if world > 1 else engine
-    shown = [data.example(p, i, random.Random(i), []) for p in first_pools(data) for i in range(3)]
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        with writing(out):
-            keep_metrics(out, start)
-            if found:
-                publish(out)  # again: the run may have been killed before it could
-        print(memory_plan(engine, args, world), mixture(data), sep="\n", flush=True)
-        faults.tell(faults.scanned)
-
-    stop = catch_signals()
-    loader = torch.utils.data.DataLoader(
-        data,
-        batch_size=None,  # an item of data is a batch already
-        sampler=range(start * args.accumulate * world + rank, len(data), world),
-        num_workers=args.workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_group,
-    )
+    settings = run_settings(args, engine, data.pools, world)
+    start = runs.restore(out, engine, optimizer, settings)
+    numbers = range(start * args.accumulate * world + rank, len(data), world)
+    microbatches = data.load(numbers, args.workers, pin_memory=device.type == "cuda")
     if args.only_load:
-        return time_loader(loader, args.batch)
-    microbatches, clock = iter(loader), Clock()
-    failures, skipped, met = 0, 0, 0  # bad steps in a row and in all; bad lines
-    channels = engine.mmdit.config.channels
-    steps = range(start, args.steps)
-    bar = tqdm(steps, f"stage {args.stage}", args.steps, initial=start, disable=rank > 0)
+        return time_loading(microbatches, args.batch)
+    model = distribute(engine, learning, args.shard, world) if world > 1 else engine
+    if rank == 0:
+        runs.open_folder(out, start)
+        print(runs.memory_plan(engine, args, world), runs.mixture(data.pools), sep="\n", flush=True)
+        bad_lines.report(bad_lines.scanned)
+
+    stopped, clock = catch_signals(), runs.Clock()
+    failures, skipped, bad = 0, 0, 0  # steps not finite in a row and in all; bad lines
+    steps, title = range(start, args.steps), f"stage {args.stage}"
+    bar = tqdm(steps, title, args.steps, initial=start, disable=rank > 0)
     for step in bar:
-        lr = learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
 
         # This process's share of the loss and the gradient
-        by_t, mean = torch.zeros(2, BINS), 0.0  # losses and their number by t, mean loss
+        by_t, mean = torch.zeros(2, runs.BINS), 0.0  # losses and their number by t, mean loss
         for a in range(args.accumulate):
             with clock.waiting():
                 micro = next(microbatches)
-            faults.note(micro.faults)
-            number = (step * args.accumulate + a) * world + rank
-            noise, t, r = draws(args.seed, number, micro.target.shape, channels)
-            r = r if args.blend is None else torch.full_like(r, args.blend)
+            bad_lines.add(micro.bad_lines)
+            noise, t, r = draw(args, micro, engine.mmdit.config.channels)
             inputs = micro.batch, micro.target, noise, t, r
             inputs = [x.to(device, non_blocking=True) for x in inputs]
-            is_last = a + 1 == args.accumulate
-            with nullcontext() if is_last or world == 1 else model.no_sync():
+            with nullcontext() if world == 1 or a + 1 == args.accumulate else model.no_sync():
                 losses = model(*inputs, weighted=args.loss == "x0")
                 (losses.mean() / args.accumulate).backward()
             losses = losses.detach().cpu()
-            by_t.index_add_(1, (t * BINS).long(), torch.stack([losses, torch.ones(len(t))]))
+            by_t.index_add_(1, (t * runs.BINS).long(), torch.stack([losses, torch.ones(len(t))]))
             mean += losses.mean().item() / args.accumulate / world
-        totals = torch.tensor([*by_t.flatten(), mean, len(faults.met), len(stop)])
-        *by_t, loss, met, stopping = over_all(totals, device, world)
+        totals = torch.tensor([*by_t.flatten(), mean, len(bad_lines.read), len(stopped)])
+        *by_t, loss, bad, stopping = sum_over_processes(totals, device, world)
 
         # The step, unless loss or gradient is not finite
         norm = nn.utils.clip_grad_norm_(params, args.clip).item()
-        if math.isfinite(loss + norm):
+        finite = math.isfinite(loss + norm)
+        if finite:
             optimizer.step()
-            failures = 0
-        else:
-            failures, skipped = failures + 1, skipped + 1
+        failures, skipped = 0 if finite else failures + 1, skipped + (not finite)
         optimizer.zero_grad()
         if failures == PATIENCE:
-            raise ValueError(
+            raise UserError(
                 f"loss or gradient not finite in {PATIENCE} steps in a row, up to step {step + 1}; "
-                f"the last good checkpoint is {latest(out) or 'none'}; try a smaller --lr"
+                f"the last good checkpoint is {runs.latest(out) or 'none'}; try a smaller --lr"
             )
 
         # What a person sees, and what a later run goes on from
-        done, examples = step + 1 == args.steps, args.accumulate * world * args.batch
-        faults.check(met, (step + 1) * examples)
-        rate, waited = clock.lap(examples)
-        by_t = [x / n if n else math.nan for x, n in zip(by_t, by_t[BINS:])]
+        batch = args.accumulate * world * args.batch
+        bad_lines.check(bad, (step + 1) * batch)
+        speed, waiting = clock.lap(batch)
+        by_t = [x / n if n else math.nan for x, n in zip(by_t, by_t[runs.BINS :])]
         record = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped}
-        record |= {"examples_per_s": rate, "waiting_for_data": waited, "bad_lines": met}
-        record |= {"loss_by_t": by_t}
-        bar.set_postfix(loss=f"{loss:.4f}", grad=f"{norm:.2f}", lr=f"{lr:.1e}", ex_s=f"{rate:.1f}")
-        look = args.sample_every and ((step + 1) % args.sample_every == 0 or done)
-        if look:
-            pictures = samples(engine, shown)  # on every rank: a sharded base needs them all
+        record |= {"examples_per_s": speed, "waiting_for_data": waiting, "bad_lines": bad}
+        bar.set_postfix(loss=f"{loss:.4f}", grad=f"{norm:.2f}", lr=f"{lr:.1e}", ex_s=f"{speed:.1f}")
+        done = step + 1 == args.steps
+        drawing = args.sample_every and ((step + 1) % args.sample_every == 0 or done)
+        saving = ((step + 1) % args.save_every == 0 and not failures) or done or stopping
+        if drawing:  # in all processes, as the base may be in shards
+            preview = runs.preview(engine, preview_examples(data))
         if rank == 0:
-            with writing(out):
-                log(out, record)
-                if look:
-                    pictures.save(out / f"samples-{step + 1:06d}.png")
-                    loss_curve(out).save(out / "loss.png")
-                if ((step + 1) % args.save_every == 0 and not failures) or done or stopping:
-                    save(engine, optimizer, out, step + 1, facts, args.keep)
+            with runs.writing(out):
+                runs.log(out, record | {"loss_by_t": by_t})
+                if drawing:
+                    runs.write_pictures(out, step + 1, preview)
+                if saving:
+                    runs.save(engine, optimizer, out, step + 1, settings, keep=args.keep)
         if stopping and not done:
             bar.close()
             end(world)
             if rank == 0:
                 print(f"stopped after step {step + 1}: saved; --resume goes on", file=sys.stderr)
-            sys.exit(128 + (stop or [signal.SIGTERM])[0])
+            sys.exit(128 + (stopped or [signal.SIGTERM])[0])
     end(world)
     if rank == 0:
-        if bad := len(faults.scanned) + met:
-            print(f"{bad:.0f} bad lines were skipped")
+        if bad_lines.scanned or bad:
+            print(f"{len(bad_lines.scanned) + bad:.0f} bad lines were skipped")
         print(out / f"stage{args.stage}.safetensors")
 
 
-def draws(seed, number, shape, channels):
-    """Noise (B, C, H/8, W/8), t (B,) and r ~ U(0, 1) (B,) of a microbatch of images (B, 3, H, W)."""
-    generator = torch.Generator().manual_seed(random.Random(f"{seed} {number}").getrandbits(62))
-    n, _, height, width = shape
+def load_engine(args, device):
+    """The engine to start from, its LoRA apart; without a checkpoint it gets a new adapter."""
+    engine = DreamEngine.load(args.sd3, args.lmm, args.checkpoint, device, merge=False)
+    engine.mmdit.checkpointing = args.checkpointing
+    torch.manual_seed(args.seed)  # of the new adapter, and of new LoRA
+    if args.checkpoint is None:
+        engine.adapter = new_adapter(engine.lmm, engine.mmdit, args.layers, args.mlp_dim)
+    return engine
+
+
+def draw(args, micro, channels):
+    """Noise (B, C, H/8, W/8), t (B,) and r (B,) of a microbatch; r ~ U(0, 1) unless --blend says it."""
+    seed = random.Random(f"{args.seed} {micro.number}").getrandbits(62)
+    generator = torch.Generator().manual_seed(seed)
+    n, _, height, width = micro.target.shape
     noise = torch.randn(n, channels, height // 8, width // 8, generator=generator)
-    return noise, flow.training_sigmas(n, generator=generator), torch.rand(n, generator=generator)
+    t, r = flow.training_sigmas(n, generator=generator), torch.rand(n, generator=generator)
+    return noise, t, r if args.blend is None else torch.full_like(r, args.blend)
 
 
 def learning_rate(step, args):
@@ -195,43 +165,53 @@ def learning_rate(step, args):
 
 
 def dataset(args, engine, sources, world):
-    """All microbatches of the run, drawn from [(Manifest or None, weight)]."""
-    asked, progress = args.tasks or SHARES[args.stage], tqdm if args.buckets else iter
-    pools = make_pools(sources, asked, args.size, args.buckets, progress)
-    missing = {task for task, share in asked.items() if share} - {pool.task for pool in pools}
+    """All microbatches of the run, drawn from [(source, weight)]; sets args.size if it is open."""
+    args.size = args.size or min(512, engine.default_size)
+    tasks, progress = args.tasks or SHARES[args.stage], tqdm if args.buckets else iter
+    pools = make_pools(sources, tasks, args.size, args.buckets, progress)
+    missing = {task for task, share in tasks.items() if share} - {pool.task for pool in pools}
     if not pools or (args.tasks and missing):
-        raise ValueError(f"--data holds no example of task {', '.join(sorted(missing))}")
+        raise UserError(f"--data holds no example of task {', '.join(sorted(missing))}")
     for pool in pools:
         engine.check(1, 1, 0, *pool.size)
+    lmm = engine.lmm  # workers shall have the tokenizer, but no model
+    batches = partial(collate, tokenizer=lmm.tokenizer, config=lmm.patches, mrope=lmm.mrope)
     count = args.steps * args.accumulate * world
-    reading = engine.tokenizer, engine.patches, engine.mrope
-    return Microbatches(pools, count, args.batch, args.seed, *reading, args.null, args.flip)
+    return Microbatches(pools, batches, count, args.batch, args.seed, args.null)
 
 
-def first_pools(data):
-    """One pool of each task."""
-    return {pool.task: pool for pool in reversed(data.pools)}.values()
+def preview_examples(data):
+    """Three examples of each task, to look at while training goes on."""
+    pools = {pool.task: pool for pool in reversed(data.pools)}.values()
+    return [data.example(pool, i, random.Random(i), []) for pool in pools for i in range(3)]
 
 
-def time_loader(loader, batch):
+def time_loading(microbatches, batch):
     """Print how many examples per second the data alone could feed."""
-    clock = Clock()
-    count = sum(1 for _ in tqdm(loader, "loading"))
+    clock = runs.Clock()
+    count = sum(1 for _ in tqdm(microbatches, "loading"))
     print(f"{clock.lap(count * batch)[0]:.1f} examples/s")
 
 
-def leave_group(_):
-    """A data worker leaves Ctrl-C and other signals to the process that it works for."""
-    os.setpgrp()
+def run_settings(args, engine, pools, world):
+    """What a run and the one that goes on with it must share."""
+    names = ("stage", "steps", "batch", "lr", "warmup", "clip", "seed", "rank", "alpha", "lmm_lora")
+    settings = {name: getattr(args, name) for name in (*names, "loss", "blend", "null")}
+    settings["microbatches a step"] = args.accumulate * world
+    settings["adapter"] = [list(p.shape) for p in engine.adapter.txt.parameters()]
+    settings["examples"] = [
+        f"{p.task} {p.size[0]}x{p.size[1]} x {p.weight:.6g} from {p.source.identity}" for p in pools
+    ]
+    return settings | engine.base
 
 
 # ---- several processes --------------------------------------------------------------------------
 
 
-def join(args):
+def join(name):
     """(rank, number of processes, device), as torchrun or a plain start gives them."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    device = usable_device(args.device)
+    device = usable_device(name)
     if world == 1:
         return 0, 1, device
     if device.type == "cuda":
@@ -248,14 +228,13 @@ def distribute(engine, learning, shard, world):
         mesh = dist.init_device_mesh(engine.device.type, (world,))
         for block in (*engine.mmdit.joint_blocks, engine.mmdit):
             fully_shard(block, mesh=mesh, ignored_params=ignored)
-            register_fsdp_forward_method(block, "prepare")  # it, too, needs the whole weights
     names = {name for name, _ in (*engine.named_parameters(), *engine.named_buffers())}
     frozen = names - learning.keys()
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(engine, frozen)
     return DistributedDataParallel(engine, gradient_as_bucket_view=True)
 
 
-def over_all(x, device, world):
+def sum_over_processes(x, device, world):
     """The sum of a tensor over the processes, as a list."""
     if world > 1:
         dist.all_reduce(x := x.to(device))
@@ -269,8 +248,7 @@ def end(world):
 
 
 @contextmanager
-def lost_rank(out):
-    """One line instead of a trace where another process has died."""
+def one_line_if_a_process_dies(out):
     try:
         yield
     except RuntimeError as error:
@@ -278,40 +256,23 @@ def lost_rank(out):
         if not dist.is_initialized() or not of_network:
             raise
         reason = str(error).splitlines()[0][:160]
-        raise ValueError(
+        raise UserError(
             f"rank {dist.get_rank()}: lost the other processes ({reason}); "
-            f"the last checkpoint is {latest(out) or 'none'}, --resume goes on from it"
-        ) from None
-
-
-# ---- nothing lost -------------------------------------------------------------------------------
+            f"the last checkpoint is {runs.latest(out) or 'none'}, --resume goes on from it"
+        ) from error
 
 
 def catch_signals():
     """A list that gets each SIGTERM and the first Ctrl-C; a second one ends the program at once."""
     caught = []
 
-    def note(number, _):
-        caught.append(number)
+    def note(signum, _):
+        caught.append(signum)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, note)
     return caught
-
-
-def settings(args, engine, data, world):
-    """What a run and the one that goes on with it must share."""
-    names = ("stage", "steps", "batch", "lr", "warmup", "clip", "seed", "rank", "alpha", "lmm_lora")
-    facts = {name: getattr(args, name) for name in (*names, "loss", "flip", "blend")}
-    facts |= {"microbatches a step": args.accumulate * world, "null": data.null}
-    facts |= {"adapter": [list(p.shape) for p in engine.adapter.txt.parameters()], **engine.base}
-    facts["examples"] = [
-        f"{pool.task} {pool.size[0]}x{pool.size[1]} x {pool.weight:.6g} from "
-        + (f"{pool.source.file.name}:{pool.source.crc:08x}" if pool.source else "rendered scenes")
-        for pool in data.pools
-    ]
-    return facts
 
 
 # ---- the command line ---------------------------------------------------------------------------
@@ -320,25 +281,13 @@ def settings(args, engine, data, world):
 def shares(text):
     """'t2i=1,edit=2' -> {task: number}."""
     try:
-        result = {k: float(v) for k, v in (part.split("=") for part in text.split(","))}
-        if not all(0 <= x < math.inf for x in result.values()):
+        result = {task: float(x) for task, x in (part.split("=") for part in text.split(","))}
+        valid = all(0 <= x <= 1e6 for x in result.values()) and any(result.values())
+        if not valid or result.keys() - FIELDS.keys():
             raise ValueError
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected such as t2i=1,edit=2") from None
-    if unknown := result.keys() - FIELDS.keys():
-        known = ", ".join(FIELDS)
-        raise argparse.ArgumentTypeError(
-            f"unknown task {unknown.pop()!r}: expected some of {known}"
-        )
-    return result
-
-
-def probabilities(text):
-    """'0.1', or 't2i=0.1,edit=0.2' (else 0.1) -> {task: number in [0, 1]}."""
-    every = ",".join(f"{task}={text}" for task in FIELDS)
-    result = dict.fromkeys(FIELDS, 0.1) | shares(text if "=" in text else every)
-    if max(result.values()) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers up to 1")
+        expected = f"such as t2i=1,edit=2, the tasks being {', '.join(FIELDS)}"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from None
     return result
 
 
@@ -346,96 +295,89 @@ def weighted_file(text):
     """'a.jsonl' or 'a.jsonl=2' -> (file, weight)."""
     file, _, weight = text.rpartition("=")
     try:
-        return (file, float(weight)) if file else (text, 1.0)
+        float(weight)
     except ValueError:
-        return text, 1.0
+        file = ""  # the = is part of the name
+    return (file, number(0, 1e6, exclude_low=True)(weight)) if file else (text, 1.0)
 
 
-def parse(arguments=None):
+def options():
+    """The parser: every option and its range."""
     parser = Parser(description="Train Dream Engine's adapter (stage 1), then LoRA too (stage 2).")
-    add = parser.add_argument
+    add, positive = parser.add_argument, partial(number, 0, exclude_low=True)
+    # fmt: off
     add("--stage", type=int, choices=SHARES, required=True)
     add("--data", type=weighted_file, action="append", default=[], metavar="FILE[=WEIGHT]",
-        help="JSONL manifest, may be given several times; WEIGHT: of its share in each of its tasks")  # fmt: skip
+        help="JSONL manifest, may be given several times; WEIGHT: of its share in each of its tasks")
     add("--tasks", type=shares, help="shares of the microbatches, such as t2i=1,edit=2")
-    add(
-        "--null",
-        type=probabilities,
-        default="0.1",
-        help="share of null prompts: 0.1, or t2i=0.1,edit=0.2",
-    )
+    add("--null", type=number(0, 1), default=0.1, help="share of null prompts; default: 0.1")
     add("--loss", choices=("velocity", "x0"), default="velocity", help="x0: the official weighting")
-    add("--blend", type=float, help="one r for all, 0 to 1; default: each example draws its own")
-    add("--layers", type=int, default=2, help="of a new adapter")
-    add("--mlp-dim", type=int, help="its hidden units; default: 4096, less for a small MM-DiT")
-    add("--steps", type=int, help="default: 6000 in stage 1, 8000 in stage 2")
-    add("--batch", type=int, default=16, help="examples in a microbatch")
-    add("--accumulate", type=int, default=1, help="microbatches a step, on each process")
-    add("--lr", type=float, help="default: 2e-3 and 1e-3 for the miniature, else 5e-5")
-    add("--warmup", type=int, default=100, help="steps")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add(
-        "--rank",
-        type=int,
-        help="of LoRA in stage 2; default: 16 for the miniature, else 32; 0: none",
-    )
-    add("--alpha", type=float, help="of LoRA, whose scale is alpha / rank; default: rank")
+    add("--blend", type=number(0, 1),
+        help="one r for all, from 0 (LMM) to 1 (ViT); default: each example draws its own")
+    add("--layers", type=whole_number(1, 8), default=2, help="of a new adapter; default: 2")
+    add("--mlp-dim", type=whole_number(1, 65536),
+        help="its hidden units; default: 4096, less for a small MM-DiT")
+    add("--steps", type=whole_number(1, 10**7), help="default: 6000 in stage 1, 8000 in stage 2")
+    add("--batch", type=whole_number(1, 4096), default=16, help="examples in a microbatch")
+    add("--accumulate", type=whole_number(1, 10**4), default=1, help="microbatches a step and process")
+    add("--lr", type=positive(10), help="default: 2e-3 and 1e-3 for the miniature, else 5e-5")
+    add("--warmup", type=whole_number(1), default=100, help="steps")
+    add("--clip", type=positive(1e9), default=1.0, help="largest norm of the gradient")
+    add("--rank", type=whole_number(0, 4096),
+        help="of LoRA in stage 2; default: 16 for the miniature, else 32; 0: none")
+    add("--alpha", type=positive(1e6), help="of LoRA, whose scale is alpha / rank; default: rank")
     add("--lmm-lora", action="store_true", help="LoRA on the LMM's attention, too")
-    add("--size", type=int, help="side of the pictures; default: 512, or all the model can")
+    add("--size", type=whole_number(16, 8192), help="of a side; default: 512, or all the model can")
     add("--buckets", action="store_true", help="about that size in the picture's own ratio")
-    add("--flip", action="store_true", help="mirror every other example; spoils 'left of'")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
-        help="compute blocks twice to keep less; default: on a GPU")  # fmt: skip
+        help="compute blocks twice to keep less; default: on a GPU")
     add("--shard", action="store_true", help="spread the frozen MM-DiT over the processes")
     add("--only-load", action="store_true", help="time the reading of the data for --steps steps")
-    add("--workers", type=int, help="processes that read data; default: 4 with a GPU, else 0")
-    add("--seed", type=int, default=0)
-    add("--save-every", type=int, default=250, help="steps between checkpoints")
-    add("--keep", type=int, default=2, help="checkpoints to keep")
-    add("--sample-every", type=int, default=500, help="steps between pictures; 0: none")
+    add("--workers", type=whole_number(0, 256), help="that read data; default: 4 with a GPU, else 0")
+    add("--seed", type=whole_number(0, 2**32), default=0)
+    add("--save-every", type=whole_number(1), default=250, help="steps between checkpoints")
+    add("--keep", type=whole_number(1), default=2, help="checkpoints to keep")
+    add("--sample-every", type=whole_number(0), default=500, help="steps between pictures; 0: none")
     add("--out", help="folder of the run; default: runs/stageN")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
-    add("--sd3", default=SD3, help="SD3 / SD3.5: single file or diffusers folder")
-    add("--lmm", default=LMM, help="Qwen2-VL: Hugging Face folder")
-    add("--checkpoint", help="what to start from, or none; default of stage 2: the mini's stage 1")
-    args = parser.parse_args(arguments)
-    args.steps = STEPS[args.stage] if args.steps is None else args.steps
-    for name in ("steps", "batch", "accumulate", "warmup", "save_every", "keep", "layers"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 <= (args.blend or 0) <= 1:
-        raise ValueError(f"--blend must lie between 0 (LMM) and 1 (ViT), got {args.blend}")
-    positive = {k: getattr(args, k) for k in ("lr", "clip", "alpha", "size", "mlp_dim")}
-    positive |= {f"data {file}": weight for file, weight in args.data}
-    for name, value in positive.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
-    miniature = args.sd3 == SD3
+    add("--sd3", type=Path, default=SD3, help="SD3 / SD3.5: single file or diffusers folder")
+    add("--lmm", type=Path, default=LMM, help="Qwen2-VL: Hugging Face folder")
+    add("--checkpoint", type=Path, help="to start from, or none; default of stage 2: the mini's stage 1")
+    # fmt: on
+    return parser
+
+
+def parse(arguments=None):
+    """The options with defaults that depend on others; raises UserError where they do not go together."""
+    args = options().parse_args(arguments)
+    miniature, world = args.sd3 == SD3, int(os.environ.get("WORLD_SIZE", "1"))
+    if args.stage == 1 and (args.rank or args.lmm_lora):
+        raise UserError("--rank and --lmm-lora belong to --stage 2")
     if args.stage == 2:
         args.rank = (16 if miniature else 32) if args.rank is None else args.rank
         args.checkpoint = args.checkpoint or (STAGE1 if miniature else None)
         if args.checkpoint is None:
-            raise ValueError(
-                "--checkpoint is missing: stage 2 goes on from stage 1's, or from none"
-            )
-    elif args.rank or args.lmm_lora:
-        raise ValueError("--rank and --lmm-lora belong to --stage 2")
-    if (args.rank or 0) < int(args.lmm_lora):
-        raise ValueError(f"--rank must be at least 1, got {args.rank}")
+            raise UserError("--checkpoint is missing: stage 2 goes on from stage 1's, or from none")
+        if args.lmm_lora and not args.rank:
+            raise UserError("--lmm-lora needs a --rank of at least 1")
     if not miniature and not args.data:
-        raise ValueError("--data is missing: only the miniature learns from rendered scenes")
-    args.checkpoint = None if args.checkpoint == "none" else args.checkpoint
-    folder = args.checkpoint and Path(args.checkpoint)
-    if folder and folder.is_dir() and not any(folder.glob("stage?.safetensors")):
-        raise ValueError(
-            f"--checkpoint {folder}: no run of train.py, which alone it can go on from"
-        )
-    if args.shard and os.environ.get("WORLD_SIZE", "1") == "1":
-        raise ValueError("--shard needs several processes: start with torchrun")
+        raise UserError("--data is missing: only the miniature learns from rendered scenes")
+    start = args.checkpoint = None if args.checkpoint == Path("none") else args.checkpoint
+    if start and start.is_dir() and not any(start.glob("stage?.safetensors")):
+        raise UserError(f"--checkpoint {start}: no run of train.py, which alone it can go on from")
+    if args.shard and world == 1:
+        raise UserError("--shard needs several processes: start with torchrun")
+    args.steps = args.steps or STEPS[args.stage]
+    if args.steps * args.accumulate * world > 10**8:
+        raise UserError("--steps times --accumulate: over 100 million microbatches in all")
     args.alpha = args.alpha or args.rank
     args.lr = args.lr or (RATES[args.stage] if miniature else 5e-5)
     args.out = args.out or f"runs/stage{args.stage}"
+    if runs.latest(args.out) and not args.resume:
+        raise UserError(
+            f"{args.out} holds a run: --resume goes on with it, or choose another --out"
+        )
     on_gpu = usable_device(args.device).type == "cuda"
     args.workers = (4 if on_gpu else 0) if args.workers is None else args.workers
     args.checkpointing = on_gpu if args.checkpointing is None else args.checkpointing
@@ -444,8 +386,13 @@ def parse(arguments=None):
 
 def main(arguments=None):
     args = parse(arguments)
-    with lost_rank(args.out):
-        train(args)
+    sources = [(Manifest(file), weight) for file, weight in args.data]
+    if not sources:
+        from mini.world import Examples
+
+        sources = [(Examples(), 1)]
+    with one_line_if_a_process_dies(args.out):
+        train(args, sources)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,13 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny import GOLDEN, tensors
+
+from dream_engine import DreamEngine
+
+torch.set_num_threads(1)  # test processes run side by side
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +20,12 @@ def answers():
 @pytest.fixture(scope="session")
 def names():
     return json.loads((GOLDEN / "golden.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """The miniature; nobody may change it."""
+    return DreamEngine.load(device="cpu")
 
 
 @pytest.fixture

@@ -1,27 +1,28 @@
 """The benchmark: it counts right, notices contestants that disagree, and runs at every size."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-import mmdit
-from cli import one_line_errors
+from mmdit import MMDiT, MMDiTConfig
+from support.cli import one_line_errors
+from support.fast import prepared
+from tools import bench
+from tools.contestants import contestants, inputs_of, samplers
 from vae import VAEConfig
 
 CPU = torch.device("cpu")
+ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
 TINY = {
-    "mmdit": mmdit.MMDiTConfig(2, 64, 32, 16, positions=8),
+    "mmdit": MMDiTConfig(2, 64, 32, 16, positions=8),
     "lmm": {
         "text_config": {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 1000,
-            "rope_parameters": {
-                "rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3],
-            },
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 1000,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": ROPE,
         },
         "vision_config": {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32},
     },
@@ -33,21 +34,29 @@ TINY = {
 @torch.no_grad()
 @pytest.mark.parametrize("dual", [(), (0, 1)])
 def test_flops_are_those_that_torch_counts(dual):
-    config = mmdit.MMDiTConfig(3, 64, 32, 16, positions=8, dual=dual)
-    model = mmdit.MMDiT(config)
-    latent, txt, vec = bench.inputs_of(config, 36, 7, CPU)
-    (prepared,) = model.prepare([0.5], vec, torch.ones(2, 7, dtype=torch.bool), 6, 6)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(latent, 0.5, txt, vec, prepared=prepared)
+    config = MMDiTConfig(3, 64, 32, 16, positions=8, dual=dual)
+    model = MMDiT(config)
+    latent, txt, vec = inputs_of(config, 36, 7, 2, CPU)
+    with prepared(model, [0.5], vec) as move_to:
+        move_to(0.5)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(latent, 0.5, txt, vec)
     assert bench.flops(config, 2, 36, 7) == counter.get_total_flops()
 
 
-def test_contestants_that_disagree_are_told():
-    a = torch.randn(100)
-    assert bench.same(a, a * (1 + 1e-6)) < 1e-5
-    for b in (a * 1.01, a * float("nan")):
+def test_contestants_agree_and_are_noticed_where_they_do_not():
+    config = MMDiTConfig(3, 64, 32, 16, positions=8, dual=(0,))
+    models = contestants(config)
+    inputs = inputs_of(config, 36, 7, 2, CPU)
+    draw = samplers(models, inputs, steps=3)
+    assert {"ours", "ours, plain forward"} <= draw.keys()
+    assert bench.difference([function() for function in draw.values()]) < 1e-5
+    with torch.no_grad():
+        models["ours"].final_layer.linear.bias += 0.1
+    changed = samplers(models, inputs, steps=3)["ours"]()
+    for other in (changed, changed * float("nan")):
         with pytest.raises(ValueError, match="disagree"):
-            bench.same(a, b)
+            bench.difference([draw["ours"]() - 0.1, other])
 
 
 def test_contestants_take_turns():
@@ -55,7 +64,12 @@ def test_contestants_take_turns():
     times = bench.race({x: lambda x=x: order.append(x) for x in "ab"}, 3)
     assert "".join(order) == "baabbaab"
     assert [len(t) for t in times.values()] == [3, 3]
-    assert bench.ratio({"a": [1, 2, 9], "b": [2, 4, 3]}, "a", "b") == 0.5
+
+
+def test_ratios_are_those_of_the_rounds():
+    a, b = bench.rows_of({"a": [0.001, 0.002, 0.009], "b": [0.002, 0.004, 0.003]}, "ms", "b")
+    assert a == {"": "a", "ms": 2.0, "of b": 0.5} and b["of b"] == 1.0
+    assert bench.rows_of({"a": [0.5]}, "ms", "b", 2) == [{"": "a", "ms": 250.0, "of b": None}]
 
 
 def test_memory_is_that_of_the_tensors():
@@ -68,29 +82,69 @@ def test_memory_is_that_of_the_tensors():
     assert bench.peak(CPU, needed) == pytest.approx(8e-3, rel=0.01)
 
 
-def test_full_size_runs_at_a_tiny_size(monkeypatch):
-    monkeypatch.setattr(mmdit.MMDiT, "compile_blocks", lambda self: None)
-    found = bench.full(CPU, TINY, rounds=1)
+@pytest.fixture
+def untimed(monkeypatch):
+    """Contestants show that they are equal; then all are equally fast, and nothing is compiled."""
+    equal = lambda functions, rounds, device=None: {name: [1.0] for name in functions}
+    monkeypatch.setattr(bench, "race", equal)
+    monkeypatch.setattr(bench, "compile_blocks", lambda model: None)
+    monkeypatch.setattr(bench, "SIZES", [(16, 4), (64, 8)])
+
+
+def test_parts_compare_equal_contestants(untimed):
+    found = bench.request(CPU, steps=2)
+    assert found["largest difference of 255"] <= 1
+    assert found["rows"][-1] == {"": "ours", "ms": 1000.0, "of the official way": 1.0}
+    found = bench.training(CPU, size=2)
+    assert [row[""] for row in found["rows"] if "ours" in row[""]] == [
+        "stage 1, ours",
+        "stage 2, ours",
+    ]
+    assert found["largest relative difference of losses"] <= 1e-4
+    first, second = bench.growth(CPU)["rows"]
+    assert first["image tokens"] == 16 and second["text tokens"] == 8
+    assert 0 < first["MB"] < second["MB"]
+
+
+def test_full_size_runs_at_a_tiny_size(untimed):
+    found = bench.full(CPU, TINY)
     plain, lean = found["full request"]["rows"]
     assert found["full request"]["largest difference of 255"] == 0
     assert plain["of it MM-DiT, GB"] == lean["of it MM-DiT, GB"]  # on a CPU all lies there
-    assert all(row["steps a second"] > 0 for row in found["full training"]["rows"])
+    assert len(found["full training"]["rows"]) == 2
     report = bench.report(found)
-    assert "| low memory |" in report and "**full step**" in report
+    assert "| low memory |" in report and "| ours, compiled |" in report
 
 
-def test_results_are_added_to_those_there_are(tmp_path, monkeypatch, capsys):
+def test_results_are_added_to_those_of_earlier_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(bench.PARTS, "step", lambda device: {"rows": [{"": "ours", "ms": 1.0}]})
-    monkeypatch.setattr(bench.PARTS["step"], "__doc__", "A step.", raising=False)
-    (tmp_path / "bench.json").write_text(json.dumps({"mid": {"about": "", "rows": [{"": "x"}]}}))
+    file = Path(tmp_path, "bench.json")
+    file.write_text(json.dumps({"mid": {"about": "", "rows": [{"": "x"}]}}))
     bench.main(["step", "--out", str(tmp_path), "--device", "cpu"])
-    assert json.loads((tmp_path / "bench.json").read_text()).keys() == {"mid", "step"}
+    assert json.loads(file.read_text()).keys() == {"mid", "step"}
     assert "| ours | 1 |" in (tmp_path / "bench.md").read_text()
-    for arguments, said in (
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", '{"mid": 3}', '{"mid": {"about": "", "rows": []}}']
+)
+def test_damaged_results_of_an_earlier_run_are_named(content, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(bench.PARTS, "step", None)  # is not reached
+    (tmp_path / "bench.json").write_text(content)
+    with pytest.raises(SystemExit), one_line_errors():
+        bench.main(["step", "--out", str(tmp_path), "--device", "cpu"])
+    assert "bench.json: expected the results of an earlier run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
         (["everything"], "unknown part 'everything'"),
         (["step", "--full"], "name no parts with it"),
         (["--full", "--device", "cpu"], "--full needs a GPU"),
-    ):
-        with pytest.raises(SystemExit), one_line_errors():
-            bench.main(arguments)
-        assert said in capsys.readouterr().err
+    ],
+)
+def test_mistakes_get_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit), one_line_errors():
+        bench.main(arguments)
+    assert message in capsys.readouterr().err

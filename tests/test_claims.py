@@ -1,6 +1,7 @@
-"""The table of runs is sound, runs go on where they stopped, and the README says what was measured."""
+"""The table of runs is sound, runs go on where they stopped, and claims are judged with care."""
 
 import json
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -8,15 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import claims
-import evaluate
-import scores
-import shapes
 import train
-from cli import one_line_errors
-from prompts import apply_task
-
-ROOT = Path(claims.__file__).parent
+from dream_engine import STAGE1
+from mini import claims, evaluate
+from support.cli import UserError
 
 
 def test_every_run_is_one_that_train_accepts():
@@ -34,51 +30,80 @@ def test_comparisons_ask_for_what_their_runs_are_scored_on():
                 assert not r or name in claims.AT_R1
 
 
-def test_odd_prompts_fit_their_templates_and_end_one_way():
-    for what, cases in scores.odd_cases(6, "test").items():
-        for case in cases:
-            apply_task(case.task, case.prompt)
-            blank = shapes.read(Image.new("RGB", (64, 64)))
-            assert not any(check(blank) for check in case.checks.values()), what
-            if case.source:
-                ends = scores.judge([case], [case.source])
-                assert ends.pop("nothing changed") == "1" and set(ends.values()) == {"0"}
+def test_a_run_is_trained_by_its_flags_and_scored(tmp_path, monkeypatch):
+    monkeypatch.setitem(claims.RUNS, "tiny", "--stage 1 --steps 1 --batch 1 --layers 1")
+    monkeypatch.setitem(claims.ROWS, 1, {"copies": 2})
+    monkeypatch.setattr(claims, "AT_R1", ("tiny",))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def in_this_process(command, check):
+        assert Path(command[1]).samefile(train.__file__)
+        train.main(command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    try:
+        scores = claims.run("tiny", 5, tmp_path)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    folder = tmp_path / "tiny-5"
+    assert scores == json.loads((folder / "scores.json").read_text())
+    assert scores["copies"]["exact"] == scores["copies at r = 1"]["exact"] == "00"
+    assert (folder / "stage1.safetensors").is_file() and not (folder / "checkpoints").exists()
 
 
-def test_a_claim_is_trained_scored_compared_and_kept(tmp_path, monkeypatch, capsys):
-    tiny = "--stage 1 --steps 2 --batch 2"
-    monkeypatch.setattr(claims, "RUNS", {"one": tiny, "two": f"{tiny} --layers 1"})
+class Copier:
+    """Stands for an engine that was trained in folder: run `two` copies, run `one` draws nothing."""
+
+    def __init__(self, folder):
+        self.copies = Path(folder).name.startswith("two")
+
+    def generate(self, prompts, **_):
+        return [prompt[0] if self.copies else Image.new("RGB", (64, 64)) for prompt in prompts]
+
+
+def test_a_claim_goes_on_where_it_stopped_and_is_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(claims, "RUNS", {"one": "--stage 1", "two": "--stage 1 --layers 1"})
     monkeypatch.setattr(claims, "ROWS", {1: {"copies": 4}})
-    asked = claims.Comparison("layers", "Do they help?", "one", "two", ("copies",))
-    monkeypatch.setattr(claims, "COMPARISONS", (asked,))
-    started, handlers = [], [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    compared = claims.Comparison("adapter", "Do they help?", "one", "two", ("copies",))
+    monkeypatch.setattr(claims, "COMPARISONS", (compared,))
+    monkeypatch.setattr(claims.DreamEngine, "load", lambda sd3, lmm, folder: Copier(folder))
+    started = []
 
-    def counted(command, check):
+    def trained(command, check):
         started.append(command)
         if len(started) == 3:
             raise KeyboardInterrupt
-        train.main([str(part) for part in command[2:]])
-        for number, handler in handlers:
-            signal.signal(number, handler)
+        args = train.options().parse_args(command[2:])
+        assert args.resume
+        Path(args.out, "checkpoints").mkdir(parents=True)
+        shutil.copy(STAGE1, args.out)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(claims.subprocess, "run", counted)
-    arguments = ["layers", "--out", str(tmp_path)]
-    with pytest.raises(SystemExit), one_line_errors():
-        evaluate.main(["claims", *arguments])
-    assert "interrupted" in capsys.readouterr().err
-    evaluate.main(["claims", *arguments])
-    assert len(started) == 7  # six runs, one of them tried twice
-    assert (tmp_path / "claims.json").is_file()
-    evaluate.main(["claims", *arguments])
-    assert len(started) == 7
+    monkeypatch.setattr(subprocess, "run", trained)
+    command = ["claims", "adapter", "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(command)
+    evaluate.main(command)
+    evaluate.main(command)
+    assert len(started) == 7  # six runs, one of them started twice
+    seeds = [line[line.index("--seed") + 1] for line in started]
+    assert seeds == ["0", "1", "2", "2", "0", "1", "2"]
     results = json.loads((tmp_path / "claims.json").read_text())
-    assert {
-        len(s["copies"]["exact"]) for run in results["runs"].values() for s in run.values()
-    } == {4}
-    said = (tmp_path / "claims.md").read_text()
-    line = "| one | two | 0.000 | 0.000 | +0.000 ± 0.000 | no difference shown | copies |"
-    assert f"{line} Do they help? (`layers`) | 3 |" in said and said in capsys.readouterr().out
+    exact = {n: [s["copies"]["exact"] for s in run.values()] for n, run in results["runs"].items()}
+    assert exact == {"one": ["0000"] * 3, "two": ["1111"] * 3}
+    written = (tmp_path / "claims.md").read_text()
+    line = "| one | two | 0.000 | 1.000 | +1.000 ± 0.000 | B | copies |"
+    assert f"{line} Do they help? (`adapter`) | 3 |" in written
+    assert written in capsys.readouterr().out
+
+
+def test_a_training_that_fails_ends_the_command(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 3)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
+    with pytest.raises(UserError, match="both, seed 0: its training ended with code 3"):
+        claims.run("both", 0, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -93,10 +118,8 @@ def test_a_difference_is_claimed_only_beyond_its_interval(first, second, better)
     assert claims.compared(first, second)[-1] == better
 
 
-def test_unknown_claims_end_in_one_line(capsys):
-    with pytest.raises(SystemExit), one_line_errors():
-        evaluate.main(["claims", "beauty"])
-    assert (
-        "unknown claim 'beauty': expected some of base, curve, guidance, odd"
-        in capsys.readouterr().err
-    )
+def test_the_committed_tables_are_those_of_the_committed_results():
+    folder = Path(claims.__file__).parents[1] / "docs" / "results"
+    for name, report in (("claims", claims.report), ("scores", evaluate.report)):
+        results = json.loads((folder / f"{name}.json").read_text())
+        assert report(results) == (folder / f"{name}.md").read_text()

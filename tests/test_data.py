@@ -2,6 +2,8 @@
 
 import json
 import random
+import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +12,24 @@ import torch
 from PIL import Image, ImageOps
 
 import data
-import shapes
-from cli import one_line_errors
-from data import Faults, Manifest, Microbatches, make_pools, parse_record, training_example
-from dream_engine import LMM, load_tokenizer, patch_config
+from data import BadLines, Manifest, Microbatches, make_pools, parse_record, training_example
+from dream_engine import LMM
+from lmm import collate, load_tokenizer, patch_config
+from mini import world
+from mini.world import Examples
+from support.cli import UserError
 
 BOX = [250, 400, 500, 600]  # thousandths of a 200 x 100 picture: pixels 50..100 x 40..60
 
 
+@pytest.fixture(scope="module")
+def tokens():
+    return partial(collate, tokenizer=load_tokenizer(LMM), config=patch_config(LMM))
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A manifest of 12 lines, three a task; the pictures are a red box on noise-free blue."""
+    """A manifest of 12 lines, three a task; the pictures are a red box on blue."""
     monkeypatch.chdir(tmp_path)
     picture = Image.new("RGB", (200, 100), "blue")
     picture.paste("red", (50, 40, 100, 60))
@@ -42,12 +51,21 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def microbatches(sources, tasks, count=40, size=2, side=48, null=0.0, **settings):
-    pools = make_pools(sources, tasks, side, settings.pop("buckets", False))
-    reading = load_tokenizer(LMM), patch_config(LMM), True
-    return Microbatches(
-        pools, count, size, 0, *reading, dict.fromkeys(data.FIELDS, null), **settings
-    )
+@pytest.fixture
+def microbatches(tokens):
+    def make(sources, tasks, count=40, size=2, side=48, null=0.0, buckets=False):
+        pools = make_pools(sources, tasks, side, buckets)
+        return Microbatches(pools, tokens, count, size, seed=0, null=null)
+
+    return make
+
+
+def same(a, b):
+    tensors = [(m.target, m.batch.ids, m.batch.patches) for m in (a, b)]
+    return a.task == b.task and all(map(torch.equal, *tensors))
+
+
+# ---- manifests ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -56,15 +74,21 @@ def microbatches(sources, tasks, count=40, size=2, side=48, null=0.0, **settings
         ("{", "not JSON"),
         ("[]", "must be one of"),
         ('{"task": "draw"}', "must be one of t2i, i2i, edit, objects"),
+        ('{"task": ["t2i"]}', "must be one of t2i, i2i, edit, objects"),
+        ('{"task": {"t2i": 1}}', "must be one of t2i, i2i, edit, objects"),
         ('{"task": "t2i", "target": "a.png"}', '"prompt" must be a text'),
+        ('{"task": "t2i", "prompt": " ", "target": "a.png"}', '"prompt" must be a text'),
         ('{"task": "t2i", "prompt": "a", "target": ""}', '"target" must be a text'),
         ('{"task": "edit", "source": 3, "instruction": "a", "target": "a"}', '"source"'),
-        ('{"task": "objects", "target": "a", "segments": []}', '"segments" must be'),
+        ('{"task": "edit", "source": null, "instruction": "a", "target": "a"}', '"source"'),
+        ('{"task": "objects", "target": "a", "segments": 3}', '"segments" must be'),
+        ('{"task": "objects", "target": "a", "segments": []}', '"text of segments" must be'),
         ('{"task": "objects", "target": "a", "segments": [["a", [[1, 2, 3]]]]}', "x1"),
         ('{"task": "objects", "target": "a", "segments": [["a", [[9, 2, 3, 4]]]]}', "x1"),
         ('{"task": "objects", "target": "a", "segments": [["a", [["1", 2, 3, 4]]]]}', "x1"),
         ('{"task": "objects", "target": "a", "segments": [["a", 3]]}', '"segments" must be'),
         ('{"task": "objects", "target": "a", "segments": [["a", [[0, 0, 1e999, 4]]]]}', "x1"),
+        ('{"task": "objects", "target": "a", "segments": [["\\udc00", []]]}', "text of segments"),
         ('{"task": "t2i", "prompt": "\\ud83d", "target": "a.png"}', '"prompt" must be a text'),
         ('{"task": "t2i", "prompt": "' + "a" * 5000 + '", "target": "a.png"}', "1 to 4000 letters"),
         ("[" * 100_000, "not JSON"),
@@ -72,61 +96,133 @@ def microbatches(sources, tasks, count=40, size=2, side=48, null=0.0, **settings
     ],
 )
 def test_a_bad_line_is_refused_with_its_reason(line, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(UserError, match=reason):
         parse_record(line)
 
 
+def test_what_a_task_does_not_need_is_not_read(folder):
+    odd = {"task": "t2i", "prompt": "a", "target": "a.png", "source": None, "segments": 0}
+    gone = {"task": "edit", "source": "gone.png", "instruction": "a", "target": "a.png"}
+    Path("b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (odd, gone)))
+    manifest = Manifest("b.jsonl")
+    assert not manifest.bad_lines and manifest.record(1, "t2i")["prompt"] == "a"
+    assert manifest.record(2, "i2i")["target"].size == (200, 100)  # copying needs no source
+    with pytest.raises(FileNotFoundError, match="gone.png"):
+        manifest.record(2, "edit")
+
+
+def test_what_is_no_manifest_ends_in_one_line(folder):
+    for file in ("nothing.jsonl", ".", "/dev/zero"):
+        with pytest.raises(FileNotFoundError, match="no such manifest"):
+            Manifest(file)
+    with open("holes.jsonl", "wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(UserError, match="holes.jsonl:1: over 1,048,576 bytes"):
+        Manifest("holes.jsonl")
+
+
+def test_examples_of_a_manifest_are_its_lines(folder):
+    manifest = Manifest("a.jsonl")
+    assert manifest.total == 12 and [len(manifest.rows(t)) for t in data.FIELDS] == [3, 12, 3, 3]
+    record = manifest.record(7, "edit")
+    assert record["instruction"] == "mirror it 1" and record["target"].size == (200, 100)
+    assert record["source"].tobytes() == ImageOps.mirror(record["target"]).tobytes()
+    with open("a.jsonl", "a") as file:
+        file.write("\n")
+    assert manifest.identity != Manifest("a.jsonl").identity
+
+
+# ---- mixing -------------------------------------------------------------------------------------
+
+
 def test_every_line_comes_once_an_epoch_in_new_order(folder):
-    batches = microbatches([(Manifest("a.jsonl"), 1)], {"t2i": 1}, count=9, size=1)
-    (pool,) = batches.pools
-    numbers = [int(pool.line(k, 0)[0]) for k in range(9)]
-    assert [sorted(numbers[i : i + 3]) for i in (0, 3, 6)] == [[1, 5, 9]] * 3
-    assert len({tuple(numbers[i : i + 3]) for i in (0, 3, 6)}) > 1
+    (pool,) = make_pools([(Manifest("a.jsonl"), 1)], {"t2i": 1}, 48)
+    rows = [int(pool.row(k, 0)) for k in range(9)]
+    assert [sorted(rows[i : i + 3]) for i in (0, 3, 6)] == [[1, 5, 9]] * 3
+    assert len({tuple(rows[i : i + 3]) for i in (0, 3, 6)}) > 1
 
 
-def test_a_microbatch_depends_on_seed_and_number_alone(folder):
-    sources = [(Manifest("a.jsonl"), 1), (None, 2)]
+def test_a_microbatch_depends_on_seed_and_number_alone(folder, microbatches):
+    sources = [(Manifest("a.jsonl"), 1), (Examples(), 2)]
     tasks = {"t2i": 1, "edit": 1, "objects": 1}
-    first, again = (microbatches(sources, tasks, side=64, flip=True) for _ in range(2))
-    for j in (7, 3, 30):
-        a, b = first[j], again[j]
-        assert a.task == b.task and torch.equal(a.target, b.target)
-        assert torch.equal(a.batch.ids, b.batch.ids)
-        assert torch.equal(a.batch.patches, b.batch.patches)
-    loader = torch.utils.data.DataLoader(first, batch_size=None, sampler=range(4), num_workers=2)
-    for j, micro in enumerate(loader):
-        assert torch.equal(micro.target, first[j].target)
+    first, again = (microbatches(sources, tasks, side=64) for _ in range(2))
+    assert all(same(first[j], again[j]) for j in (7, 3, 30))
+    loaded = list(first.load(range(4), workers=2))
+    assert [m.number for m in loaded] == [0, 1, 2, 3]
+    assert all(same(m, first[m.number]) for m in loaded)
     assert not torch.equal(first[0].batch.ids, first[1].batch.ids)
 
 
-def test_tasks_and_sources_come_by_their_weights(folder):
-    sources = [(Manifest("a.jsonl"), 1), (None, 3)]
-    batches = microbatches(sources, {"t2i": 1, "edit": 3}, count=4000)
+def test_the_rendered_examples_are_those_that_the_miniature_learned_from(microbatches):
+    """Targets and token ids, as the program that trained the published weights made them."""
+    batches, crc = (
+        microbatches([(Examples(), 1)], dict.fromkeys(data.FIELDS, 1), 12, 2, 64, 0.1),
+        {},
+    )
+    for micro in map(batches.__getitem__, range(12)):
+        for x in (micro.target, micro.batch.ids):
+            crc[micro.task] = zlib.crc32(x.numpy().tobytes(), crc.get(micro.task, 0))
+    assert crc == CRC
+
+
+CRC = {"edit": 2715683797, "i2i": 3685163682, "t2i": 3482075204, "objects": 1984833417}
+
+
+def test_tasks_and_sources_come_by_their_weights(folder, microbatches):
+    sources = [(Manifest("a.jsonl"), 1), (Examples(), 3)]
+    batches = microbatches(sources, {"t2i": 1, "edit": 3, "objects": 0}, count=4000)
     counts = np.bincount(batches.pool_of, minlength=4) / 4000
-    names = [(pool.task, pool.source is None) for pool in batches.pools]
-    expected = {("t2i", False): 1, ("t2i", True): 3, ("edit", False): 3, ("edit", True): 9}
+    names = [(pool.task, pool.source.name) for pool in batches.pools]
+    expected = {("t2i", 0): 1, ("t2i", 1): 3, ("edit", 0): 3, ("edit", 1): 9}
+    expected = {(task, ("a.jsonl", "rendered scenes")[i]): n for (task, i), n in expected.items()}
+    assert set(names) == set(expected)
     for name, count in zip(names, counts):
         assert abs(count - expected[name] / 16) < 0.03
 
 
-def test_source_and_target_share_crop_and_mirror(folder):
-    record = Manifest("a.jsonl").record(0) | {"task": "edit", "instruction": "x"}
-    record["source"] = record["target"]
-    seen = set()
-    for i in range(8):
-        _, (source, _), target = training_example(record, (48, 48), random.Random(i), flip=True)
-        assert target.size == (48, 48) and source.tobytes() == target.tobytes()
-        seen.add(target.tobytes())
-    assert len(seen) == 2
+def test_null_prompts_come_as_often_as_asked(folder, microbatches):
+    texts = {}
+    for null in (0.0, 1.0):
+        batches = microbatches([(Manifest("a.jsonl"), 1)], {"edit": 1}, count=1, size=4, null=null)
+        texts[null] = batches.collate.keywords["tokenizer"].batch_decode(batches[0].batch.ids)
+    assert all("mirror it" in text for text in texts[0.0])
+    assert all("following:" in t and "mirror it" not in t for t in texts[1.0])
+
+
+def test_buckets_keep_the_ratio_and_batches_rectangular(folder, microbatches):
+    Image.new("RGB", (100, 200)).save("tall.png")
+    with open("a.jsonl", "a") as file:
+        file.write('{"task": "t2i", "prompt": "tall", "target": "tall.png"}\n')
+        file.write('{"task": "t2i", "prompt": "stated", "target": "a.png", "size": [50, 50]}\n')
+        file.write('{"task": "t2i", "prompt": "odd", "target": "a.png", "size": ["x"]}\n')
+    sources = [(Manifest("a.jsonl"), 1)]
+    batches = microbatches(sources, {"t2i": 1}, side=64, buckets=True)
+    sizes = {pool.size: len(pool.rows) for pool in batches.pools}
+    assert sizes == {(96, 48): 3, (48, 96): 1, (64, 64): 2}
+    assert {tuple(batches[j].target.shape[2:]) for j in range(12)} <= {(48, 96), (96, 48), (64, 64)}
+    (pool,) = make_pools([(Examples(), 1)], {"t2i": 1}, 64, buckets=True)
+    assert pool.size == (64, 64)
+    for side in (16, 64, 512, 1024):
+        for width, height in data.bucket_sizes(side):
+            assert width % 16 == height % 16 == 0 and 0.75 < width * height / side**2 < 1.25
+
+
+# ---- examples -----------------------------------------------------------------------------------
+
+
+def test_source_and_target_share_their_crop(folder):
+    record = Manifest("a.jsonl").record(3, "edit")
+    _, (source, text), target = training_example(record, (48, 48), random.Random(0))
+    assert target.size == (48, 48) and text == "mirror it 0"
+    assert source.tobytes() == ImageOps.mirror(target).tobytes() != target.tobytes()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 48), (128, 64)])
 def test_objects_are_cut_where_the_target_shows_them(folder, size):
-    """The box is all red, and nothing else is: so must its crop be, mirrored or not."""
-    manifest = Manifest("a.jsonl")
-    record = manifest.record(manifest.lines["objects"][0][1])
-    for i in range(8):
-        _, prompt, target = training_example(record, size, random.Random(i), flip=True)
+    """The box is all red, and nothing else is: so must its crop be."""
+    record = Manifest("a.jsonl").record(4, "objects")
+    for i in range(4):
+        _, prompt, target = training_example(record, size, random.Random(i))
         (crop,) = {p.tobytes(): p for p in prompt if not isinstance(p, str)}.values()
         pixels = np.asarray(crop, int)[1:-1, 1:-1].reshape(-1, 3)
         assert (abs(pixels - [255, 0, 0]) < 30).all()
@@ -149,49 +245,28 @@ def test_at_most_three_objects_each_at_most_half():
 
 
 def test_boxes_outside_the_crop_are_dropped():
-    picture = Image.new("RGB", (200, 100))  # its middle 100 x 100 is kept
+    size = 200, 100  # its middle 100 x 100 is kept
     boxes = [[0, 0, 240, 500], [250, 0, 500, 500], [200, 0, 320, 500]]
-    kept = [data._visible(box, picture.size, (100, 100), False) for box in boxes]
+    kept = [data.visible_box(box, size, (100, 100)) for box in boxes]
     assert kept == [None, (0, 0, 50, 50), (0, 0, 14, 50)]
-    assert data._visible(boxes[1], picture.size, (100, 100), True) == (50, 0, 100, 50)
+    assert data.visible_box([0, 0, 1000, 4], (2000, 2000), (2000, 2000)) is None  # 1 : 250
 
 
 def test_rendered_objects_are_the_cells_of_their_scene():
     rng = random.Random(0)
     for _ in range(20):
-        record = data.rendered("objects", rng)
-        scene = shapes.detect(record["target"])
-        boxes = [box for _, found in record["segments"] for box in found]
-        for box in boxes:
-            crop = record["target"].crop(data._visible(box, (64, 64), (64, 64), False))
-            places = [o for o in scene.objects if shapes.box(o) == box]
+        record = Examples().record(1, "objects", rng)
+        scene = world.detect(record["target"])
+        for box in (box for _, found in record["segments"] for box in found):
+            crop = record["target"].crop(data.visible_box(box, (64, 64), (64, 64)))
+            places = [o for o in scene.objects if world.box(o) == box]
             assert len(places) == 1 and crop.size == (16, 16)
 
 
-def test_null_prompts_come_as_often_as_asked(folder):
-    texts = {}
-    for null in (0.0, 1.0):
-        batches = microbatches([(Manifest("a.jsonl"), 1)], {"edit": 1}, count=1, size=4, null=null)
-        texts[null] = batches.collate.keywords["tokenizer"].batch_decode(batches[0].batch.ids)
-    assert all("mirror it" in text for text in texts[0.0])
-    assert all("following:" in t and "mirror it" not in t for t in texts[1.0])
+# ---- bad lines ----------------------------------------------------------------------------------
 
 
-def test_buckets_keep_the_ratio_and_batches_rectangular(folder):
-    Image.new("RGB", (100, 200)).save("tall.png")
-    with open("a.jsonl", "a") as file:
-        file.write('{"task": "t2i", "prompt": "tall", "target": "tall.png"}\n')
-        file.write('{"task": "t2i", "prompt": "told", "target": "a.png", "size": [50, 50]}\n')
-    batches = microbatches([(Manifest("a.jsonl"), 1)], {"t2i": 1}, side=64, buckets=True)
-    sizes = {pool.size: len(pool.lines) for pool in batches.pools}
-    assert sizes == {(96, 48): 3, (48, 96): 1, (64, 64): 1}
-    assert {tuple(batches[j].target.shape[2:]) for j in range(12)} <= {(48, 96), (96, 48), (64, 64)}
-    for side in (64, 512, 1024):
-        for width, height in data.bucket_sizes(side):
-            assert width % 16 == height % 16 == 0 and 0.75 < width * height / side**2 < 1.25
-
-
-def test_faulty_examples_are_skipped_counted_and_named(folder):
+def test_bad_lines_are_skipped_counted_and_named(folder, microbatches):
     lines = Path("a.jsonl").read_text().splitlines()
     lines[4] = lines[4].replace("a.png", "gone.png")
     Path("torn.png").write_bytes(Path("a.png").read_bytes()[:200])
@@ -199,56 +274,46 @@ def test_faulty_examples_are_skipped_counted_and_named(folder):
     lines.insert(0, "{broken")
     Path("a.jsonl").write_text("\n".join(lines) + "\n")
     manifest = Manifest("a.jsonl")
-    assert manifest.total == 13 and manifest.faults == {1: "not JSON"}
+    assert manifest.total == 13 and manifest.bad_lines == {1: "not JSON"}
     batches = microbatches([(manifest, 1)], {"t2i": 1}, count=3, size=2)
-    faults = [fault for j in range(3) for fault in batches[j].faults]
-    assert {place for place, _ in faults} == {"a.jsonl:6", "a.jsonl:10"}
+    bad_lines = [line for j in range(3) for line in batches[j].bad_lines]
+    assert {place for place, _ in bad_lines} == {"a.jsonl:6", "a.jsonl:10"}
     assert all(len(batches[j].target) == 2 for j in range(3))
-    assert data.check("a.jsonl") == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_manifest_without_one_good_line_ends_in_one_line(folder, microbatches, workers):
+    Path("a.png").unlink()
+    batches = microbatches([(Manifest("a.jsonl"), 1)], {"t2i": 1})
+    with pytest.raises(UserError) as error:
+        next(batches.load([0], workers))
+    said = str(error.value)
+    assert "100 bad lines in a row" in said and "a.png: no such image" in said and "\n" not in said
+
+
+class Lines:
+    name = "a.jsonl"
+
+    def __init__(self, total, bad):
+        self.total, self.bad_lines = total, dict.fromkeys(range(7, 7 + bad), "not JSON")
 
 
 def test_more_than_one_percent_of_all_lines_ends_the_run(capsys):
-    class Hundreds:
-        file, faults, total = "a.jsonl", {7: "not JSON"}, 200
-
-    faults = Faults([Hundreds])
-    faults.check(0, 8)
-    faults.note([("a.jsonl:9", "no such image file")])
-    faults.note([("a.jsonl:9", "no such image file")])  # the same line once more
-    faults.check(len(faults.met), 16)
-    faults.note([("a.jsonl:11", "damaged")])
-    with pytest.raises(ValueError, match="3 bad lines.*a.jsonl:7: not JSON; a.jsonl:9"):
-        faults.check(len(faults.met), 24)
+    bad_lines = BadLines([(Lines(200, 1), 1), (Examples(), 1)])
+    bad_lines.add([("a.jsonl:9", "no such image file")])
+    bad_lines.add([("a.jsonl:9", "no such image file")])  # the same line once more
+    bad_lines.check(len(bad_lines.read), 16)
+    bad_lines.add([("a.jsonl:11", "damaged")])
+    with pytest.raises(UserError, match="3 bad lines.*a.jsonl:7: not JSON; a.jsonl:9"):
+        bad_lines.check(len(bad_lines.read), 24)
     assert capsys.readouterr().err.count("skipped a.jsonl") == 2
+    with pytest.raises(UserError, match="3 bad lines"):
+        BadLines([(Lines(200, 3), 1)])
 
 
 def test_more_than_one_percent_of_what_was_read_ends_the_run():
-    class Millions:
-        file, faults, total = "a.jsonl", dict.fromkeys(range(11), "not JSON"), 10**6
-
-    faults = Faults([Millions])
-    faults.check(10, 64)
-    faults.check(11, 1100)
-    with pytest.raises(ValueError, match="22 bad lines"):
-        faults.check(11, 1000)
-
-
-def test_check_reports_and_draws_a_contact_sheet(folder, capsys):
-    data.main(["check", "a.jsonl"])
-    said = capsys.readouterr().out
-    assert "t2i: 3 examples" in said and "objects: 3 examples" in said
-    assert "0 of 12 lines are faulty" in said
-    assert Image.open("a.png").size == (200, 100)
-    assert Image.open("a.check.png").width > 300
-    with open("a.jsonl", "a") as file:
-        file.write('{"task": "t2i"}\n')
-    with pytest.raises(SystemExit) as end:
-        data.main(["check", "a.jsonl"])
-    assert end.value.code == 1
-    assert 'a.jsonl:13: "target" must be a text of 1 to 4000 letters' in capsys.readouterr().out
-
-
-def test_a_missing_manifest_is_one_line(capsys):
-    with pytest.raises(SystemExit), one_line_errors():
-        data.main(["check", "nothing.jsonl"])
-    assert capsys.readouterr().err == "error: nothing.jsonl: no such manifest\n"
+    bad_lines = BadLines([(Lines(10**6, 11), 1)])
+    bad_lines.check(10, 64)
+    bad_lines.check(11, 1100)
+    with pytest.raises(UserError, match="22 bad lines"):
+        bad_lines.check(11, 1000)

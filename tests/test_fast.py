@@ -1,150 +1,124 @@
-"""Every faster or leaner way gives what the plain one gives."""
+"""Every faster or leaner way gives what the plain forward gives."""
 
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from test_lmm import PICTURES
 from tiny import relative, tensors
 from torch._dynamo.utils import counters
 
-import dream_engine
 import flow
 import mmdit
-import shapes
-import vae
 from adapter import add_lora, merge_lora
+from checkpoints import build_mmdit
 from dream_engine import Condition, DreamEngine, denoise
+from prompts import apply_task, to_images
+from support import fast
 
-PICTURE = shapes.render(shapes.Scene("white", (shapes.Object("red", "star", 4),)))
-PROMPTS = [["a red circle and a blue star"], [PICTURE, " left of a blue ring"]]
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return DreamEngine.load(device="cpu")
+PROMPTS = [["a red circle and a blue star"], [PICTURES[0], " left of a blue ring"]]
+FAMILIES = ("sd3-medium", "sd3.5-medium", "sd3.5-large")
 
 
 def pixels(images):
     return [np.asarray(image, int) for image in images]
 
 
-def plain_sampling(engine, told, n, guidance, steps, lo=0.0, hi=1.0):
-    """Pictures as the plain forward makes them: nothing prepared, branches and prompts one by one."""
-    pictures = []
-    for i in range(n):
-        cond, null = (engine.encode([prompt]) for prompt in (told[i], told[n + i]))
+def random_inputs(config, rows=2):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (rows, config.channels, 8, 8), (rows, 7, config.width), (rows, config.width)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
 
-        def velocity(z, t, cond=cond, null=null):
-            v = engine.mmdit(z, t, cond.txt, cond.vec)
-            if not lo <= t <= hi:
-                return v
-            v0 = engine.mmdit(z, t, null.txt, null.vec)
-            return v0 + guidance * (v - v0)
 
-        start = dream_engine.noise(1, (8, 8, 8), i)
-        pictures.append(engine.vae.decode(flow.euler(velocity, start, flow.sigma_schedule(steps))))
-    return dream_engine.to_images(torch.cat(pictures))
+# ---- tables for all steps -----------------------------------------------------------------------
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.9), (0.9, 1.0), (0.0, 0.0)])
-def test_prepared_sampling_equals_the_plain_forward(engine, interval):
-    pairs = [dream_engine.apply_task(None, prompt) for prompt in PROMPTS]
-    told = [*(p for p, _ in pairs), *(null for _, null in pairs)]
-    plain = pixels(plain_sampling(engine, told, 2, 4.5, 6, *interval))
-    fast = pixels(engine.generate(PROMPTS, steps=6, interval=interval))
-    assert abs(np.subtract(plain, fast)).max() <= 1
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tables_equal_the_plain_forward(family, lora, names, monkeypatch):
+    """With padding, several rows, LoRA, and steps in chunks that do not divide them."""
+    monkeypatch.setattr(fast, "CHUNK", 2)
+    model = build_mmdit(tensors(names[f"mmdit/{family}/single"]), "tiny")
+    if lora:
+        for parameter in add_lora(model, 4).values():
+            parameter.copy_(0.1 * torch.randn(parameter.shape))
+    latent, txt, vec = random_inputs(model.config)
+    mask, times = torch.arange(7) < torch.tensor([[7], [4]]), [1.0, 0.8, 0.6, 0.3, 0.05]
+    plain = [model(latent, t, txt, vec, mask) for t in times]
+    before = dict(model.named_modules())
+    with fast.prepared(model, times, vec) as go_to:
+        for t, expected in zip(times, plain):
+            go_to(t)
+            assert relative(model(latent, t, txt, vec, mask), expected) < 1e-5
+    assert dict(model.named_modules()) == before
+    assert relative(plain[0], plain[1]) > 1e-3  # else a table of one row would do
+    assert torch.equal(model(latent, 0.6, txt, vec, mask), plain[2])
 
 
-def test_outside_the_interval_only_the_prompts_are_at_work(engine, monkeypatch):
-    rows, forward = [], mmdit.MMDiT.forward
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1, 4.5])
+def test_sampling_equals_a_plain_loop(guidance, engine):
+    """Nothing prepared, both branches of guidance and all prompts one by one."""
+    pictures = []
+    for i, prompt in enumerate(PROMPTS):
+        cond, null = (engine.encode([part]) for part in apply_task(None, prompt))
 
-    def counting(self, latent, *args, **options):
-        rows.append(len(latent))
-        return forward(self, latent, *args, **options)
+        def velocity(z, t, cond=cond, null=null):
+            v, v0 = (engine.mmdit(z, t, c.txt, c.vec) for c in (cond, null))
+            return v0 + guidance * (v - v0)
 
-    monkeypatch.setattr(mmdit.MMDiT, "forward", counting)
-    everything = pixels(engine.generate(PROMPTS, steps=6))
-    rows.clear()
-    some = pixels(engine.generate(PROMPTS, steps=6, interval=(0.3, 0.9)))
-    levels = flow.sigma_schedule(6)[:-1].tolist()
-    assert rows == [4 if 0.3 <= t <= 0.9 else 2 for t in levels] and set(rows) == {2, 4}
-    assert abs(np.subtract(everything, some)).max() > 20
-    rows.clear()
-    engine.generate(PROMPTS, steps=2, guidance=1)
-    assert rows == [2, 2]
-
-
-def test_outside_the_interval_no_null_prompt_is_at_work(engine):
-    settings = {"steps": 3, "task": "edit"}
-    prompt = [PICTURE, "make the star blue"]
-    alone = pixels(engine.generate([prompt], guidance=1, **settings))
-    for strengths in ({"guidance": 7}, {"guidance": 7, "null_guidance": 3}):
-        outside = pixels(engine.generate([prompt], interval=(0, 0), **strengths, **settings))
-        assert abs(np.subtract(alone, outside)).max() <= 1
+        start = flow.noise(1, (8, 8, 8), i)
+        pictures.append(engine.vae.decode(flow.euler(velocity, start, flow.sigma_schedule(6))))
+    plain = pixels(to_images(torch.cat(pictures)))
+    drawn = pixels(engine.generate(PROMPTS, steps=6, guidance=guidance))
+    assert abs(np.subtract(plain, drawn)).max() <= 1
 
 
-@pytest.mark.parametrize("family", ["sd3-medium", "sd3.5-medium", "sd3.5-large"])
-def test_lora_learns_and_merges_alike_where_only_keys_and_values_are_computed(family, names):
-    model = mmdit.build(tensors(names[f"mmdit/{family}/single"]), "tiny")
+def test_tables_are_taken_away_after_an_error(engine):
+    before = dict(engine.mmdit.named_modules())
+    with pytest.raises(ZeroDivisionError), fast.prepared(engine.mmdit, [1.0], torch.zeros(1, 128)):
+        raise ZeroDivisionError
+    assert dict(engine.mmdit.named_modules()) == before
+
+
+@torch.no_grad()
+def test_memory_does_not_grow_with_the_steps(engine):
+    vec, times = torch.zeros(2, 128), torch.linspace(1, 0.01, 5000).tolist()
+    largest = 0
+    with fast.prepared(engine.mmdit, times, vec) as go_to:
+        for t in times[::50]:
+            go_to(t)
+            tables = [m for m in engine.mmdit.modules() if isinstance(m, fast.Table)]
+            largest = max(largest, sum(4 * table.rows.numel() for table in tables))
+    assert 0 < largest < 3e6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_learns_and_merges_alike(family, names):
+    model = build_mmdit(tensors(names[f"mmdit/{family}/single"]), "tiny")
     parameters = add_lora(model, 4)
     torch.manual_seed(0)
     for parameter in parameters.values():
         parameter.data = 0.1 * torch.randn_like(parameter)
-    inputs = torch.randn(2, 16, 8, 8), 0.6, torch.randn(2, 5, 128), torch.randn(2, 128)
-    apart = model(*inputs)
+    latent, txt, vec = random_inputs(model.config)
+    apart = model(latent, 0.6, txt, vec)
     apart.sum().backward()
     last = model.joint_blocks[-1].context_block.attn.qkv
     assert last.B.grad[0].abs().max() == 0  # nobody reads its queries
     assert min(last.B.grad[1:].abs().amax((1, 2))) > 0
-    assert relative(merge_lora(model)(*inputs), apart.detach()) < 1e-5
-
-
-# ---- large pictures -----------------------------------------------------------------------------
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("stripe", [1, 40 * 24 * 3, 16 * 24 * 64])
-def test_a_vae_in_stripes_equals_the_whole(stripe, write, monkeypatch):
-    model = vae.load_vae(write("vae/16/single"))
-    generator = torch.Generator().manual_seed(0)
-    latent = 2 * torch.randn(2, 16, 24, 20, generator=generator)
-    image = model.decode(latent)
-    mean = model.encode(image)
-    monkeypatch.setattr(vae, "STRIPE", stripe)
-    assert relative(model.decode(latent), image) < 1e-5
-    assert relative(model.encode(image), mean) < 1e-5
-
-
-@torch.no_grad()
-def test_stripes_hold_less_at_once(write, monkeypatch):
-    """The largest convolution input is a stripe, and not the picture."""
-    model, largest = vae.load_vae(write("vae/16/single")), []
-    for module in model.decoder.modules():
-        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3):
-            module.register_forward_pre_hook(lambda _, x: largest.append(x[0][0, 0].numel()))
-    monkeypatch.setattr(vae, "STRIPE", 1000)
-    model.decode(torch.zeros(1, 16, 16, 16))
-    assert max(largest) <= 1000 + 4 * 128  # an upsampled row and its neighbours are two rows each
+    assert relative(merge_lora(model)(latent, 0.6, txt, vec), apart.detach()) < 1e-5
 
 
 # ---- little memory ------------------------------------------------------------------------------
 
 
 def test_low_memory_draws_the_same(engine):
-    lean = DreamEngine.load(device="cpu", low_memory=True)
-    for whole, visiting in zip(engine.generate(PROMPTS, 3), lean.generate(PROMPTS, 3)):
-        assert whole.tobytes() == visiting.tobytes()
-
-
-def test_weights_of_sd35_large_that_stay_on_the_device():
-    with torch.device("meta"):
-        model = mmdit.MMDiT(mmdit.FAMILIES["SD3.5-large"])
-    visiting = {id(p) for part in model.before_sampling() for p in part.parameters()}
-    staying = sum(p.numel() for p in model.parameters() if id(p) not in visiting)
-    assert 2 * staying < 10.8e9  # bytes in bf16
-    assert 2 * sum(p.numel() for p in model.parameters()) > 16.1e9
+    lean = DreamEngine.load(device="cpu")
+    fast.save_memory(lean, torch.device("cpu"))
+    for whole, saving in zip(engine.generate(PROMPTS, 3), lean.generate(PROMPTS, 3)):
+        assert whole.tobytes() == saving.tobytes()
 
 
 @torch.no_grad()
@@ -152,21 +126,17 @@ def test_low_memory_brings_everything_to_the_device_and_leaves_nothing_there():
     """On the device "meta", which computes shapes only and refuses to meet tensors of the CPU."""
     engine = DreamEngine.load(device="cpu")
     homes = {name: p.data_ptr() for name, p in engine.named_parameters()}
-    engine.save_memory(torch.device("meta"))
+    fast.save_memory(engine, torch.device("meta"))
     staying = {name for name, p in engine.named_parameters() if p.is_meta}
     assert staying and all(name.startswith("mmdit.") for name in staying)
     assert not any("adaLN" in name or "t_embedder" in name for name in staying)
-    embedded = engine.lmm.language_model.embed_tokens(
-        torch.zeros(1, 7, dtype=torch.long).to("meta")
-    )
-    states = engine.lmm.language_model(
-        inputs_embeds=embedded, position_ids=torch.zeros(3, 1, 7).to("meta"), use_cache=False
-    ).last_hidden_state
-    txt, vec = engine.adapter(states, torch.ones(1, 7, dtype=torch.bool).to("meta"))
-    latent = denoise(
-        engine.mmdit, Condition(txt, torch.ones(1, 7, dtype=torch.bool), vec), torch.zeros(1, 8, 8, 8),
-        steps=2, guidance=1,
-    )  # fmt: skip
+    language, positions = engine.lmm.language_model, torch.zeros(3, 1, 7).to("meta")
+    embedded = language.embed_tokens(torch.zeros(1, 7, dtype=torch.long).to("meta"))
+    states = language(inputs_embeds=embedded, position_ids=positions, use_cache=False)
+    mask = torch.ones(1, 7, dtype=torch.bool)
+    txt, vec = engine.adapter(states.last_hidden_state, mask.to("meta"))
+    start = torch.zeros(1, 8, 8, 8)
+    latent = denoise(engine.mmdit, Condition(txt, mask, vec), start, steps=2, guidance=1)
     image = engine.vae.decode(latent)
     assert engine.vae.encode(image).is_meta
     assert image.is_meta and image.shape == (1, 3, 64, 64)
@@ -175,9 +145,18 @@ def test_low_memory_brings_everything_to_the_device_and_leaves_nothing_there():
     }
 
 
-def test_a_failed_visit_leaves_nothing_behind():
+def test_what_stays_of_sd35_large_is_two_thirds():
+    with torch.device("meta"):
+        model = mmdit.MMDiT(mmdit.FAMILIES["SD3.5-large"])
+    embedders = ("t_embedder.", "y_embedder.", "context_embedder.")
+    sizes = {name: 2 * p.numel() for name, p in model.named_parameters()}  # bytes in bf16
+    staying = [n for n in sizes if "adaLN" not in n and not n.startswith(embedders)]
+    assert sum(sizes.values()) > 16.1e9 and sum(map(sizes.get, staying)) < 10.8e9
+
+
+def test_a_failed_call_leaves_nothing_on_the_device():
     layer = torch.nn.Linear(3, 3)
-    dream_engine.weights.visit(layer, "meta")
+    fast.on_demand(layer, "meta")
     with pytest.raises(RuntimeError):
         layer(torch.zeros(2, 3))  # of the CPU
     assert not layer.weight.is_meta
@@ -188,17 +167,16 @@ def test_a_failed_visit_leaves_nothing_behind():
 
 def test_blocks_are_compiled_once_for_prompts_of_every_length(engine):
     compiled = DreamEngine.load(device="cpu")
-    compiled.mmdit.compile_blocks(backend="eager")  # what is compiled, without the compiler
+    fast.compile_blocks(compiled.mmdit, backend="eager")  # what is compiled, without the compiler
     counters.clear()
     longer = "a red circle above a blue star on the left of a green ring on a black background"
     words = longer.split()
     texts = [[" ".join(words[:n])] for n in range(1, len(words))]
-    told = [dream_engine.apply_task(None, text)[0] for text in texts]
-    lengths = [engine.collate([prompt]).ids.shape[1] for prompt in told]
+    lengths = [engine.lmm.collate([apply_task(None, t)[0]]).ids.shape[1] for t in texts]
     as_long_as_the_picture = texts[lengths.index(16)]
     for i, prompt in enumerate((as_long_as_the_picture, [longer], texts[2], PROMPTS[1])):
-        fast, plain = (pixels(e.generate([prompt], steps=2)) for e in (compiled, engine))
-        assert abs(np.subtract(fast, plain)).max() <= 1
+        drawn, plain = (pixels(e.generate([prompt], steps=2)) for e in (compiled, engine))
+        assert abs(np.subtract(drawn, plain)).max() <= 1
         if i == 0:
             first = counters["stats"]["unique_graphs"]
     assert counters["stats"]["unique_graphs"] == first == 1
@@ -206,5 +184,7 @@ def test_blocks_are_compiled_once_for_prompts_of_every_length(engine):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_draw_the_same(engine):
-    fast = pixels(DreamEngine.load(device="cpu", compile=True).generate(PROMPTS, steps=3))
-    assert abs(np.subtract(fast, pixels(engine.generate(PROMPTS, steps=3)))).max() <= 1
+    compiled = DreamEngine.load(device="cpu")
+    fast.compile_blocks(compiled.mmdit)
+    drawn = pixels(compiled.generate(PROMPTS, steps=3))
+    assert abs(np.subtract(drawn, pixels(engine.generate(PROMPTS, steps=3)))).max() <= 1

@@ -2,12 +2,16 @@
 
 import json
 import math
+import multiprocessing
 import os
+import random
 import resource
+import shutil
 import signal
-import subprocess
+import socket
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -18,25 +22,24 @@ from transformers import Qwen2VLConfig, Qwen2VLModel
 
 import dream_engine
 import flow
-import logbook
 import train
 from adapter import Adapter
-from cli import one_line_errors
 from dream_engine import DreamEngine
+from lmm import PatchConfig, Qwen2VL
 from mmdit import FAMILIES, MMDiT, MMDiTConfig
-from prompts import PatchConfig
+from support import runs
+from support.cli import UserError, one_line_errors
 from vae import VAE, VAEConfig
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["--batch", "2", "--warmup", "1", "--device", "cpu", "--sample-every", "0"]
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     yield tmp_path
-    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
+    for number, handler in before.items():
         signal.signal(number, handler)
 
 
@@ -50,13 +53,17 @@ def engines(monkeypatch):
     return loaded
 
 
+def arguments(stage, steps, out, *more):
+    return ["--stage", str(stage), "--steps", str(steps), "--out", out, *SMALL, *more]
+
+
 def run(stage, steps, out="run", *more):
-    train.main(["--stage", str(stage), "--steps", str(steps), "--out", out, *SMALL, *more])
+    train.main(arguments(stage, steps, out, *more))
     return load_file(Path(out, f"stage{stage}.safetensors"))
 
 
 def fails(*arguments):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         run(*arguments)
     return str(error.value)
 
@@ -65,70 +72,91 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def losses(out):
+    return [record["loss"] for record in runs.read_metrics(Path(out))]
+
+
 # ---- what learns --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage, more", [(1, []), (2, []), (2, ["--lmm-lora"])])
 def test_not_one_frozen_byte_changes_and_all_that_learns_does(stage, more, engines):
-    start = [] if stage == 1 else ["--checkpoint", str(train.STAGE1)]
-    run(stage, 3, "run", *start, *more)
+    run(stage, 3, "run", *more)
     (engine,) = engines
     fresh = DreamEngine.load(checkpoint=None, device="cpu").state_dict()
-    learnt = engine.learnt()
+    learned = engine.learned()
     state = {k.replace(".base.", "."): v for k, v in engine.state_dict().items()}
     frozen = {k for k in state if not k.startswith("adapter.") and not k.endswith((".A", ".B"))}
     assert frozen == {k for k in fresh if not k.startswith("adapter.")}
     assert all(state[k].numpy().tobytes() == fresh[k].numpy().tobytes() for k in frozen)
-    assert {k.split(".")[1] for k in learnt if k.startswith("lora")} == {
+    assert {k.split(".")[1] for k in learned if k.startswith("lora")} == {
         (1, False): set(),
         (2, False): {"mmdit"},
         (2, True): {"mmdit", "lmm"},
     }[stage, bool(more)]
-    torch.manual_seed(0)
-    before = DreamEngine.load(checkpoint=train.STAGE1 if stage == 2 else None, device="cpu")
+    before = train.load_engine(train.parse(arguments(stage, 3, "other", *more)), "cpu")
     before.start_training(16 if stage == 2 else None, None, bool(more))
-    started = before.learnt()
-    assert started.keys() == learnt.keys()
-    assert not [k for k in learnt if torch.equal(learnt[k], started[k])]
+    started = before.learned()
+    assert started.keys() == learned.keys()
+    assert not [k for k in learned if torch.equal(learned[k], started[k])]
 
 
-def test_adapters_of_other_depth_are_kept_and_gone_on_with(engines):
+def test_adapters_of_other_depth_are_kept_and_gone_on_with():
     deep = run(1, 1, "deep", "--layers", "3", "--mlp-dim", "32")
     assert [len(deep[f"adapter.txt.{i}.bias"]) for i in (0, 2, 4)] == [32, 32, 128]
     goes_on = run(2, 1, "next", "--checkpoint", "deep")
     assert {k for k in goes_on if k.startswith("adapter.")} == deep.keys()
-    assert {"adapter.txt.0.bias", "adapter.txt.2.bias"} & run(
-        1, 1, "flat", "--layers", "1"
-    ).keys() == {"adapter.txt.0.bias"}
+    flat = run(1, 1, "flat", "--layers", "1")
+    assert "adapter.txt.0.bias" in flat and "adapter.txt.2.bias" not in flat
 
 
-def test_one_r_for_all_and_stage_2_from_none(monkeypatch):
-    seen, condition = [], DreamEngine.condition
-    keep = lambda self, batch, r: seen.append(r) or condition(self, batch, r)
-    monkeypatch.setattr(DreamEngine, "condition", keep)
-    scratch = run(2, 2, "a", "--blend", "0.25", "--checkpoint", "none")
-    assert len(seen) == 2 and all(torch.equal(r, torch.full((2,), 0.25)) for r in seen)
+def test_stage_2_from_none_starts_a_new_adapter():
+    scratch = run(2, 1, "a", "--checkpoint", "none")
     assert any(name.startswith("lora.") for name in scratch)
-    learnt = load_file(train.STAGE1)["adapter.txt.0.weight"]
-    assert (scratch["adapter.txt.0.weight"] - learnt).norm() > 0.5 * learnt.norm()
-    run(1, 2, "b")
-    assert 0 < torch.stack(seen[2:]).std() and all(r.min() >= 0 and r.max() <= 1 for r in seen)
+    learned = load_file(train.STAGE1)["adapter.txt.0.weight"]
+    assert (scratch["adapter.txt.0.weight"] - learned).norm() > 0.5 * learned.norm()
 
 
-def test_both_losses(engines):
+def test_noise_t_and_r_depend_on_seed_and_number():
+    class Micro:
+        number, target = 7, torch.zeros(64, 3, 32, 48)
+
+    drawn = {}
+    for name, more in {
+        "": [],
+        "again": [],
+        "blend": ["--blend", "0.25"],
+        "seed": ["--seed", "1"],
+    }.items():
+        drawn[name] = train.draw(train.parse(["--stage", "1", *SMALL, *more]), Micro, channels=8)
+    noise, t, r = drawn[""]
+    assert (
+        noise.shape == (64, 8, 4, 6)
+        and 0 < t.min()
+        and t.max() < 1
+        and 0 <= r.min()
+        and r.max() <= 1
+    )
+    assert r.std() > 0.2 and abs(noise.std() - 1) < 0.05
+    assert all(map(torch.equal, drawn[""], drawn["again"]))
+    assert torch.equal(drawn["blend"][0], noise) and torch.equal(drawn["blend"][1], t)
+    assert torch.equal(drawn["blend"][2], torch.full((64,), 0.25))
+    assert not torch.equal(drawn["seed"][0], noise)
+
+
+def test_both_losses(engine):
     """The official one weighs the error by t squared."""
-    run(1, 1, "a")
-    engine = engines[0]
-    data = torch.rand(2, 3, 64, 64) * 2 - 1
-    batch = engine.collate([["a red circle"], ["a blue star"]])
+    image = torch.rand(2, 3, 64, 64) * 2 - 1
+    prompts = [["a red circle"], ["a blue star"]]
     t, r = torch.tensor([0.3, 0.8]), torch.zeros(2)
     noise = torch.randn(2, 8, 8, 8)
-    plain = engine(batch, data, noise, t, r)
-    torch.testing.assert_close(engine(batch, data, noise, t, r, weighted=True), t**2 * plain)
-    x0 = engine.vae.encode(data)
-    z = flow.add_noise(x0, noise, t)
-    c = engine.encode([["a red circle"], ["a blue star"]])
-    velocity = engine.mmdit(z, t, c.txt, c.vec, c.mask)
+    with torch.no_grad():
+        plain = engine(engine.lmm.collate(prompts), image, noise, t, r)
+        weighted = engine(engine.lmm.collate(prompts), image, noise, t, r, weighted=True)
+        torch.testing.assert_close(weighted, t**2 * plain)
+        x0 = engine.vae.encode(image)
+        c = engine.encode(prompts)
+        velocity = engine.mmdit(flow.add_noise(x0, noise, t), t, c.txt, c.vec, c.mask)
     torch.testing.assert_close(plain, (velocity - noise + x0).square().mean((1, 2, 3)))
 
 
@@ -137,14 +165,13 @@ def test_checkpointing_changes_memory_not_gradients():
     model = MMDiT(MMDiTConfig(3, 128, 32, 4, 2, 8, 16, 16))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    shapes = (2, 4, 8, 8), (2,), (2, 5, 128), (2, 128)
-    inputs = [torch.rand(s) for s in shapes]
-    grads = []
+    inputs = [torch.rand(shape) for shape in ((2, 4, 8, 8), (2,), (2, 5, 128), (2, 128))]
+    gradients = []
     for model.checkpointing in (False, True):
         model.zero_grad()
         model(*inputs).square().sum().backward()
-        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    for a, b in zip(*grads):
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
 
 
@@ -158,11 +185,14 @@ def test_frozen_weights_in_bf16_give_nearly_the_same_gradients():
             if name.endswith(".B"):
                 torch.nn.init.normal_(p, std=0.1)
         image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        batch = engine.collate([["a red circle"]])
+        batch = engine.lmm.collate([["a red circle"]])
         engine(batch, image, torch.ones(1, 8, 8, 8), torch.tensor([0.5]), torch.zeros(1)).backward()
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in learning.values())
         gradients[dtype] = torch.cat([p.grad.flatten() for p in learning.values()])
     assert torch.cosine_similarity(*gradients.values(), dim=0) > 0.98
+
+
+# ---- memory -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [None, 16])
@@ -179,11 +209,11 @@ def test_the_plan_of_activations_is_near_the_truth(rank):
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-            engine.mmdit(torch.randn(4, 8, 8, 8), 0.5, txt, vec)
+            engine.mmdit(torch.randn(4, 8, 8, 8), torch.full((4,), 0.5), txt, vec)
         measured = sum(size for pointer, size in kept.items() if pointer not in frozen)
-        planned = 4 * logbook.activation_bytes(engine, 216, engine.mmdit.checkpointing)
+        planned = 4 * runs.activation_bytes(engine.mmdit, 216, engine.mmdit.checkpointing)
         if engine.mmdit.checkpointing:  # on the way back, one block is there in full
-            planned -= logbook.KEPT * 4 * 216 * 128 * 4
+            planned -= runs.KEPT * 4 * 216 * 128 * 4
         assert 0.8 < planned / measured < 1.25
 
 
@@ -195,50 +225,131 @@ def test_the_published_sizes_fit_one_gpu_by_the_plan(stage, limit):
     vision = {"embed_dim": 1280, "depth": 32, "num_heads": 16, "hidden_size": 1536}
     config = Qwen2VLConfig(text_config=text, vision_config=vision)
     with torch.device("meta"):
-        lmm = Qwen2VLModel(config).bfloat16()
+        lmm = Qwen2VL(Qwen2VLModel(config).bfloat16(), None, PatchConfig())
         transformer = MMDiT(FAMILIES["SD3.5-large"]).bfloat16()
         adapter, vae = Adapter(1536, 2432), VAE(VAEConfig()).float()
-        engine = DreamEngine(lmm, None, PatchConfig(), adapter, transformer, vae)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dream_engine, "fingerprint", lambda weight: 0.0)  # these hold no numbers
+        engine = DreamEngine(lmm, adapter, transformer, vae)
+    with torch.device("meta"):
         learning = engine.start_training(32 if stage == 2 else None)
     assert all(p.dtype == torch.float32 for p in learning.values())
     args = train.parse(["--stage", str(stage), "--batch", "8", "--checkpointing", "--size", "512"])
     args.rank = 32 if stage == 2 else None
-    plan = logbook.memory_plan(engine, args, 1).splitlines()
-    assert float(plan[0].split()[0]) == pytest.approx(
-        2 * (8.0566 + 0.0897 + 2.2090) + 0.335, abs=0.05
-    )
+    plan = runs.memory_plan(engine, args, 1).splitlines()
+    expected = 2 * (8.0566 + 0.0897 + 2.2090) + 0.335
+    assert float(plan[0].split()[0]) == pytest.approx(expected, abs=0.05)
     assert 1e9 * float(plan[-1].split()[0]) < limit
+
+
+# ---- processes ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def start():
+    """start(function, *arguments, **environment): a process of its own group that runs it here."""
+    processes, started = multiprocessing.get_context("forkserver"), []
+    processes.set_forkserver_preload([__name__])  # which imports all that a process needs, once
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+
+    def start(function, *arguments, **environment):
+        here = Path.cwd(), os.environ | environment
+        started.append(processes.Process(target=enter, args=(*here, function, arguments)))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def enter(folder, environment, function, arguments):
+    os.setpgrp()
+    os.chdir(folder)
+    os.environ.update(environment)
+    log = os.open(f"log{environment.get('RANK', '')}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    with one_line_errors():
+        function(*arguments)
+
+
+def wait_for(condition, process):
+    deadline = time.time() + 60
+    while not condition():
+        assert time.time() < deadline and process.is_alive()
+        time.sleep(0.005)
+
+
+def logged(steps, out="run"):
+    """Has a run logged so many steps?"""
+    file = Path(out, "metrics.jsonl")
+    return lambda: file.exists() and file.read_bytes().count(b"\n") >= steps
+
+
+def launch(start, *arguments):
+    """Two processes that train together, as torchrun starts them."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [
+        start(train.main, arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank in range(2)
+    ]
+
+
+def test_two_processes_equal_one(start):
+    """Replicated or with the frozen base in shards, the same microbatches give the same weights."""
+    tasks = ["--tasks", "t2i=1,edit=1"]
+    looking = ["--shard", "--checkpointing", "--sample-every", "2"]  # drawing needs all shards
+    for out, more in {"replicated": [], "sharded": looking}.items():
+        processes = launch(start, *arguments(2, 2, out, *tasks, "--save-every", "1", *more))
+        if out == "replicated":
+            alone = run(2, 2, "alone", "--accumulate", "2", *tasks)
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0, Path("log0").read_text() + Path("log1").read_text()
+        for name, tensor in load_file(f"{out}/stage2.safetensors").items():
+            torch.testing.assert_close(alone[name], tensor, rtol=0, atol=1e-5)
+        assert losses("alone") == pytest.approx(losses(out), abs=1e-5)
+    assert Path("log0").read_text().count("AdamW") == 2  # one rank speaks, in each of the two runs
+    assert "AdamW" not in Path("log1").read_text()
+    assert Path("sharded/samples-000002.png").exists()
+
+
+def test_a_dead_rank_ends_the_run_with_a_clear_line(start):
+    first, second = launch(start, *arguments(1, 10**6, "run"))
+    wait_for(logged(1), first)
+    second.kill()
+    first.join(60)
+    said = Path("log0").read_text().splitlines()[-1]
+    assert first.exitcode == 2
+    assert said.startswith("error: rank 0: lost the other processes") and "--resume goes on" in said
 
 
 # ---- nothing lost -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_stopping_saves_and_resuming_goes_on_bit_exactly(signum, monkeypatch, capsys):
-    more = ["--workers", "2", "--accumulate", "2"] if signum == signal.SIGTERM else []
-    straight = run(2, 40, "straight", *more)
-
-    def log(out, record, log=train.log):
-        log(out, record)
-        if record["step"] == 20:
-            os.killpg(os.getpgrp(), signum)  # as a terminal and torchrun do it
-            time.sleep(0.01)
-
-    group = os.getpgrp()
-    os.setpgrp()
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "log", log)
-        with pytest.raises(SystemExit) as end:
-            run(2, 40, "broken", *more)
-    os.setpgid(0, group)
-    assert end.value.code == 128 + signum
-    assert "stopped after step 2" in capsys.readouterr().err
-    assert "--resume goes on" in fails(2, 40, "broken", *more)
-    assert equal(run(2, 40, "broken", "--resume", *more), straight)
-    logs = [logbook.read_metrics(Path(out)) for out in ("straight", "broken")]
-    assert [r["step"] for r in logs[1]] == list(range(1, 41))
-    assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
-    assert equal(run(2, 40, "broken", "--resume", *more), straight)  # nothing is left to do
+def test_stopping_saves_and_resuming_goes_on_bit_exactly(signum, start):
+    more = ["--workers", "1", "--accumulate", "2"] if signum == signal.SIGTERM else []
+    process = start(train.main, arguments(2, 30, "run", *more))
+    wait_for(logged(3), process)
+    os.killpg(process.pid, signum)  # the data workers get it, too, as from a terminal or torchrun
+    straight = run(2, 30, "straight", *more)
+    process.join(60)
+    assert process.exitcode == 128 + signum
+    assert "stopped after step" in Path("log").read_text()
+    assert 3 <= len(losses("run")) < 30
+    assert "--resume goes on" in fails(2, 30, "run", *more)
+    assert equal(run(2, 30, "run", "--resume", *more), straight)
+    assert [r["step"] for r in runs.read_metrics("run")] == list(range(1, 31))
+    assert losses("run") == losses("straight")
+    assert equal(run(2, 30, "run", "--resume", *more), straight)  # nothing is left to do
 
 
 def test_resume_without_a_run_begins_one():
@@ -250,80 +361,62 @@ def test_resuming_with_other_settings_says_what_differs(monkeypatch):
     run(2, 2, "run", "--rank", "4")
     said = fails(2, 2, "run", "--resume", "--rank", "8", "--tasks", "t2i=1", "--batch", "3")
     assert "rank: 4 then, 8 now" in said and "batch: 2 then, 3 now" in said
-    assert "'edit 64x64 x 3 from rendered scenes'" in said and "now" in said
+    assert "'edit 64x64 x 3 from rendered scenes'" in said
     assert "seed" not in said
-    monkeypatch.setattr(dream_engine, "fingerprint", lambda transformer: 1.5)
+    monkeypatch.setattr(dream_engine, "fingerprint", lambda weight: 1.5)
     assert "base: 11.1805 then, 1.5 now" in fails(1, 2, "one", "--resume")
 
 
-@pytest.mark.parametrize("call", range(12))
-def test_a_kill_inside_a_save_leaves_a_checkpoint(call, engines):
-    """A process dies at each file operation of a save in turn: what is there stays whole."""
-    run(1, 2)
-    engine = engines[0]
+def save_again_and_again(steps):
+    engine = DreamEngine.load(checkpoint=None, device="cpu")
     optimizer = torch.optim.AdamW(engine.start_training().values())
-    facts = {"stage": 1, "rank": None, "alpha": None}
-    child = os.fork()
-    if not child:
-        calls = iter(range(100))
-
-        def die(*a, original, **k):
-            if next(calls) == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*a, **k)
-
-        for owner, name in ((os, "replace"), (os, "fsync"), (logbook.shutil, "copy")):
-            original = getattr(owner, name)
-            setattr(owner, name, lambda *a, f=original, **k: die(*a, original=f, **k))
-        try:
-            for step in (3, 4):
-                logbook.save(engine, optimizer, Path("run"), step, facts, keep=1)
-        finally:
-            os._exit(1)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    last = logbook.latest(Path("run"))
-    assert last.name in ("000002", "000003", "000004")
-    assert len(load_file(last / "stage1.safetensors")) == 8
-    torch.load(last / "state.pt", weights_only=True)
-    load_file("run/stage1.safetensors")
-    logbook.save(engine, optimizer, Path("run"), 5, facts, keep=1)
-    assert [f.name for f in Path("run/checkpoints").iterdir()] == ["000005"]
+    engine(*example(engine)).sum().backward()
+    optimizer.step()
+    Path("run").mkdir(exist_ok=True)
+    first = int(runs.latest("run").name) if runs.latest("run") else 0
+    for step in range(first + 1, first + 1 + steps):
+        runs.save(engine, optimizer, Path("run"), step, SETTINGS, keep=1)
 
 
-KILLED = """
-import os, sys, random, signal, time
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-import train, logbook
-arguments = ["--stage", "1", "--steps", "100000", "--out", "run", "--resume", "--batch", "1",
-             "--device", "cpu", "--save-every", "1", "--sample-every", "0"]
-rng, reached, last = random.Random(0), [0], None
-for kill in range(int(sys.argv[1])):
-    child = os.fork()
-    if not child:
-        sys.stderr = sys.stdout = open(os.devnull, "w")
-        train.main(arguments)
-    began = time.time()
-    while logbook.latest(Path("run")) == last and time.time() < began + 30:
-        time.sleep(0.01)  # until it is at work
-    time.sleep(rng.uniform(0, 0.2))
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), status  # it was at work, not ended by an error
-    last = logbook.latest(Path("run"))
-    reached.append(int(last.name))
-    assert reached[-1] >= reached[-2], reached
-print(reached[-1])
-"""
+SETTINGS = {"stage": 1, "rank": None, "alpha": None}
 
 
-def test_a_run_killed_again_and_again_goes_on_every_time():
-    script = [sys.executable, "-c", KILLED, "20"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 20
+def example(engine):
+    batch = engine.lmm.collate([["a red circle"]])
+    image, noise = torch.zeros(1, 3, 64, 64), torch.ones(1, 8, 8, 8)
+    return batch, image, noise, torch.tensor([0.5]), torch.zeros(1)
+
+
+def test_a_kill_inside_a_save_leaves_a_whole_checkpoint(start):
+    rng, seen = random.Random(0), [0]
+    for _ in range(6):
+        process = start(save_again_and_again, 10**6)
+        wait_for(lambda: runs.latest("run") and int(runs.latest("run").name) > seen[-1], process)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        last = runs.latest("run")
+        seen.append(int(last.name))
+        assert len(load_file(last / "stage1.safetensors")) == 8
+        assert torch.load(last / "state.pt", weights_only=True)["step"] == seen[-1]
+        assert len(load_file("run/stage1.safetensors")) == 8
+    assert seen == sorted(set(seen))
+    save_again_and_again(1)
+    assert [f.name for f in Path("run/checkpoints").iterdir()] == [f"{seen[-1] + 1:06d}"]
+
+
+def test_a_run_killed_again_and_again_goes_on_every_time(start):
+    rng, reached = random.Random(0), [0]
+    again = arguments(1, 10**6, "run", "--resume", "--save-every", "1", "--batch", "1")
+    for _ in range(5):
+        process = start(train.main, again)
+        wait_for(lambda: runs.latest("run") and int(runs.latest("run").name) > reached[-1], process)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        reached.append(int(runs.latest("run").name))
+    steps = [record["step"] for record in runs.read_metrics("run")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= reached[-1] >= 5
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint():
@@ -334,12 +427,11 @@ def test_a_full_disk_keeps_the_previous_checkpoint():
     try:
         said = fails(1, 2, "new")
         Path("run/checkpoints/000002").rename("run/checkpoints/000002.partial")
-        assert "the last good checkpoint is run/checkpoints/000001" in fails(
-            1, 2, "run", "--resume"
-        )
+        kept = fails(1, 2, "run", "--resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "cannot be written" in said and "make room" in said and "none" in said
+    assert "the last good checkpoint is run/checkpoints/000001" in kept
     assert list(Path("run/checkpoints").iterdir()) == before[:1]
     run(1, 2, "run", "--resume")
 
@@ -357,20 +449,127 @@ def test_steps_that_are_not_finite_are_skipped_and_five_in_a_row_end_the_run(bad
         assert "up to step 7; the last good checkpoint is run/checkpoints/000002" in said
         return
     assert all(x.isfinite().all() for x in run(1, 9).values())
-    records = logbook.read_metrics(Path("run"))
+    records = runs.read_metrics("run")
     assert records[-1]["skipped"] == len(bad) and len(records) == 9
+
+
+# ---- damaged folders ----------------------------------------------------------------------------
+
+
+def change(edit):
+    """What rewrites state.pt with something else in it."""
+
+    def rewrite(file):
+        state = torch.load(file, weights_only=True)
+        torch.save(edit(state), file)
+
+    return rewrite
+
+
+def without(name):
+    return change(lambda state: {k: v for k, v in state.items() if k != name})
+
+
+def moments(edit):
+    def change_moments(state):
+        edit(state["optimizer"]["state"])
+        return state
+
+    return change(change_moments)
+
+
+DAMAGE = {
+    "empty": lambda file: file.write_bytes(b""),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:1000]),
+    "zeros": lambda file: file.write_bytes(bytes(1000)),
+    "text": lambda file: file.write_text("step 2\n"),
+    "code": lambda file: file.write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR."),
+    "a list": change(lambda state: [1, 2]),
+    "no step": without("step"),
+    "no settings": without("settings"),
+    "no optimizer": without("optimizer"),
+    "step -5": change(lambda state: state | {"step": -5}),
+    "step NaN": change(lambda state: state | {"step": math.nan}),
+    "settings a text": change(lambda state: state | {"settings": "stage 1"}),
+    "settings tensors": change(lambda state: state | {"settings": {"stage": torch.zeros(2)}}),
+    "a text for the base": change(lambda s: s | {"settings": s["settings"] | {"base": "x"}}),
+    "optimizer a list": change(lambda state: state | {"optimizer": []}),
+    "moments of no parameter": moments(lambda state: state.update({99: {}})),
+    "moments too few": moments(lambda state: state.pop(0)),
+    "moments of another shape": moments(lambda state: state[0].update(exp_avg=torch.zeros(3))),
+    "moments missing": moments(lambda state: state[1].pop("exp_avg_sq")),
+}
+
+
+def test_a_damaged_state_ends_in_one_line_that_names_it():
+    run(1, 2, "whole")
+    args = train.parse(arguments(1, 2, "other"))
+    engine = train.load_engine(args, "cpu")
+    optimizer = torch.optim.AdamW(engine.start_training().values())
+    settings = torch.load("whole/checkpoints/000002/state.pt", weights_only=True)["settings"]
+    assert runs.restore(Path("whole"), engine, optimizer, settings) == 2
+    for name, damage in DAMAGE.items():
+        shutil.rmtree("run", ignore_errors=True)
+        shutil.copytree("whole", "run")
+        damage(Path("run/checkpoints/000002/state.pt"))
+        with pytest.raises(UserError) as error:
+            runs.restore(Path("run"), engine, optimizer, settings)
+        said = str(error.value)
+        assert said.startswith("run/checkpoints/000002/state.pt: ") and "\n" not in said, name
+    assert not Path("hacked").exists()
+
+    for name in ("stage2.safetensors", None):  # two files of weights, then none
+        shutil.rmtree("run")
+        shutil.copytree("whole", "run")
+        weights = Path("run/checkpoints/000002/stage1.safetensors")
+        shutil.copy(weights, weights.with_name(name)) if name else weights.unlink()
+        said = fails(1, 2, "run", "--resume")
+        assert f"run/checkpoints/000002: holds {2 if name else 0} files stageN" in said
+    Path("run/checkpoints/000002/state.pt").write_text("")
+    assert "run/checkpoints/000002/state.pt: " in fails(1, 2, "run", "--resume")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "5",
+        '{"step": 2, "lo',
+        '{"step": 2, "loss": 1.0}',
+        '{"step": 2, "loss": "low", "loss_by_t": [0, 0, 0, 0, 0]}',
+        '{"step": 2, "loss": 1.0, "loss_by_t": [0, 0, 0, 0, "x"]}',
+        '{"step": 2, "loss": 1.0, "loss_by_t": [0, 0]}',
+        '{"step": "2", "loss": 1.0, "loss_by_t": [0, 0, 0, 0, 0]}',
+        '{"step": 2, "loss": 1' + 400 * "0" + ', "loss_by_t": [0, 0, 0, 0, 0]}',
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_line_of_metrics_is_named(line):
+    good = json.dumps({"step": 1, "loss": None, "loss_by_t": [None, 1, 2.5, 0, 1]})
+    Path("run").mkdir()
+    file = Path("run/metrics.jsonl")
+    file.write_text(f"{good}\n{line}")  # a killed run may leave half of its last line
+    assert runs.read_metrics("run") == [json.loads(good)]
+    file.write_text(f"{good}\n{line}\n{good}\n")
+    for use in (runs.loss_curve, lambda out: runs.open_folder(out, 0)):
+        with pytest.raises(
+            UserError, match=r"^run/metrics\.jsonl:2: expected a line that train.py"
+        ):
+            use(Path("run"))
+    file.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(UserError, match=r"^run/metrics\.jsonl: damaged"):
+        runs.read_metrics("run")
 
 
 # ---- what a person sees -------------------------------------------------------------------------
 
 
 def test_a_run_leaves_pictures_metrics_and_a_checkpoint_for_sample(capsys):
-    run(2, 4, "run", "--sample-every", "2", "--save-every", "1", "--keep", "2")
+    run(2, 4, "run", "--sample-every", "3", "--save-every", "1", "--keep", "2")
     assert sorted(p.name for p in Path("run").iterdir()) == [
         "checkpoints",
         "loss.png",
         "metrics.jsonl",
-        "samples-000002.png",
+        "samples-000003.png",
         "samples-000004.png",
         "stage2.safetensors",
     ]
@@ -406,49 +605,79 @@ def test_manifests_of_all_tasks_train(capsys):
         {"task": "objects", "target": "a.png", "segments": [["a", [[100, 100, 600, 600]]]]},
     ]
     Path("a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run(2, 2, "run", "--data", "a.jsonl=2", "--workers", "1", "--flip")
-    Path("b.jsonl").write_text(json.dumps(lines[0]))
-    asked = ["--data", "b.jsonl", "--tasks", "edit=1,i2i=1,objects=0"]
+    run(2, 2, "run", "--data", "a.jsonl=2", "--workers", "1")
+    Path("b=1.jsonl").write_text(json.dumps(lines[0]))
+    asked = ["--data", "b=1.jsonl", "--tasks", "edit=1,i2i=1,objects=0"]
     assert "holds no example of task edit" in fails(2, 1, "b", *asked)
-    run(1, 2, "b", "--data", "b.jsonl")  # its target serves to be copied, too
+    run(1, 2, "b", "--data", "b=1.jsonl")  # its target serves to be copied, too
     said = capsys.readouterr().out
-    assert "50.0 %   i2i from b.jsonl" in said and "50.0 %   t2i from b.jsonl" in said
-    train.main(["--stage", "1", "--steps", "3", "--only-load", "--data", "b.jsonl", *SMALL])
+    assert "50.0 %   i2i from b=1.jsonl" in said and "50.0 %   t2i from b=1.jsonl" in said
+    train.main([*arguments(1, 3, "none", "--only-load"), "--data", "b=1.jsonl"])
     assert capsys.readouterr().out.strip().endswith("examples/s")
+    assert not Path("none").exists()
     run(2, 2, "c", "--data", "a.jsonl", "--buckets", "--size", "48")
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "mistake, message",
     [
         ([], "--stage"),
         (["--stage", "7"], "invalid choice: 7"),
         (["--stage", "1", "--out", "/dev/null/x"], "/dev/null/x"),
         (["--stage", "2", "--data", "none.jsonl"], "none.jsonl: no such manifest"),
         (["--stage", "1", "--lmm-lora"], "--rank and --lmm-lora belong to --stage 2"),
-        (["--stage", "2", "--rank", "0", "--lmm-lora"], "--rank must be at least 1"),
-        (["--stage", "2", "--rank", "-1"], "--rank must be at least 1"),
-        (["--stage", "2", "--data", "a.jsonl=-1"], "--data a.jsonl must be positive"),
-        (["--stage", "2", "--null", "edit=2"], "expected numbers up to 1"),
-        (["--stage", "2", "--tasks", "draw=1"], "unknown task 'draw'"),
+        (["--stage", "2", "--rank", "0", "--lmm-lora"], "--lmm-lora needs a --rank of at least 1"),
+        (["--stage", "2", "--data", "a.jsonl=-1"], "a number above 0"),
+        (["--stage", "2", "--data", "a.jsonl=nan"], "a number above 0"),
+        (["--stage", "2", "--null", "2"], "--null: '2': expected a number from 0 to 1"),
+        (["--stage", "2", "--tasks", "draw=1"], "the tasks being t2i, i2i, edit, objects"),
         (["--stage", "2", "--tasks", "t2i"], "expected such as t2i=1,edit=2"),
+        (["--stage", "2", "--tasks", "t2i=0"], "expected such as t2i=1,edit=2"),
         (["--stage", "2", "--sd3", "big.safetensors"], "--checkpoint is missing"),
         (["--stage", "1", "--sd3", "big.safetensors"], "--data is missing"),
-        (["--stage", "1", "--lr", "-1"], "--lr must be positive"),
-        (["--stage", "1", "--size", "72"], "multiples of 16"),
-        (["--stage", "1", "--blend", "2"], "--blend must lie between 0"),
-        (["--stage", "1", "--layers", "0"], "--layers must be at least 1"),
-        (["--stage", "1", "--mlp-dim", "0"], "--mlp-dim must be positive"),
-        (["--stage", "1", "--batch", "0"], "--batch must be at least 1"),
         (["--stage", "2", "--checkpoint", "gone.safetensors"], "gone.safetensors"),
+        (["--stage", "2", "--checkpoint", "/tmp"], "no run of train.py"),
+        (["--stage", "1", "--shard"], "--shard needs several processes"),
+        (["--stage", "1", "--size", "72"], "multiples of 16"),
+        (["--stage", "1", "--device", "hpu"], "device hpu: not usable"),
+        (["--stage", "1", "--device", "privateuseone"], "device privateuseone: not usable"),
+        (["--stage", "1", "--steps", "10000000", "--accumulate", "1000"], "100 million"),
     ],
 )
-def test_mistakes_end_in_one_line(arguments, message, capsys):
+def test_mistakes_end_in_one_line(mistake, message, capsys):
     with pytest.raises(SystemExit) as end, one_line_errors():
-        train.main([*SMALL, *arguments])
+        train.main([*SMALL, *mistake])
     said = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and len(said) == 1 and message in said[0]
     assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize(
+    "option, values",
+    {
+        "--steps": ("0", "1000000000000", "1e3", "x"),
+        "--batch": ("0", "1000000"),
+        "--accumulate": ("0", "1000000"),
+        "--lr": ("0", "-1", "nan", "inf"),
+        "--warmup": ("0",),
+        "--clip": ("0", "nan", "inf"),
+        "--rank": ("-1", "100000000000000000000"),
+        "--alpha": ("0", "1e308", "nan"),
+        "--layers": ("0", "1000"),
+        "--mlp-dim": ("0", "1000000000000"),
+        "--size": ("1", "1000000"),
+        "--blend": ("-0.1", "2", "nan"),
+        "--workers": ("-1", "100000"),
+        "--seed": ("-1", "100000000000000000000"),
+        "--save-every": ("0",),
+        "--keep": ("0",),
+        "--sample-every": ("-1",),
+    }.items(),
+)
+def test_numbers_have_a_range(option, values):
+    for value in values:
+        with pytest.raises(UserError, match=f"argument {option}: '{value}': expected a.* number"):
+            train.main(["--stage", "2", "--buckets", f"{option}={value}"])
 
 
 def test_a_checkpoint_of_another_rank_is_refused():
@@ -458,53 +687,3 @@ def test_a_checkpoint_of_another_rank_is_refused():
     assert "of rank 4, alpha 2" in fails(1, 1, "b", "--checkpoint", "run")
     run(2, 1, "b", "--checkpoint", "run", "--rank", "4", "--alpha", "2")  # goes on from its LoRA
     assert not equal(load_file("b/stage2.safetensors"), load_file("run/stage2.safetensors"))
-
-
-# ---- several processes --------------------------------------------------------------------------
-
-
-def launch(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command += [str(ROOT / "train.py"), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes)
-
-
-def test_two_processes_equal_one():
-    """Replicated or with the frozen base in shards, the same microbatches give the same weights."""
-    arguments = ["--stage", "2", "--steps", "4", *SMALL, "--save-every", "2"]
-    arguments += ["--tasks", "t2i=1,edit=1"]
-    replicated = launch(*arguments, "--out", "replicated")
-    alone = run(2, 4, "alone", "--accumulate", "2", "--tasks", "t2i=1,edit=1")
-    _, errors = replicated.communicate(timeout=120)
-    assert replicated.returncode == 0, errors
-    looking = ["--sample-every", "2"]  # drawing and saving must not put the shards out of step
-    sharded = launch(*arguments, "--out", "sharded", "--shard", "--checkpointing", *looking)
-    said, errors = sharded.communicate(timeout=120)
-    assert sharded.returncode == 0, errors
-    assert said.count("AdamW") == 1  # one rank speaks
-    for out in ("replicated", "sharded"):
-        learnt = load_file(f"{out}/stage2.safetensors")
-        for name, tensor in alone.items():
-            torch.testing.assert_close(learnt[name], tensor, rtol=0, atol=1e-5)
-        losses = [[r["loss"] for r in logbook.read_metrics(Path(o))] for o in ("alone", out)]
-        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-
-
-def test_a_dead_rank_ends_the_run_with_a_clear_line():
-    process = launch("--stage", "1", "--steps", "100000", *SMALL, "--out", "run")
-    deadline = time.time() + 60
-    while not Path("run/metrics.jsonl").exists() or not logbook.read_metrics(Path("run")):
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.1)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = {}
-    for child in children:
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        ranks |= {e[5:]: int(child) for e in environment if e.startswith(b"RANK=")}
-    os.kill(ranks[b"1"], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "rank 0: lost the other processes" in errors and "--resume goes on" in errors

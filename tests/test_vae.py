@@ -1,10 +1,14 @@
 """The autoencoder: equal to diffusers' AutoencoderKL, in both layouts."""
 
+import json
+
 import pytest
 import torch
 from tiny import relative, tensor
 
 import vae
+from checkpoints import load_vae
+from support.cli import UserError
 
 
 @torch.no_grad()
@@ -17,7 +21,7 @@ def test_encoding_and_decoding_equal_diffusers(channels, layout, write, answers,
     else:
         write(key, "", 2, "sd3/vae/diffusion_pytorch_model.safetensors")
         path = tmp_path / "sd3"
-    model = vae.load_vae(path)
+    model = load_vae(path)
     assert model.config == vae.VAEConfig(channels, 16)
     image = tensor("image", (2, 3, 48, 32)).tanh()
     mean, std = model.posterior(image)
@@ -31,14 +35,14 @@ def test_encoding_and_decoding_equal_diffusers(channels, layout, write, answers,
 @torch.no_grad()
 @pytest.mark.parametrize("prefix", ["vae.", ""])
 def test_other_prefixes_load(prefix, write, answers):
-    model = vae.load_vae(write("vae/16/single", prefix))
+    model = load_vae(write("vae/16/single", prefix))
     image = model.decode(tensor("z", (2, 16, 6, 4)))
     assert relative(image, answers["vae/16/single/image"]) < 1e-5
 
 
 @torch.no_grad()
 def test_samples_have_the_moments_of_the_posterior(write):
-    model = vae.load_vae(write("vae/16/single"))
+    model = load_vae(write("vae/16/single"))
     image = tensor("image", (1, 3, 16, 16)).tanh()
     mean, std = model.posterior(image)
     many = model.encode(image.expand(2000, -1, -1, -1), torch.Generator().manual_seed(0))
@@ -56,11 +60,27 @@ def test_full_size_has_the_published_numbers():
 
 
 def test_sides_must_be_multiples_of_eight(write):
-    model = vae.load_vae(write("vae/16/single"))
+    model = load_vae(write("vae/16/single"))
     with pytest.raises(ValueError, match="multiples of 8"):
         model.encode(torch.zeros(1, 3, 12, 16))
 
 
 def test_files_without_an_autoencoder_are_refused(write):
-    with pytest.raises(ValueError, match="no SD3.5 autoencoder"):
-        vae.load_vae(write("mmdit/sd3.5-large/single", "model.diffusion_model."))
+    with pytest.raises(UserError, match="no SD3.5 autoencoder"):
+        load_vae(write("mmdit/sd3.5-large/single", "model.diffusion_model."))
+
+
+@torch.no_grad()
+def test_the_groups_of_the_norms_are_read_from_the_folder(write, answers, tmp_path):
+    """The golden autoencoder has 4, which its shapes do not say."""
+    write("vae/16/diffusers", "", 0, "sd3/vae/diffusion_pytorch_model.safetensors")
+    config, z = tmp_path / "sd3" / "vae" / "config.json", tensor("z", (2, 16, 6, 4))
+    expected = answers["vae/16/diffusers/image"]
+    config.write_text(json.dumps({"norm_num_groups": 4, "latent_channels": 16}))
+    assert relative(load_vae(tmp_path / "sd3").decode(z), expected) < 1e-5
+    config.write_text(json.dumps({"norm_num_groups": 8}))
+    assert relative(load_vae(tmp_path / "sd3").decode(z), expected) > 1e-2
+    for wrong in ({"norm_num_groups": 3}, {"norm_num_groups": "4"}, {"latent_channels": 4}, []):
+        config.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="sd3"):
+            load_vae(tmp_path / "sd3")

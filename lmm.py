@@ -1,0 +1,316 @@
+"""Qwen2-VL (arXiv 2409.12191) as Dream Engine reads it: prompts to tokens to states, no words out.
+
+transformers lends the model and the tokenizer. Cutting images into patches, counting positions and
+padding are done here, and so is loading: every tensor must fit. Letters: B batch, L tokens, M width,
+n image tokens of all rows, P patches of all images.
+"""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from PIL import Image
+from torch import nn
+from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+
+from checkpoints import Layout, empty, fill, find_part, read, read_json, table
+from prompts import to_rgb
+from support.cli import UserError, reading
+
+VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+
+
+class Qwen2VL(nn.Module):
+    """The LMM with what belongs to it: tokenizer, sizes of patches, way of counting positions."""
+
+    def __init__(self, model, tokenizer, patches, mrope=True):
+        """model: a transformers Qwen2VLModel. mrope=False counts positions as early versions did."""
+        super().__init__()
+        self.visual, self.language_model = model.visual, model.language_model
+        self.config = model.config
+        self.tokenizer, self.patches, self.mrope = tokenizer, patches, mrope
+
+    def collate(self, prompts):
+        """Prompts, templates applied, as a Batch on the model's device.
+
+        Raises UserError where one is longer than the model can read.
+        """
+        batch = collate(prompts, self.tokenizer, self.patches, self.mrope)
+        limit = self.config.text_config.max_position_embeddings
+        if batch.ids.shape[1] > limit:
+            raise UserError(
+                f"a prompt of {batch.ids.shape[1]} tokens: the LMM reads {limit} at most"
+            )
+        return batch.to(self.language_model.embed_tokens.weight.device)
+
+    def forward(self, batch):
+        """A Batch -> the last states (B, L, M), after the final norm, and the ViT's features (n, M).
+
+        The ViT runs once: its merged features are the LMM's image tokens and the blend's h_ViT.
+        """
+        embeddings = self.language_model.embed_tokens(batch.ids)
+        vit = embeddings.new_zeros(0, embeddings.shape[-1])
+        if len(batch.grids):
+            vit = self.visual(batch.patches.to(embeddings.dtype), batch.grids).pooler_output
+            embeddings[batch.image_mask] = vit
+        states = self.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=batch.mask.long(),
+            position_ids=batch.positions,
+            use_cache=False,
+        )
+        return states.last_hidden_state, vit
+
+
+# ---- images -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """How an LMM wants its images: patch side, patches merged into a token, limits of size.
+
+    At most 512 tokens an image in the official code, whatever Qwen2-VL itself would allow.
+    """
+
+    patch: int = 14
+    merge: int = 2
+    min_pixels: int = 56 * 56
+    max_pixels: int = 512 * 28 * 28
+
+
+def smart_resize(height, width, factor=28, min_pixels=56 * 56, max_pixels=512 * 28 * 28):
+    """Qwen2-VL's choice of size: sides the multiples of factor nearest to the image's own.
+
+    Returns (height, width); raises UserError where one side is over 200 times the other.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise UserError(f"image of {width}x{height}: one side is over 200 times the other")
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > max_pixels:
+        shrink = (height * width / max_pixels) ** 0.5
+        h = max(factor, int(height / shrink / factor) * factor)
+        w = max(factor, int(width / shrink / factor) * factor)
+    elif h * w < min_pixels:
+        grow = (min_pixels / (height * width)) ** 0.5
+        h = -int(-height * grow // factor) * factor
+        w = -int(-width * grow // factor) * factor
+    return h, w
+
+
+CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
+CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
+
+
+def image_patches(image, config=PatchConfig()):
+    """Cut an RGB image for Qwen2-VL's ViT: patches (n, 3 * 2 * patch * patch), grid (1, gh, gw).
+
+    Equal bit for bit to transformers' Qwen2VLImageProcessorPil. Patches that will be merged into
+    one token are neighbours in the order; every patch is there twice, as two video frames.
+    """
+    p, m = config.patch, config.merge
+    h, w = smart_resize(image.height, image.width, p * m, config.min_pixels, config.max_pixels)
+    levels = np.asarray(image.resize((w, h), Image.BICUBIC), np.float64) * (1 / 255)
+    x = torch.from_numpy((levels.astype(np.float32) - CLIP_MEAN) / CLIP_STD)
+    x = rearrange(x, "(h mh p) (w mw q) c -> (h w mh mw) c p q", mh=m, mw=m, p=p, q=p)
+    return repeat(x, "n c p q -> n (c t p q)", t=2), (1, h // p, w // p)
+
+
+# ---- batches ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Right-padded rows of tokens, and the patches of all their images in order."""
+
+    ids: torch.Tensor  # (B, L)
+    mask: torch.Tensor  # (B, L) bool, False at padding
+    image_mask: torch.Tensor  # (B, L) bool, True where a token stands for a part of an image
+    positions: torch.Tensor  # (3, B, L): time, height, width
+    patches: torch.Tensor  # (P, 3 * 2 * patch * patch); P = 0 without images
+    grids: torch.Tensor  # (images, 3): 1, height and width in patches
+
+    def to(self, device, **options):
+        return Batch(**{f.name: getattr(self, f.name).to(device, **options) for f in fields(self)})
+
+
+def mrope_positions(image_mask, grids, merge=2):
+    """Qwen2-VL's multimodal rotary positions of one row: image_mask (L,) bool -> (3, L).
+
+    Text counts up in all three rows at once. An image stands still in time and counts its merged
+    rows and columns; the text after it goes on from the largest position so far.
+    """
+    positions, start, i = torch.zeros(3, len(image_mask), dtype=torch.long), 0, 0
+    grids = iter(grids)
+    while i < len(image_mask):
+        if image_mask[i]:
+            _, h, w = (int(n) for n in next(grids))
+            h, w = h // merge, w // merge
+            cells = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+            positions[1:, i : i + h * w] = start + cells.flatten(1)
+            positions[0, i : i + h * w] = start
+            i, start = i + h * w, start + max(h, w)
+        else:
+            positions[:, i] = start
+            i, start = i + 1, start + 1
+    return positions
+
+
+def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
+    """Tokenize and pad prompts (lists of strings and PIL images), templates already applied -> Batch.
+
+    Text is always plain text: a special token's name in it is spelt out, not obeyed. With
+    mrope=False positions are 0, 1, 2, ... as transformers before 4.47 had them.
+    """
+    start, pad, end = tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
+    rows, patches, grids = [], [], []
+    for prompt in prompts:
+        ids, text, first = [], "", len(grids)
+        for part in [*prompt, None]:  # None flushes the last text
+            if isinstance(part, str):
+                text += part
+                continue
+            if text:
+                ids += tokenizer.encode(text, split_special_tokens=True, add_special_tokens=False)
+                text = ""
+            if part is not None:
+                x, grid = image_patches(to_rgb(part), config)
+                patches.append(x)
+                grids.append(grid)
+                ids += [start, *[pad] * (len(x) // config.merge**2), end]
+        ids = torch.tensor(ids)
+        is_image = ids == pad
+        counted = torch.arange(len(ids)).expand(3, -1)
+        if mrope:
+            counted = mrope_positions(is_image, grids[first:], config.merge)
+        rows.append((ids, is_image, counted))
+
+    def padded(tensors, value):
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+    ids, image_mask, positions = zip(*rows)
+    return Batch(
+        ids=padded(ids, tokenizer.pad_token_id or 0),
+        mask=padded([torch.ones_like(x, dtype=torch.bool) for x in ids], False),
+        image_mask=padded(image_mask, False),
+        positions=rearrange(padded([p.T for p in positions], 0), "B L thw -> thw B L"),
+        patches=torch.cat(patches) if patches else torch.zeros(0, 6 * config.patch**2),
+        grids=torch.tensor(grids).reshape(-1, 3),
+    )
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+_LAYOUTS = {  # beginning of a name in the file: the layout, from the model's names to the file's
+    "model.language_model.": Layout(table("*  model.*")),  # transformers since 4.52
+    "language_model.": Layout(),  # a bare Qwen2VLModel of the same
+    "model.": Layout(table("language_model.*  model.*")),  # as published
+}
+
+
+def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=None):
+    """Load the Hugging Face folder of a Qwen2-VL, without its head.
+
+    checkpoint: a published DreamEngine (`trained.Checkpoint`), whose own LMM takes the place of the
+    folder's. transformers would start missing tensors at random, with a warning; here they are an
+    error. Raises FileNotFoundError, or UserError naming what does not fit.
+    """
+    config = read_lmm_config(folder)
+    tokenizer, patches = load_tokenizer(folder), patch_config(folder, config)
+    part = find_lmm(folder, config, checkpoint)
+    counts = {"layers": config.text_config.num_hidden_layers, "blocks": config.vision_config.depth}
+    for name, count in counts.items():  # before a config that is wrong builds 10^9 of them
+        found = part.count(rf"[\w.]*\b{name}")
+        if found != count:
+            raise UserError(f"{folder}: config.json says {count} {name}, the tensors have {found}")
+    if len(tokenizer) > (rows := part.dimension("language_model.embed_tokens.weight", 0)):
+        raise UserError(f"{folder}: a tokenizer of {len(tokenizer)} entries, embeddings of {rows}")
+    lmm = Qwen2VL(empty(Qwen2VLModel, folder, config), tokenizer, patches, mrope)
+    fill(lmm, part, device, dtype)
+    # Rotary frequencies are computed, not stored; they stay fp32.
+    for model, attribute in ((lmm.visual, "rotary_pos_emb"), (lmm.language_model, "rotary_emb")):
+        kind = type(getattr(model, attribute))
+        setattr(model, attribute, kind(model.config).to(device))
+    return lmm
+
+
+def find_lmm(folder, config, checkpoint):
+    """The Part that holds the LMM's tensors, of a folder or of a published DreamEngine."""
+    source, tensors, prefix, wrapped = folder, None, "", frozenset()
+    if checkpoint and checkpoint.lmm:
+        source, tensors, prefix = checkpoint.source, checkpoint.lmm, "lmm."
+        wrapped = checkpoint.wrapped
+    tensors = read(folder) if tensors is None else dict(tensors)
+    part = find_part(tensors, source, (prefix,), _LAYOUTS)
+    if part is None:
+        raise UserError(f"{source}: holds no Qwen2-VL ({prefix}model.*)")
+    part = part._replace(layout=replace(part.layout, wrapped=wrapped))
+    head = part.tensors.pop(f"{prefix}lm_head.weight", None)  # no word is ever to be predicted
+    (embedding,) = part.layout.names("language_model.embed_tokens.weight")
+    if head is not None and config.tie_word_embeddings:  # the file may keep either of the two names
+        part.tensors.setdefault(embedding, head)
+    return part
+
+
+def read_lmm_config(folder):
+    """The configuration of a Qwen2-VL folder, which must be one."""
+    file = Path(folder, "config.json")
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: no config.json; expected a Qwen2-VL folder")
+    if (kind := read_json(file).get("model_type")) != "qwen2_vl":
+        raise UserError(f"{file}: model_type is {str(kind)[:40]!r}; expected 'qwen2_vl'")
+    with reading(file, "the config of a Qwen2-VL"):
+        config = Qwen2VLConfig.from_pretrained(folder)
+        text, vision = config.text_config, config.vision_config
+        heads, groups = text.num_attention_heads, text.num_key_value_heads
+        sections = text.rope_parameters["mrope_section"]
+        if text.hidden_size % heads or heads % groups:
+            raise ValueError(f"{heads} heads in {groups} groups do not divide {text.hidden_size}")
+        if 2 * sum(sections) != text.hidden_size // heads or min(sections) < 0:
+            raise ValueError(f"mrope_section {sections} is not half of a head")
+        if vision.embed_dim % (4 * vision.num_heads) or vision.hidden_size != text.hidden_size:
+            raise ValueError("the vision tower's heads or hidden_size do not fit")
+        if type(text.max_position_embeddings) is not int or text.max_position_embeddings < 1:
+            raise ValueError(f"max_position_embeddings is {text.max_position_embeddings!r}")
+    return config
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a Qwen2-VL folder, with its vision tokens."""
+    if not any(Path(folder, name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise FileNotFoundError(
+            f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)"
+        )
+    with reading(folder, "the tokenizer of a Qwen2-VL"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer.encode("a", split_special_tokens=True, add_special_tokens=False)
+        missing = [token for token in VISION_TOKENS if token not in tokenizer.get_vocab()]
+        if missing:
+            raise ValueError(f"it has no {missing[0]}")
+    return tokenizer
+
+
+def patch_config(folder, config=None):
+    """Image sizes for this LMM; never more than 512 tokens an image, as in the official code.
+
+    The model's config says how patches are cut; preprocessor_config.json, if there, the limits.
+    """
+    vision = (config or read_lmm_config(folder)).vision_config
+    patches = PatchConfig(vision.patch_size, vision.spatial_merge_size)
+    file = Path(folder, "preprocessor_config.json")
+    if not file.is_file():
+        return patches
+    stated = read_json(file)
+    with reading(file, "the image sizes of a Qwen2-VL"):
+        for name, value in (("patch_size", patches.patch), ("merge_size", patches.merge)):
+            if stated.get(name, value) != value:
+                raise ValueError(f"{name} {stated[name]!r}, but {value} in the model's config.json")
+        size = stated.get("size") or {}  # transformers 5 calls the limits of area edges
+        low = [stated.get("min_pixels"), size.get("shortest_edge"), patches.min_pixels]
+        high = [stated.get("max_pixels"), size.get("longest_edge"), patches.max_pixels]
+        low, high = (next(x for x in limits if x is not None) for limits in (low, high))
+        if type(low) is not int or type(high) is not int or not 0 < low <= high:
+            raise ValueError(f"min_pixels {low!r} and max_pixels {high!r}")
+    high = min(high, patches.max_pixels)
+    return replace(patches, min_pixels=min(low, high), max_pixels=high)

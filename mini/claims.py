@@ -1,0 +1,331 @@
+"""The paper's claims and open questions, answered by many short trainings of the miniature.
+
+    python -m mini.evaluate claims                # all of them, or only some: claims adapter rank
+
+RUNS says what is trained, COMPARISONS what is asked of it. Each run is trained with three seeds or
+five, scored on cases of that seed, and kept in --out/NAME-SEED, so that an interrupted command goes
+on where it was.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from checkpoints import load_mmdit
+from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
+from mini import pretrain, world
+from mini.cases import CASES, STREAM, difference, draw, judge, odd_cases, share
+from mini.lessons import encode_text, load_text_encoder
+from support.cli import UserError
+from support.files import prompt_row, sheet, table, write_json, write_png, write_text
+from support.runs import plot
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+GUIDANCE = 2.0  # at which the miniature draws best
+
+# ---- what is trained ----------------------------------------------------------------------------
+
+ALIGN = "--stage 1 --steps 1000 --batch 16"
+TUNE = "--stage 2 --steps 500 --batch 16"
+BOTH = "{out}/both-{seed}"
+
+RUNS = {  # by name: flags of train.py
+    "both": ALIGN,
+    "t2i alone": f"{ALIGN} --tasks t2i=1",
+    "t2i alone, 3000 steps": f"{ALIGN} --tasks t2i=1 --steps 3000",
+    "i2i alone": f"{ALIGN} --tasks i2i=1",
+    "r = 0": f"{ALIGN} --blend 0",
+    "1 layer": f"{ALIGN} --layers 1",
+    "2 layers of 128": f"{ALIGN} --mlp-dim 128",
+    "3 layers of 128": f"{ALIGN} --mlp-dim 128 --layers 3",
+    "3 layers of 512": f"{ALIGN} --layers 3",
+    "random LMM": f"{ALIGN} --lmm {{out}}/untrained-{{seed}}",
+    "LoRA of rank 16": TUNE,
+    "LoRA of rank 4": f"{TUNE} --rank 4",
+    "LoRA of rank 1": f"{TUNE} --rank 1",
+    "adapter alone": f"{TUNE} --rank 0",
+    "LoRA on the LMM": f"{TUNE} --lmm-lora",
+    "stage 2 at r = 0": f"{TUNE} --blend 0",
+    "both, then stage 2": f"{TUNE} --checkpoint {BOTH}",
+    "stage 2 from scratch": f"{TUNE} --steps 1500 --checkpoint none",
+}
+ROWS = {  # by stage: what a run is scored on, cases for each seed
+    1: {"t2i": 120, "copies": 100},
+    2: {"t2i": 60, "copies": 50, "edits": 100, "objects": 100, "mixing": 60},
+}
+AT_R1 = ("both", "r = 0", "LoRA of rank 16", "stage 2 at r = 0")  # scored at r = 1, too
+
+
+# ---- what is asked ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Is the second run, B, better than the first, A?"""
+
+    claim: str
+    question: str
+    first: str
+    second: str
+    rows: tuple[str, ...]
+    seeds: int = 3
+
+
+STAGE2_ROWS = ("edits", "objects", "copies", "t2i")
+COMPARISONS = (
+    Comparison("joint", "Does copying help text -> image?", "t2i alone", "both", ("t2i",), 5),
+    Comparison("joint", "Does text -> image help copying?", "i2i alone", "both", ("copies",)),
+    Comparison("joint", "Is copying zero-shot?", "t2i alone, 3000 steps", "both", ("copies", "t2i")),
+    Comparison("blend", "Is r at random better than r = 0?", "r = 0", "both",
+               ("t2i", "copies", "copies at r = 1")),
+    Comparison("blend", "The same in stage 2", "stage 2 at r = 0", "LoRA of rank 16",
+               ("edits", "objects", "mixing", "edits at r = 1", "objects at r = 1")),
+    Comparison("adapter", "Are two layers better than one?", "1 layer", "both", ("t2i", "copies")),
+    Comparison("adapter", "Are three better than two?", "both", "3 layers of 512", ("t2i", "copies")),
+    Comparison("adapter", "512 hidden units or 128?", "2 layers of 128", "both", ("t2i", "copies")),
+    Comparison("adapter", "The same with three layers", "3 layers of 128", "3 layers of 512",
+               ("t2i", "copies")),
+    Comparison("lmm", "Does it matter what the LMM has learnt?", "random LMM", "both",
+               ("t2i", "copies")),
+    Comparison("rank", "LoRA, or the adapter alone?", "adapter alone", "LoRA of rank 16", STAGE2_ROWS),
+    Comparison("rank", "Rank 16 or 4?", "LoRA of rank 4", "LoRA of rank 16", STAGE2_ROWS),
+    Comparison("rank", "Rank 4 or 1?", "LoRA of rank 1", "LoRA of rank 4", STAGE2_ROWS),
+    Comparison("stages", "Stage 2 from stage 1, or all in one?", "stage 2 from scratch",
+               "both, then stage 2", STAGE2_ROWS),
+    Comparison("lmm-lora", "LoRA on the LMM, too?", "LoRA of rank 16", "LoRA on the LMM", STAGE2_ROWS),
+)  # fmt: skip
+
+
+def run(name, seed, out):
+    """Train and score a run, or what is missing of that -> {row: {check: bits}}."""
+    folder = out / f"{name.replace(' ', '-')}-{seed}"
+    result = folder / "scores.json"
+    if result.is_file():
+        return json.loads(result.read_text())
+    flags = [flag.format(out=out, seed=seed) for flag in RUNS[name].split()]
+    lmm = flags[flags.index("--lmm") + 1] if "--lmm" in flags else LMM
+    if not Path(lmm, "config.json").is_file():
+        random_lmm(lmm, seed)
+    if BOTH in RUNS[name]:
+        run("both", seed, out)
+    train(name, seed, [*flags, "--out", str(folder)])
+    engine = DreamEngine.load(SD3, lmm, folder)
+    scores = {}
+    for r in (0.0, 1.0) if name in AT_R1 else (0.0,):
+        for row, n in ROWS[int(flags[1])].items():
+            if r and row == "t2i":  # without pictures nothing is blended
+                continue
+            at = f"{row} at r = 1" if r else row
+            scores[at] = score(engine.generate, row, n, f"claims {seed}", f"{name}, {at}", r=r)
+    write_json(result, scores)
+    shutil.rmtree(folder / "checkpoints")  # what was learned lies beside it
+    return scores
+
+
+def train(name, seed, flags):
+    command = [sys.executable, str(TRAIN), *flags, "--seed", str(seed), "--resume", "--keep", "1"]
+    if code := subprocess.run([*command, "--sample-every", "0"], check=False).returncode:
+        raise UserError(f"{name}, seed {seed}: its training ended with code {code}")
+
+
+def score(generate, row, n, seed, what="", *, guidance=GUIDANCE, **settings):
+    """{check: bits} of n cases of a row; settings as of `DreamEngine.generate`."""
+    cases = [case for group in CASES[row](n, seed).values() for case in group]
+    return judge(cases, draw(generate, cases, what, guidance=guidance, **settings))
+
+
+def random_lmm(folder, seed):
+    """Write an LMM like the miniature's that has learned nothing."""
+    torch.manual_seed(seed)
+    Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_pretrained(LMM)).save_pretrained(folder)
+    for file in LMM.iterdir():
+        if file.suffix != ".safetensors" and not Path(folder, file.name).exists():
+            shutil.copy(file, folder)
+
+
+# ---- what is asked of the committed weights -----------------------------------------------------
+
+
+def against_base(n=600):
+    """Text -> image by the base's own text encoder, by stage 1 and by stage 2: {model: bits}."""
+    one, two = DreamEngine.load(checkpoint=STAGE1), DreamEngine.load(checkpoint=STAGE2)
+    base, encoder = load_mmdit(SD3, one.device), load_text_encoder(one.device)
+
+    def by_base(prompts, task, guidance, seed):
+        texts = ["".join(prompt) for prompt in prompts] + [""] * len(prompts)
+        condition = encode_text(base, encoder, one.lmm.tokenizer, texts)
+        return pretrain.draw(base, one.vae, condition, guidance=guidance, seed=seed)
+
+    models = {"base": by_base, "stage 1": one.generate, "stage 2": two.generate}
+    result = {}
+    for guidance in (2.0, 4.5):
+        for name, generate in models.items():
+            at = f"{name}, guidance {guidance:g}"
+            result[at] = score(generate, "t2i", n, STREAM, at, guidance=guidance)["exact"]
+    return result
+
+
+RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def blend_curve(engine, n=200):
+    """{row: {r: {check: bits}}}, all of the same cases."""
+    return {
+        row: {
+            str(r): score(engine.generate, row, n, STREAM, f"{row}, r = {r}", r=r) for r in RATIOS
+        }
+        for row in ("copies", "edits", "objects", "mixing")
+    }
+
+
+def draw_curve(curve):
+    """Each row as a plot over r: the exact score, what was kept, what was followed."""
+    page = Image.new("RGB", (1000, 600), "white")
+    for i, (row, by_r) in enumerate(curve.items()):
+        names = [name for name in ("exact", "kept", "followed") if name in by_r["0.0"]]
+        lines = {name: [share(at[name]) for at in by_r.values()] for name in names}
+        panel = plot(lines, f"{row}: r = 0 to 1, score from 0 to 1", (0, 1), 500, 300)
+        page.paste(panel, (500 * (i % 2), 300 * (i // 2)))
+    return page
+
+
+def odd_ends(engine, out, n=50):
+    """{what: {end: bits}}, and a sheet of pictures."""
+    result, rows = {}, []
+    for what, cases in odd_cases(n).items():
+        images = draw(engine.generate, cases, what, guidance=GUIDANCE)
+        result[what] = judge(cases, images)
+        rows.append(prompt_row(what, cases[0].prompt, images[0]))
+    write_png(out / "odd.png", sheet(rows, 96, letters=70))
+    return result
+
+
+EXTRAS = {  # of the committed weights
+    "base": lambda out: against_base(),
+    "curve": lambda out: blend_curve(DreamEngine.load()),
+    "odd": lambda out: odd_ends(DreamEngine.load(), out),
+}
+
+
+# ---- the report ---------------------------------------------------------------------------------
+
+COMPARED = ("A", "B", "score of A", "of B", "B - A", "better")
+
+
+def verdict(middle, half):
+    if abs(middle) <= half:
+        return "no difference shown"
+    return "B" if middle > 0 else "A"
+
+
+def compared(first, second):
+    middle, half = difference(first, second)
+    shares = [f"{sum(map(share, texts)) / len(texts):.3f}" for texts in (first, second)]
+    return [*shares, f"{middle:+.3f} ± {half:.3f}", verdict(middle, half)]
+
+
+def report(results):
+    """All results as Markdown."""
+    parts = report_base(results["base"]) if "base" in results else []
+    parts += report_runs(results["runs"])
+    parts += report_curve(results["curve"]) if "curve" in results else []
+    parts += report_odd(results["odd"]) if "odd" in results else []
+    return "\n\n".join(parts) + "\n"
+
+
+def report_base(base):
+    n = len(next(iter(base.values()))) // len(world.TASKS)
+    scores = [
+        [model, f"**{share(text):.3f}**"]
+        + [f"{share(text[i : i + n]):.2f}" for i in range(0, len(text), n)]
+        for model, text in base.items()
+    ]
+    pairs = [
+        [a, b, *compared([base[f"{a}, guidance {g}"]], [base[f"{b}, guidance {g}"]]), g]
+        for a, b in (("base", "stage 1"), ("stage 1", "stage 2"))
+        for g in ("2", "4.5")
+    ]
+    return [
+        f"**Against the base**: text -> image, {n} prompts a task.",
+        table(["", "mean", *world.TASKS], scores),
+        table([*COMPARED, "guidance"], pairs),
+    ]
+
+
+def report_runs(runs):
+    rows = []
+    for c in COMPARISONS:
+        pair = (c.first, c.second)
+        scored = [[runs.get(name, {}).get(str(s)) for s in range(c.seeds)] for name in pair]
+        if None in scored[0] + scored[1]:
+            continue
+        for row in c.rows:
+            texts = [[of_seed[row]["exact"] for of_seed in seeds] for seeds in scored]
+            rows.append([*pair, *compared(*texts), row, f"{c.question} (`{c.claim}`)", c.seeds])
+    return ["**By training**", table([*COMPARED, "score", "question", "seeds"], rows)]
+
+
+def report_curve(curve):
+    rows = [
+        [row, check, *(f"{share(at[check]):.3f}" for at in by_r.values())]
+        for row, by_r in curve.items()
+        for check in by_r["0.0"]
+    ]
+    n = len(curve["copies"]["0.0"]["exact"])
+    return [
+        f"**The blend** (`curve`): stage 2 at guidance {GUIDANCE:g}, {n} cases a row.",
+        table(["", "", *(f"r = {r:g}" for r in RATIOS)], rows),
+    ]
+
+
+def report_odd(odd):
+    rows = [
+        [what, ", ".join(f"{end} {share(text):.2f}" for end, text in ends.items())]
+        for what, ends in odd.items()
+    ]
+    n = len(next(iter(next(iter(odd.values())).values())))
+    return [
+        f"**Out of the ordinary** (`odd`): stage 2, {n} cases a row; the rest is none of it.",
+        table(["asked", "how it ended"], rows),
+    ]
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+CLAIMS = (*EXTRAS, *dict.fromkeys(c.claim for c in COMPARISONS))
+
+
+def add_options(parser):
+    parser.add_argument("claims", nargs="*", metavar="claim", help=f"of {', '.join(CLAIMS)}")
+    parser.add_argument("--out", default="runs/claims", help="folder of runs, scores and pictures")
+
+
+def main(args):
+    """Train, score and compare."""
+    if unknown := set(args.claims) - set(CLAIMS):
+        raise UserError(f"unknown claim {unknown.pop()!r}: expected some of {', '.join(CLAIMS)}")
+    chosen, out = args.claims or CLAIMS, Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    results = {"runs": {}}
+    for name, find in EXTRAS.items():
+        file = out / f"{name}.json"
+        if name in chosen and not file.is_file():
+            write_json(file, find(out))
+        if file.is_file():
+            results[name] = json.loads(file.read_text())
+    for c in COMPARISONS:
+        for name in (c.first, c.second) if c.claim in chosen else ():
+            for seed in range(c.seeds):
+                results["runs"].setdefault(name, {})[str(seed)] = run(name, seed, out)
+    write_json(out / "claims.json", results)
+    write_text(out / "claims.md", report(results))
+    if "curve" in results:
+        write_png(out / "curve.png", draw_curve(results["curve"]))
+    print(report(results))

@@ -1,0 +1,84 @@
+"""Files that are whole or not there, sheets of pictures, tables."""
+
+import json
+import os
+import textwrap
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+
+
+@contextmanager
+def whole(file):
+    """A path beside file to write to; it gets file's name once all of it is written, else it goes."""
+    file = Path(file)
+    partial = file.with_name(f".{file.stem}.partial{file.suffix}")
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(file, text):
+    with whole(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(file, value):
+    write_text(file, json.dumps(value, indent=1) + "\n")
+
+
+def write_png(file, image, about=()):
+    """Write a PIL image; about: {name: text} for the PNG's own text fields."""
+    info = PngInfo()
+    for key, value in dict(about).items():
+        info.add_itxt(key, str(value))
+    with whole(file) as partial:
+        image.save(partial, "PNG", pnginfo=info)
+
+
+def table(head, rows):
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def sheet(rows, height=None, gap=4, letters=60):
+    """Rows of PIL images, or of (images, text), as one picture.
+
+    height: that all images are scaled to; default: as they are. The text stands at the right, so many
+    letters wide.
+    """
+    rows = [row if isinstance(row, tuple) else (row, "") for row in rows]
+    scaled = [[_scale(image, height) for image in images] for images, _ in rows]
+    tops = [gap]
+    for images in scaled:
+        tops.append(tops[-1] + max(image.height for image in images) + gap)
+    right = gap + max(sum(image.width + gap for image in images) for images in scaled)
+    has_text = any(text for _, text in rows)
+    page = Image.new("RGB", (right + (4 + 6 * letters) * has_text, tops[-1]), "white")
+    draw = ImageDraw.Draw(page)
+    for top, images, (_, text) in zip(tops, scaled, rows):
+        x = gap
+        for image in images:
+            page.paste(image, (x, top))
+            x += image.width + gap
+        if text:
+            draw.text((right + 4, top), textwrap.fill(text, letters), "black")
+    return page
+
+
+def _scale(image, height):
+    if height is None:
+        return image
+    return image.resize((max(1, image.width * height // image.height), height), Image.NEAREST)
+
+
+def prompt_row(task, prompt, target):
+    """What went in (strings and pictures) and what came out, as a row of `sheet`."""
+    pictures = [part for part in prompt if not isinstance(part, str)]
+    text = "".join(part if isinstance(part, str) else " [image] " for part in prompt)
+    return [*pictures, target], f"{task}: {text.strip()}"

@@ -1,0 +1,237 @@
+"""The command line as its users meet it: pictures, and one clear line for every mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import sample
+from dream_engine import LMM, SD3, STAGE1
+from support import fast
+from support.cli import one_line_errors
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save("dog.png")
+    return tmp_path
+
+
+def fails(main, arguments, capsys):
+    """The one line that a program says before it ends with exit code 2."""
+    before = sorted(Path.cwd().rglob("*"))
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        main([str(a) for a in arguments])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2
+    assert len(said) == 1 and said[0].startswith("error: ")
+    assert sorted(Path.cwd().rglob("*")) == before
+    return said[0]
+
+
+def test_a_prompt_becomes_a_picture_with_its_settings(capsys):
+    sample.main(["--prompt", "a red circle", "--seed", "5", "--out", "new/a.png", *FAST])
+    assert capsys.readouterr().out.strip() == "new/a.png"
+    image = Image.open("new/a.png")
+    assert image.size == (64, 64) and image.mode == "RGB"
+    assert image.text["prompt"] == "a red circle" and image.text["seed"] == "5"
+    settings = json.loads(image.text["settings"])
+    assert settings["steps"] == 2 and settings["guidance"] == 4.5
+    assert os.listdir("new") == ["a.png"]
+
+
+def test_several_pictures_and_their_grid(capsys):
+    sample.main(["--prompt", "a red circle", "--num", "3", "--seed", "1", "--out", "a.png", *FAST])
+    assert capsys.readouterr().out.split() == ["a-0.png", "a-1.png", "a-2.png", "a-grid.png"]
+    sample.main(["--prompt", "a red circle", "--seed", "2", "--out", "b.png", *FAST])
+    together, alone = (np.asarray(Image.open(f), int) for f in ("a-1.png", "b.png"))
+    assert abs(together - alone).max() <= 1
+    assert np.array_equal(np.asarray(Image.open("a-grid.png"))[:64, 64:], together)
+    assert Image.open("a-1.png").text["seed"] == "2"
+
+
+def test_prompts_of_several_lengths_are_drawn_together(capsys):
+    Image.new("RGB", (30, 90), "blue").save("cat.png")
+    prompts = ["<image> and <image>", "a red circle", "a ring above <image>"]
+    options = [x for p in prompts for x in ("--prompt", p)]
+    images = ["--image", "dog.png", "--image", "cat.png", "--image", "dog.png"]
+    sample.main([*options, *images, "--out", "all.png", *FAST])
+    sample.main(["--prompt", prompts[2], *images[:2], "--seed", "2", "--out", "last.png", *FAST])
+    together, alone = (np.asarray(Image.open(f), int) for f in ("all-2.png", "last.png"))
+    assert abs(together - alone).max() <= 1
+    assert Image.open("all-1.png").text["prompt"] == "a red circle"
+    capsys.readouterr()
+    assert "1 <image> placeholders, but 2 images" in fails(
+        sample.main, [*options[:5], "<image>", *images, "--image", "dog.png"], capsys
+    )
+
+
+DRAWING = [
+    (["--prompt", "a <image> and <image>", "--image", "dog.png", "--image", "dog.png"], (64, 64)),
+    (["--task", "edit", "--prompt", "make it red", "--image", "dog.png"], (64, 64)),
+    (["--task", "edit", "--prompt", "<image> make it blue", "--image", "dog.png"], (64, 64)),
+    (["--task", "i2i", "--image", "dog.png", "--blend", "1"], (64, 64)),
+    (["--task", "combine", "--prompt", "a dog <image> it runs", "--image", "dog.png"], (64, 64)),
+    (["--prompt", "a red circle", "--guidance", "1", "--size", "32x48"], (32, 48)),
+    (["--prompt", "a <|image_pad|>", "--positions", "arange"], (64, 64)),
+]
+
+
+def test_every_task_draws_a_picture_of_its_own():
+    drawn = set()
+    for arguments, size in DRAWING:
+        sample.main([*arguments, *FAST])
+        image = Image.open("sample.png")
+        assert image.mode == "RGB" and image.size == size
+        drawn.add(image.tobytes())
+    assert len(drawn) == len(DRAWING)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--prompt", ""], "empty prompt"),
+        (["--prompt", "  "], "empty prompt"),
+        ([], "empty prompt"),
+        (["--prompt", "a <image>"], "1 <image> placeholders, but 0 images"),
+        (["--prompt", "a", "--image", "dog.png"], "0 <image> placeholders, but 1 images"),
+        (["--prompt", "a <image>", "--image", "cat.png"], "cat.png: no such image file"),
+        (["--prompt", "a <image>", "--image", "."], "no such image file"),
+        (["--prompt", "a", "--task", "draw"], "invalid choice: 'draw'"),
+        (["--prompt", "a", "--task", "edit"], "task edit takes one image"),
+        (["--prompt", "a", "--size", "50"], "nearest is 48"),
+        (["--prompt", "a", "--size", "64x1000"], "up to 64"),
+        (["--prompt", "a", "--size", "big"], "expected a side"),
+        (["--prompt", "a", "--steps", "0"], "expected a whole number from 1"),
+        (["--prompt", "a", "--steps", "x"], "--steps"),
+        (["--prompt", "a", "--guidance", "nan"], "argument --guidance"),
+        (["--prompt", "a", "--guidance", "inf"], "argument --guidance"),
+        (["--prompt", "a", "--blend", "2"], "argument --blend: '2': expected a number from 0 to 1"),
+        (["--prompt", "a", "--num", "0"], "argument --num: '0': expected a whole number from 1"),
+        (["--prompt", "a", "--seed", "-1"], "argument --seed: '-1': expected a whole number"),
+        (["--prompt", "a", "--device", "abacus"], "device abacus: not usable"),
+        (["--prompt", "a", "--device", "meta"], "device meta: not usable"),
+        (["--prompt", "a", "--out", "a.jpg"], "ends in .png"),
+        (["--prompt", "a", "--out", "dog.png/a.png"], "dog.png"),
+        (["--prompt", "a", "--sd3", "none.safetensors"], "--checkpoint is missing"),
+        (["--prompt", "a", "--sd3", "x", "--checkpoint", STAGE1], "x: no such file"),
+        (["--prompt", "a", "--lmm", "x", "--checkpoint", STAGE1], "x: no config.json"),
+        (["--prompt", "a", "--checkpoint", "x"], "x: no such file"),
+        (["--prompt", "a", "--checkpoint", SD3], "not a Dream Engine checkpoint"),
+        (["--prompt", "a", "--sd3", STAGE1, "--checkpoint", STAGE1], "no SD3 or SD3.5"),
+        (["--prompt", "a", "--sd3", LMM, "--checkpoint", STAGE1], "no SD3 or SD3.5"),
+        (["--prompt", "a", "--surprise", "1"], "unrecognized arguments"),
+        (["--prompt", "a", "--steps", "1" + "0" * 20], "expected a whole number from 1 to 1e+06"),
+        (["--prompt", "a", "--num", "1" + "0" * 12], "expected a whole number from 1 to 10000"),
+        (["--prompt", "a", "--size", "1" + "0" * 12], "expected sides below 100000"),
+        (["--prompt", "a", "--device", "privateuseone"], "device privateuseone: not usable"),
+        (["--prompt", "a ring " * 100_000], "the LMM reads 512 at most"),
+        (["--prompt", "caf\udce9"], "half a letter"),
+    ],
+)
+def test_mistakes_get_one_line(arguments, said, capsys):
+    assert said in fails(sample.main, arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [("empty.png", b""), ("text.png", b"hello"), ("cut.png", None), ("thin.png", None)],
+)
+def test_bad_images_get_one_line(name, content, capsys):
+    if name == "cut.png":
+        content = Path("dog.png").read_bytes()[:3000]
+    if name == "thin.png":
+        Image.new("RGB", (2010, 10)).save(name)
+    else:
+        Path(name).write_bytes(content)
+    said = fails(sample.main, ["--prompt", "a <image>", "--image", name, *FAST], capsys)
+    assert "200 times" in said if name == "thin.png" else name in said
+
+
+def test_one_pixel_is_an_image():
+    """It is read as a flat picture of that color."""
+    drawn = []
+    for size in ((1, 1), (32, 32)):
+        Image.new("RGB", size, "red").save("dot.png")
+        arguments = ["--prompt", "a <image>", "--image", "dot.png", *FAST]
+        sample.main(arguments)
+        drawn.append(Image.open("sample.png").tobytes())
+    assert len(drawn[0]) == 64 * 64 * 3
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("truncated", "c.safetensors: expected a whole .safetensors file"),
+        ("mistyped", "unknown adaptor.txt; expected adapter.* and lora.* only"),
+        ("code", "c.safetensors: expected a whole .safetensors file"),
+    ],
+)
+def test_bad_checkpoints_get_one_line(kind, said, capsys):
+    if kind == "truncated":
+        Path("c.safetensors").write_bytes(STAGE1.read_bytes()[:5000])
+    elif kind == "mistyped":
+        save_file({"adaptor.txt": torch.zeros(2)}, "c.safetensors", {"config": '{"base": 1}'})
+    else:
+        Path("c.safetensors").write_text("print('hello')")
+    arguments = ["--prompt", "a", "--checkpoint", "c.safetensors", *FAST]
+    assert said in fails(sample.main, arguments, capsys)
+
+
+def test_an_unwritable_folder_gets_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    assert "cannot be written" in fails(sample.main, ["--prompt", "a", "--out", "a.png"], capsys)
+
+
+def test_the_program_ends_with_one_line_and_code_two():
+    run = subprocess.run(
+        [sys.executable, ROOT / "sample.py", "--prompt", ""],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith("error: empty prompt") and run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("module, line", [("torch._inductor.exc", True), ("builtins", False)])
+def test_without_a_compiler_one_line_says_so(module, line, capsys):
+    """A machine without a compiler is the user's to mend; any other fault of torch is a bug."""
+    error = type("Failed", (RuntimeError,), {"__module__": module})("no such compiler: c++\nmore")
+    with pytest.raises(SystemExit if line else RuntimeError), one_line_errors(), fast.compiling():
+        raise error
+    said = capsys.readouterr().err
+    expected = (
+        "error: torch.compile does not work here, leave --compile out (no such compiler: c++)"
+    )
+    assert said == (expected + "\n" if line else "")
+
+
+def test_control_c_leaves_nothing_behind(folder):
+    command = [sys.executable, ROOT / "sample.py", "--prompt", "a red circle", "--steps", "100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        for line in iter(lambda: run.stderr.read(40), ""):
+            if "drawing" in line:
+                break
+        run.send_signal(signal.SIGINT)
+        said = run.stderr.read()
+        assert run.wait() == 2
+    assert (
+        said.strip()
+        .splitlines()[-1]
+        .endswith("error: interrupted; files already written are whole")
+    )
+    assert os.listdir(folder) == ["dog.png"]

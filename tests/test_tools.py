@@ -1,0 +1,227 @@
+"""GenEval's own files in and out, copies measured against closed forms, manifests checked."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mini import world
+from support.cli import one_line_errors
+from tools import check_manifest, geneval, reconstruct
+
+METADATA = [  # as in the public evaluation_metadata.jsonl
+    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a red circle"},
+    {"tag": "counting", "exclude": [{"class": "clock", "count": 3}], "prompt": "two blue stars"},
+    {"tag": "colors", "include": [{"class": "bus", "color": "red"}], "prompt": "a ring"},
+]
+DRAW = ["draw", "--metadata", "metadata.jsonl", "--out"]
+
+
+class Painter:
+    """Stands in for an engine: a picture of one color, of the prompt and the seed."""
+
+    default_size = 64
+
+    def generate(self, prompts, seed, **options):
+        return [
+            Image.new("RGB", (64, 64), (len(prompt[0]), seed + i, 9))
+            for i, prompt in enumerate(prompts)
+        ]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("metadata.jsonl", METADATA)
+
+
+@pytest.fixture
+def painter(monkeypatch):
+    monkeypatch.setattr(geneval, "load_engine", lambda args: Painter())
+
+
+def write_jsonl(file, records):
+    Path(file).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def files_in(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*.*")}
+
+
+def fails(main, arguments, capsys):
+    """The one line that a program says before it ends with exit code 2."""
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        main(arguments)
+    assert end.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- geneval ------------------------------------------------------------------------------------
+
+
+def test_geneval_draws_into_the_public_layout(monkeypatch, engine):
+    monkeypatch.setattr(geneval, "load_engine", lambda args: engine)
+    write_jsonl("metadata.jsonl", METADATA[:1])
+    geneval.main([*DRAW, "out", "--num", "3", "--steps", "2", "--seed", "7"])
+    samples = [f"00000/samples/{k:04d}.png" for k in range(3)]
+    assert files_in("out").keys() == {"00000/metadata.jsonl", "00000/grid.png", *samples}
+    assert json.loads(Path("out/00000/metadata.jsonl").read_text()) == METADATA[0]
+    pictures = [Image.open(Path("out", sample)) for sample in samples]
+    expected = engine.generate([["a red circle"]] * 3, steps=2, guidance=4.5, seed=7)
+    for k, picture in enumerate(pictures):
+        assert np.array_equal(picture, expected[k])
+        assert picture.text == {"prompt": "a red circle", "seed": str(7 + k)}
+    grid = np.asarray(Image.open("out/00000/grid.png"))  # 2 x 2 without gaps
+    assert grid.shape == (128, 128, 3)
+    assert np.array_equal(grid[:64, 64:], pictures[1]) and np.array_equal(
+        grid[64:, :64], pictures[2]
+    )
+
+
+def test_geneval_goes_on_where_it_was_stopped(painter, capsys):
+    geneval.main([*DRAW, "out"])
+    before = files_in("out")
+    assert len(before) == 3 * 6
+    Path("out/00001/grid.png").unlink()
+    Path("out/00001/samples/0003.png").unlink()
+    Path("out/00000/samples/0000.png").write_bytes(b"not drawn again")
+    geneval.main([*DRAW, "out"])
+    assert files_in("out") == before | {"00000/samples/0000.png": b"not drawn again"}
+    assert "holds 4 pictures" in fails(geneval.main, [*DRAW, "out", "--num", "3"], capsys)
+    write_jsonl("metadata.jsonl", METADATA[::-1])
+    assert "pictures of another prompt" in fails(geneval.main, [*DRAW, "out"], capsys)
+
+
+def test_processes_share_the_prompts(painter, monkeypatch):
+    geneval.main([*DRAW, "out", "--num", "1"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, folders in ("0", {"00000", "00002"}), ("1", {"00000", "00001", "00002"}):
+        monkeypatch.setenv("RANK", rank)
+        geneval.main([*DRAW, "split", "--num", "1"])
+        assert {folder.name for folder in Path("split").iterdir()} == folders
+    assert files_in("split") == files_in("out")
+
+
+def test_the_summary_is_the_mean_over_tasks_not_pictures(capsys):
+    lines = [{"filename": f"{i}.png", "tag": "counting", "correct": i < 1} for i in range(4)]
+    write_jsonl("results.jsonl", [*lines, {"tag": "colors", "correct": True, "reason": ""}])
+    geneval.main(["summary", "results.jsonl"])
+    counting, colors, mean = capsys.readouterr().out.splitlines()
+    assert counting.split()[:2] == ["counting", "0.2500"] and counting.endswith("n = 4")
+    assert colors.split()[:2] == ["colors", "1.0000"]
+    assert mean.split() == ["mean", "0.6250"]
+
+
+GOOD = b'{"prompt": "a", "tag": "b", "correct": true}\n'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{broken",
+        b'"prompt tag correct"',
+        b'["prompt", "tag", "correct"]',
+        b"null",
+        b'{"prompt": "a", "correct": true}',
+        b'{"prompt": "a", "tag": null, "correct": true}',
+        b'{"prompt": "a", "tag": ["b"], "correct": true}',
+        b'{"prompt": "a", "tag": "\\ud800", "correct": true}',
+        b'{"prompt": "a", "tag": "b\xff", "correct": true}',
+        GOOD.decode().encode("utf-16"),
+        b"[" * 100_000,
+        bytes(3_000_000),
+    ],
+)
+def test_a_bad_line_of_a_benchmark_is_named(line, capsys):
+    Path("bad.jsonl").write_bytes(GOOD + b"\n" + line + b"\n")
+    for arguments in (["summary", "bad.jsonl"], ["draw", "--metadata", "bad.jsonl"]):
+        said = fails(geneval.main, arguments, capsys)
+        assert said.startswith("error: bad.jsonl:3: expected a JSON object with ")
+
+
+# ---- reconstruct --------------------------------------------------------------------------------
+
+
+def test_reconstruction_measures_its_copies(monkeypatch, engine, capsys):
+    Path("photos").mkdir()
+    scene = world.Scene("white", (world.Object("red", "circle", 4),))
+    world.render(scene).save("photos/a.png")
+    Image.new("RGB", (80, 64), (51, 51, 51)).save("photos/b.jpg", quality=100)
+    monkeypatch.setattr(reconstruct, "load_engine", lambda args: engine)
+    reconstruct.main(["photos", "--out", "out", "--guidance", "2", "--steps", "10"])
+    scores = json.loads(Path("out/metrics.json").read_text())
+    assert scores["a.png"]["l2"] < 0.05 and scores["a.png"]["cosine"] > 0.95
+    assert scores["mean"]["l2"] == pytest.approx(
+        (scores["a.png"]["l2"] + scores["b.jpg"]["l2"]) / 2
+    )
+    assert Image.open("out/copies.png").height == 2 * 132 + 4
+    assert f"L2 {scores['mean']['l2']:.4f}" in capsys.readouterr().out
+    black = lambda prompts, **options: [Image.new("RGB", (64, 64))]  # off by 51 of 255 from b.jpg
+    parts = {name: getattr(engine, name) for name in ("lmm", "default_size", "check")}
+    stub = SimpleNamespace(generate=black, **parts)
+    monkeypatch.setattr(reconstruct, "load_engine", lambda args: stub)
+    reconstruct.main(["photos", "--out", "out"])
+    scores = json.loads(Path("out/metrics.json").read_text())
+    assert scores["b.jpg"]["l2"] == pytest.approx(0.2, abs=0.002)
+
+
+# ---- check_manifest -----------------------------------------------------------------------------
+
+
+def test_a_manifest_is_checked_and_drawn(capsys):
+    Image.new("RGB", (200, 100), "red").save("a.png")
+    segments = [["a red box", [[250, 400, 500, 600]]], [" here", []]]
+    lines = [
+        {"task": "t2i", "prompt": "red", "target": "a.png"},
+        {"task": "i2i", "target": "a.png"},
+        {"task": "edit", "source": "a.png", "instruction": "mirror it", "target": "a.png"},
+        {"task": "objects", "target": "a.png", "segments": segments},
+    ]
+    write_jsonl("a.jsonl", 2 * lines)
+    check_manifest.main(["a.jsonl"])
+    said = capsys.readouterr().out
+    assert all(f"{task}: 2 examples" in said for task in ("t2i", "i2i", "edit", "objects"))
+    assert "0 of 8 lines are bad" in said and "a.check.png" in said
+    assert Image.open("a.check.png").height == 8 * 132 + 4
+    Path("cut.png").write_bytes(Path("a.png").read_bytes()[:60])
+    bad = [
+        {"task": "t2i"},
+        {"task": "i2i", "target": "none.png"},
+        {"task": "i2i", "target": "cut.png"},
+    ]
+    write_jsonl("a.jsonl", lines + bad)
+    with pytest.raises(SystemExit) as end:
+        check_manifest.main(["a.jsonl"])
+    said = capsys.readouterr().out
+    assert end.value.code == 1 and "3 of 7 lines are bad" in said
+    assert 'a.jsonl:5: "target" must be a text of 1 to 4000 letters' in said
+    assert "a.jsonl:6: none.png" in said and "a.jsonl:7: cut.png" in said
+
+
+@pytest.mark.parametrize(
+    "program, arguments, message",
+    [
+        (geneval, [], "required: command"),
+        (geneval, ["draw", "--metadata", "none.jsonl"], "none.jsonl"),
+        (geneval, [*DRAW, "out", "--num", "0"], "expected a whole number from 1 to 1000"),
+        (geneval, [*DRAW, "out", "--num", "100000000000000000000"], "expected a whole number"),
+        (geneval, [*DRAW, "out", "--steps", "0"], "--steps: '0': expected a whole number"),
+        (geneval, [*DRAW, "out", "--guidance", "nan"], "--guidance: 'nan': expected a number"),
+        (geneval, [*DRAW, "out", "--seed", "-1"], "--seed: '-1': expected a whole number"),
+        (
+            geneval,
+            ["summary", "metadata.jsonl"],
+            "metadata.jsonl:1: expected a JSON object with tag",
+        ),
+        (geneval, ["summary", "empty.jsonl"], "empty.jsonl: empty"),
+        (reconstruct, ["."], "holds no PNG, JPEG or WebP picture"),
+        (reconstruct, [".", "--blend", "1.5"], "--blend: '1.5': expected a number from 0 to 1"),
+        (check_manifest, ["none.jsonl"], "none.jsonl: no such manifest"),
+    ],
+)
+def test_mistakes_end_in_one_line(program, arguments, message, capsys):
+    Path("empty.jsonl").write_bytes(b"\n")
+    assert message in fails(program.main, arguments, capsys)

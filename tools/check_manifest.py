@@ -1,0 +1,61 @@
+"""What is in a manifest of training examples, what is wrong with it, and a contact sheet.
+
+python -m tools.check_manifest edits.jsonl     # draws edits.check.png; exit code 1 if lines are bad
+"""
+
+import random
+import sys
+
+from tqdm import tqdm
+
+from data import FIELDS, Manifest, training_example
+from prompts import apply_task
+from support.cli import Parser, UserError, one_line_errors
+from support.files import prompt_row, sheet, write_png
+
+SIDE = 256  # of the pictures that examples are made of
+SHOWN = 6  # examples of each task on the contact sheet
+
+
+def check(file):
+    """Read every example of a manifest, print what is found, draw a contact sheet beside it.
+
+    Returns the number of bad lines.
+    """
+    manifest = Manifest(file)
+    bad_lines, rows = dict(manifest.bad_lines), []
+    for task in FIELDS:
+        lines = manifest.by_task[task]
+        every = max(1, len(lines) // SHOWN)
+        for i, line in enumerate(tqdm(lines, task, leave=False)):
+            try:
+                record = manifest.record(line, task)
+                example = training_example(record, (SIDE, SIDE), random.Random(0))
+                apply_task(*example[:2])  # refuses an empty prompt
+            except (UserError, OSError) as error:
+                bad_lines[int(line)] = str(error)
+                continue
+            if i % every == 0 and i < SHOWN * every:
+                rows.append(prompt_row(*example))
+        if len(lines):
+            print(f"{task}: {len(lines)} examples")
+    for line in sorted(bad_lines)[:10]:
+        print(f"{file}:{line}: {bad_lines[line]}")
+    print(f"{len(bad_lines)} of {manifest.total} lines are bad")
+    if rows:
+        picture = manifest.file.with_suffix(".check.png")
+        write_png(picture, sheet(rows, 128))
+        print(picture)
+    return len(bad_lines)
+
+
+def main(arguments=None):
+    parser = Parser(prog="python -m tools.check_manifest", description=__doc__.splitlines()[0])
+    parser.add_argument("manifest")
+    if check(parser.parse_args(arguments).manifest):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
