@@ -124,13 +124,13 @@ class Manifest:
             return parse_record(stream.readline(LONGEST_LINE))
 
     def record(self, row, task, rng=None):
-        """The example of a row for a task, its images read. Raises UserError or OSError.
+        """The example of a row for a task, its images read; raises UserError or OSError.
 
-        rng: the source of an example's randomness, where there is any.
+        rng: for sources that draw their examples at random; here there is nothing to draw.
         """
         record = self.line(row)
-        images = {"source", "target"} & {"target", *FIELDS[task]}
-        images = {name: read_image(self.file.parent / record[name]) for name in images}
+        names = ("source", "target") if "source" in FIELDS[task] else ("target",)
+        images = {name: read_image(self.file.parent / record[name]) for name in names}
         return record | images | {"task": task}
 
     def ratio(self, row):
@@ -310,7 +310,7 @@ class Microbatches(torch.utils.data.Dataset):
         return Microbatch(j, pool.task, self.collate(prompts), to_tensor(targets), bad_lines)
 
     def example(self, pool, position, rng, bad_lines):
-        """(task, prompt, target) at a position of a pool; bad lines are skipped and added to the list."""
+        """(task, prompt, target) at a position of a pool; skips bad lines and adds them to the list."""
         for attempt in range(100):
             row = pool.row(position + attempt, self.seed)
             try:

@@ -2,12 +2,12 @@
 
     python train.py --stage 1     # the adapter alone: text -> image and image -> image
     python train.py --stage 2     # adapter and LoRA on the MM-DiT: also editing and objects
-    torchrun --nproc-per-node 8 train.py --stage 2 --data edits.jsonl --sd3 ... --lmm ... --checkpoint ...
+    torchrun --nproc-per-node 8 train.py --stage 2 --data edits.jsonl --sd3 ... --lmm ...
 
-Without --data the miniature learns from rendered scenes. LMM, VAE and the MM-DiT's own weights stay
-frozen, in bf16 on a GPU; what learns is fp32. --out gets metrics, pictures, and checkpoints from which
---resume goes on. A microbatch and its noise depend on (seed, number) alone: a resumed run sees what an
-unbroken one would have seen, and N processes see what one sees that takes N times as many a step.
+Without --data the miniature learns from rendered scenes. LMM, VAE and MM-DiT stay frozen, in bf16
+on a GPU; adapter and LoRA learn in fp32. --out gets metrics, pictures, and checkpoints from which
+--resume goes on. A microbatch and its noise depend on (seed, number) alone: a resumed run sees what
+an unbroken one would have seen, and N processes what one sees that takes N times as many a step.
 """
 
 import argparse
@@ -45,7 +45,7 @@ PATIENCE = 5  # steps in a row that may fail
 
 
 def train(args, sources):
-    """Train as the options say, on examples of [(source, weight)]; a source is a `data.Manifest`."""
+    """Train as the options say, on examples [(source, weight)]; see `data.Manifest` for a source."""
     rank, world, device = join(args.device)
     out, bad_lines = Path(args.out), BadLines(sources)
     engine = load_engine(args, device)
@@ -147,7 +147,7 @@ def load_engine(args, device):
 
 
 def draw(args, micro, channels):
-    """Noise (B, C, H/8, W/8), t (B,) and r (B,) of a microbatch; r ~ U(0, 1) unless --blend says it."""
+    """A microbatch's noise (B, C, H/8, W/8), t (B,) and r (B,), which is U(0, 1) without --blend."""
     seed = random.Random(f"{args.seed} {micro.number}").getrandbits(62)
     generator = torch.Generator().manual_seed(seed)
     n, _, height, width = micro.target.shape
@@ -181,7 +181,7 @@ def dataset(args, engine, sources, world):
 
 
 def preview_examples(data):
-    """Three examples of each task, to look at while training goes on."""
+    """Three examples of each task, that the engine draws while it trains."""
     pools = {pool.task: pool for pool in reversed(data.pools)}.values()
     return [data.example(pool, i, random.Random(i), []) for pool in pools for i in range(3)]
 
@@ -308,18 +308,18 @@ def options():
     # fmt: off
     add("--stage", type=int, choices=SHARES, required=True)
     add("--data", type=weighted_file, action="append", default=[], metavar="FILE[=WEIGHT]",
-        help="JSONL manifest, may be given several times; WEIGHT: of its share in each of its tasks")
+        help="JSONL manifest, repeatable; WEIGHT: of its share in each of its tasks")
     add("--tasks", type=shares, help="shares of the microbatches, such as t2i=1,edit=2")
     add("--null", type=number(0, 1), default=0.1, help="share of null prompts; default: 0.1")
     add("--loss", choices=("velocity", "x0"), default="velocity", help="x0: the official weighting")
-    add("--blend", type=number(0, 1),
-        help="one r for all, from 0 (LMM) to 1 (ViT); default: each example draws its own")
+    add("--blend", type=number(0, 1), help="one r for all, 0: LMM, 1: ViT; default: a random one each")
     add("--layers", type=whole_number(1, 8), default=2, help="of a new adapter; default: 2")
     add("--mlp-dim", type=whole_number(1, 65536),
         help="its hidden units; default: 4096, less for a small MM-DiT")
     add("--steps", type=whole_number(1, 10**7), help="default: 6000 in stage 1, 8000 in stage 2")
     add("--batch", type=whole_number(1, 4096), default=16, help="examples in a microbatch")
-    add("--accumulate", type=whole_number(1, 10**4), default=1, help="microbatches a step and process")
+    add("--accumulate", type=whole_number(1, 10**4), default=1,
+        help="microbatches a step, on each process")
     add("--lr", type=positive(10), help="default: 2e-3 and 1e-3 for the miniature, else 5e-5")
     add("--warmup", type=whole_number(1), default=100, help="steps")
     add("--clip", type=positive(1e9), default=1.0, help="largest norm of the gradient")
@@ -333,7 +333,7 @@ def options():
         help="compute blocks twice to keep less; default: on a GPU")
     add("--shard", action="store_true", help="spread the frozen MM-DiT over the processes")
     add("--only-load", action="store_true", help="time the reading of the data for --steps steps")
-    add("--workers", type=whole_number(0, 256), help="that read data; default: 4 with a GPU, else 0")
+    add("--workers", type=whole_number(0, 256), help="data readers; default: 4 with a GPU, else 0")
     add("--seed", type=whole_number(0, 2**32), default=0)
     add("--save-every", type=whole_number(1), default=250, help="steps between checkpoints")
     add("--keep", type=whole_number(1), default=2, help="checkpoints to keep")
@@ -343,13 +343,13 @@ def options():
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add("--sd3", type=Path, default=SD3, help="SD3 / SD3.5: single file or diffusers folder")
     add("--lmm", type=Path, default=LMM, help="Qwen2-VL: Hugging Face folder")
-    add("--checkpoint", type=Path, help="to start from, or none; default of stage 2: the mini's stage 1")
+    add("--checkpoint", type=Path, help="to start from, or none; default: the mini's stage 1")
     # fmt: on
     return parser
 
 
 def parse(arguments=None):
-    """The options with defaults that depend on others; raises UserError where they do not go together."""
+    """The options, with defaults that depend on others; UserError where they do not go together."""
     args = options().parse_args(arguments)
     miniature, world = args.sd3 == SD3, int(os.environ.get("WORLD_SIZE", "1"))
     if args.stage == 1 and (args.rank or args.lmm_lora):

@@ -226,6 +226,7 @@ def train_base(args):
         velocity = model(flow.add_noise(x0, eps, t), t, c.txt, c.vec, c.mask)
         return flow.velocity_loss(velocity, x0, eps).mean()
 
+    @torch.no_grad()
     def preview(step):
         if step % 1000 == 0:
             prompts = world.benchmark(16, seed="preview")

@@ -1,9 +1,9 @@
 """The miniature world: 64x64 pictures of one to four coloured shapes.
 
-It is small enough to learn on a laptop, and exact at both ends: every caption is true of its picture
-by construction, and `detect` reads a picture back into the scene that drew it, or refuses. Captions
+A laptop can learn it, and it is exact at both ends: every caption is true of its picture by
+construction, and `detect` reads a picture back into the scene that drew it, or refuses. Captions
 cover the six tasks of GenEval (arXiv 2310.11513). Some (colour, shape) pairs, and an eighth of all
-scenes and prompts (`is_exam`), are held out of all training, so that drawing them cannot be memory.
+scenes and prompts (`is_exam`), are held out of all training, so that drawing them is no memory.
 """
 
 import itertools
@@ -422,7 +422,7 @@ def benchmark(n, seed=0, tasks=TASKS, held_out=False):
 
 
 class Examples:
-    """Endless training examples, with the interface of `data.Manifest`: one row, another each time."""
+    """Endless training examples, with a `data.Manifest`'s interface: one row, another each time."""
 
     name = identity = "rendered scenes"
     bad_lines, total = {}, 0

@@ -59,7 +59,7 @@ def sheet(rows, height=None, gap=4, letters=60):
         tops.append(tops[-1] + max(image.height for image in images) + gap)
     right = gap + max(sum(image.width + gap for image in images) for images in scaled)
     has_text = any(text for _, text in rows)
-    page = Image.new("RGB", (right + (4 + 6 * letters) * has_text, tops[-1]), "white")
+    page = Image.new("RGB", (right + (4 + 6 * letters) * has_text, tops[-1]), "lightgray")
     draw = ImageDraw.Draw(page)
     for top, images, (_, text) in zip(tops, scaled, rows):
         x = gap

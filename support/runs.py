@@ -57,9 +57,8 @@ def open_folder(out, step):
     """Make the folder of a run, or put it in the state of the step that the run goes on from."""
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        write_text(
-            out / "metrics.jsonl", "".join(_line(r) for r in read_metrics(out) if r["step"] <= step)
-        )
+        kept = [record for record in read_metrics(out) if record["step"] <= step]
+        write_text(out / "metrics.jsonl", "".join(map(_line, kept)))
         if step:
             publish(out)  # again: the run may have been killed before it could
 
@@ -90,7 +89,7 @@ def latest(out):
 
 
 def restore(out, engine, optimizer, settings):
-    """Put the newest checkpoint into engine and optimizer; returns the step to go on with, 0 if none.
+    """Put the newest checkpoint, if any, into engine and optimizer; returns the steps it has behind it.
 
     Raises UserError if it was trained with other settings, or a file of it is damaged.
     """
@@ -121,19 +120,19 @@ def check_settings(before, now, out):
 
 def load_moments(optimizer, moments):
     """Put AdamW's state {number of a parameter: tensors} into it; raises if it does not fit."""
-    parameters = optimizer.param_groups[0]["params"]
-    if moments and set(moments) != set(range(len(parameters))):  # none before the first good step
-        raise ValueError(f"moments of {len(moments)} parameters; expected {len(parameters)}")
-    for i, own in moments.items():
-        shape = parameters[i].shape
-        if (own["step"].shape, own["exp_avg"].shape, own["exp_avg_sq"].shape) != ((), shape, shape):
-            raise ValueError(f"moments of parameter {i} do not have its shape {tuple(shape)}")
+    shapes = [p.shape for p in optimizer.param_groups[0]["params"]]
+    if moments and set(moments) != set(range(len(shapes))):  # none before the first good step
+        raise ValueError(f"moments of {len(moments)} parameters; expected {len(shapes)}")
+    for i, saved in moments.items():
+        found = saved["step"].shape, saved["exp_avg"].shape, saved["exp_avg_sq"].shape
+        if found != ((), shapes[i], shapes[i]):
+            raise ValueError(f"moments of parameter {i} do not have its shape {tuple(shapes[i])}")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
 
 @contextmanager
 def writing(out):
-    """Around what writes to the folder: say what is left where that fails, on a full disk for one."""
+    """Around what writes to the folder: if that fails (a full disk, say), tell what is left."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -225,7 +224,7 @@ def memory_plan(engine, args, processes):
         (trained, f"{parts}: {sum(p.numel() for p in trainable):,} parameters"),
         (trained, "their gradients"),
         (2 * trained, "their AdamW moments"),
-        (activations, f"activations: {args.batch} x {tokens} tokens, {prompt} of them prompt (estimate)"),
+        (activations, f"activations (estimate): {args.batch} x {tokens} tokens, {prompt} of prompt"),
     ]  # fmt: skip
     if args.lmm_lora:
         config = engine.lmm.language_model.config

@@ -1,4 +1,4 @@
-"""Scores of pictures that are known to be right or wrong, and the command's own words."""
+"""Scores of pictures that are known to be right or wrong, and what the command says."""
 
 import json
 from types import SimpleNamespace

@@ -177,8 +177,8 @@ def request(device, steps=28):
         for name, model in models.items()
     }
     base = next(iter(ways))
-    masked = partial(official, engine, ours, prompt, steps, is_masked=True)
-    ways["official way, ours, padding masked"] = masked
+    with_mask = partial(official, engine, ours, prompt, steps, is_masked=True)
+    ways["official way, ours, padding masked"] = with_mask
     ways["ours"] = partial(engine.generate, [prompt], steps)
     *unmasked, masked, fast = (np.asarray(way()[0], dtype=float) for way in ways.values())
     apart = max(abs(unmasked[0] - unmasked[-1]).max(), abs(masked - fast).max())
