@@ -95,14 +95,19 @@ class Modulation(NamedTuple):
     gate: torch.Tensor | None = None  # None: nothing is added to the stream
 
 
-def modulations(chunks, width):
-    """The output (B, n D) of an adaLN layer -> a Modulation for each three of its n chunks.
+class AdaLN(nn.Sequential):
+    """c (B, D) -> a Modulation for each three of the chunks, as wide as c, of its output.
 
     The layer knows a gain as its difference from 1.
     """
-    parts = rearrange(chunks, "B (n D) -> n B 1 D", D=width).unbind()
-    triples = [parts[i : i + 3] for i in range(0, len(parts), 3)]
-    return [Modulation(shift, 1 + scale, *gate) for shift, scale, *gate in triples]
+
+    def __init__(self, width, chunks):
+        super().__init__(nn.SiLU(), nn.Linear(width, chunks * width))
+
+    def forward(self, c):
+        chunks = rearrange(super().forward(c), "B (n D) -> n B 1 D", D=c.shape[-1]).unbind()
+        triples = [chunks[i : i + 3] for i in range(0, len(chunks), 3)]
+        return [Modulation(shift, 1 + scale, *gate) for shift, scale, *gate in triples]
 
 
 def modulate(x, modulation):
@@ -130,8 +135,8 @@ class Attention(nn.Module):
             self.ln_k = nn.RMSNorm(config.head_dim, eps=1e-6)
 
     def project(self, x):
-        """x (B, n, D) -> q, k, v, each (B, heads, n, d)."""
-        pattern = "B n (qkv heads d) -> qkv B heads n d"
+        """x (B, n, D) -> q, k, v, each (B, n, heads, d)."""
+        pattern = "B n (qkv heads d) -> qkv B n heads d"
         q, k, v = rearrange(self.qkv(x), pattern, qkv=3, d=self.head_dim)
         if self.qk_norm:
             q, k = self.ln_q(q), self.ln_k(k)
@@ -139,7 +144,8 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, mask=None):
-    """q (B, heads, n, d), k and v (B, heads, m, d) -> (B, n, D)."""
+    """q (B, n, heads, d), k and v (B, m, heads, d) -> (B, n, D)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return rearrange(y, "B heads n d -> B n (heads d)")
 
@@ -159,20 +165,12 @@ class Stream(nn.Module):
 
     def __init__(self, config, dual=False, last=False):
         super().__init__()
-        self.width = config.width
         self.attn = Attention(config, last)
         if dual:
             self.attn2 = Attention(config)
         if not last:
             self.mlp = MLP(config.width)
-        chunks = 2 if last else 9 if dual else 6
-        self.adaLN_modulation = nn.Sequential(
-            nn.SiLU(), nn.Linear(config.width, chunks * config.width)
-        )
-
-    def modulations(self, c):
-        """c (B, D) -> the modulations of joint attention, MLP and second attention, as there are."""
-        return modulations(self.adaLN_modulation(c), self.width)
+        self.adaLN_modulation = AdaLN(config.width, 2 if last else 9 if dual else 6)
 
 
 class JointBlock(nn.Module):
@@ -187,16 +185,17 @@ class JointBlock(nn.Module):
     def forward(self, txt, img, c, mask=None):
         """txt (B, L, D), img (B, N, D), c (B, D), mask (B, 1, 1, L + N) -> txt (None if last), img."""
         text, image = self.context_block, self.x_block
-        txt_attn, *txt_mlp = text.modulations(c)
-        img_attn, img_mlp, *img_attn2 = image.modulations(c)
+        txt_attn, *txt_mlp = text.adaLN_modulation(c)
+        img_attn, img_mlp, *img_attn2 = image.adaLN_modulation(c)
 
         # Both streams attend to all tokens, with the last block's text as an onlooker
         txt_q, txt_k, txt_v = text.attn.project(modulate(txt, txt_attn))
         img_q, img_k, img_v = image.attn.project(modulate(img, img_attn))
-        q = img_q if self.last else torch.cat([txt_q, img_q], dim=2)
-        k, v = torch.cat([txt_k, img_k], dim=2), torch.cat([txt_v, img_v], dim=2)
+        q = img_q if self.last else torch.cat([txt_q, img_q], dim=1)
+        k, v = torch.cat([txt_k, img_k], dim=1), torch.cat([txt_v, img_v], dim=1)
         y = attend(q, k, v, mask)
-        txt_y, img_y = y[:, : -img.shape[1]], y[:, -img.shape[1] :]
+        sizes = y.shape[1] - img.shape[1], img.shape[1]
+        txt_y, img_y = (part.contiguous() for part in y.split(sizes, dim=1))
 
         x = img
         img = add_gated(img, img_attn, image.attn.proj(img_y))
@@ -219,10 +218,10 @@ class FinalLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.linear = nn.Linear(config.width, config.patch**2 * config.channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+        self.adaLN_modulation = AdaLN(config.width, 2)
 
     def forward(self, img, c):
-        (modulation,) = modulations(self.adaLN_modulation(c), img.shape[-1])
+        (modulation,) = self.adaLN_modulation(c)
         return self.linear(modulate(img, modulation))
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mmdit import timestep_embedding
+from mmdit import Modulation, timestep_embedding
 from support.cli import UserError
 
 
@@ -40,7 +40,7 @@ class Table(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.layer = [layer]  # in a list: the model keeps one owner of its weights
-        self.rows, self.row = None, None
+        self.rows, self.row = [], None  # of the steps of a chunk; of the present one
 
     def forward(self, _):
         return self.row
@@ -59,39 +59,39 @@ def prepared(transformer, times, vec):
         yield lambda t: None
         return
     embedder = Table(transformer.t_embedder)
-    sites = [
-        (parent, Table(parent.adaLN_modulation))
+    sites = {
+        parent: Table(parent.adaLN_modulation)
         for parent in transformer.modules()
         if hasattr(parent, "adaLN_modulation")
-    ]
-    tables, at, ready = [embedder, *(table for _, table in sites)], {}, None
-    at = {t: divmod(i, CHUNK) for i, t in enumerate(times)}
+    }
+    place, ready = {t: divmod(i, CHUNK) for i, t in enumerate(times)}, None
 
     def compute(chunk):
         t = torch.tensor(times[chunk * CHUNK : (chunk + 1) * CHUNK], device=vec.device)
         embedded = embedder.layer[0](timestep_embedding(t).to(vec.dtype))
-        embedder.rows = embedded[:, None]
-        c = (embedder.rows + vec).flatten(0, 1)
-        for _, table in sites:
-            table.rows = table.layer[0](c).unflatten(0, (len(t), len(vec)))
+        embedder.rows = embedded.split(1)
+        c = (embedded[:, None] + vec).flatten(0, 1)
+        for table in sites.values():
+            by_step = [[x.split(len(vec)) for x in m if x is not None] for m in table.layer[0](c)]
+            table.rows = [[Modulation(*(x[i] for x in m)) for m in by_step] for i in range(len(t))]
 
     def go_to(t):
         nonlocal ready
-        chunk, i = at[t]
+        chunk, i = place[t]
         if chunk != ready:
             compute(chunk)
             ready = chunk
-        for table in tables:
+        for table in (embedder, *sites.values()):
             table.row = table.rows[i]
 
     try:
         transformer.t_embedder = embedder
-        for parent, table in sites:
+        for parent, table in sites.items():
             parent.adaLN_modulation = table
         yield go_to
     finally:
         transformer.t_embedder = embedder.layer[0]
-        for parent, table in sites:
+        for parent, table in sites.items():
             parent.adaLN_modulation = table.layer[0]
 
 
