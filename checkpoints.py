@@ -70,9 +70,13 @@ def _read_file(file):
     with reading(file, "a checkpoint; a pickle may hold tensors only, by name"):
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         pairs = tensors.items() if isinstance(tensors, dict) else [(None, None)]
-        if not all(isinstance(name, str) and torch.is_tensor(x) for name, x in pairs):
+        if not all(isinstance(name, str) and _is_plain(x) for name, x in pairs):
             raise TypeError("not a dictionary of tensors")
     return tensors
+
+
+def _is_plain(x):
+    return torch.is_tensor(x) and x.layout == torch.strided and not (x.is_meta or x.is_quantized)
 
 
 def metadata(file):
@@ -226,7 +230,7 @@ def _shapes(expected, stored):
 
 
 def check(tensors, shapes, source):
-    """Raise UserError unless tensors have just the names and shapes expected.
+    """Raise UserError unless tensors have just the names and shapes expected, and real numbers.
 
     A 1x1 convolution may be stored as the matrix that it is.
     """
@@ -236,6 +240,8 @@ def check(tensors, shapes, source):
         shape, wanted = tuple(tensors[name].shape), tuple(shapes[name])
         if shape != wanted and (wanted[2:] != (1, 1) or shape != wanted[:2]):
             faults.append(f"{name} has shape {shape}, expected {wanted}")
+        elif not tensors[name].is_floating_point():
+            faults.append(f"{name} holds {tensors[name].dtype}, expected floating point")
     if faults:
         more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
         raise UserError(f"{source}: does not fit: {'; '.join(sorted(faults)[:4])}{more}")
@@ -338,9 +344,10 @@ def infer_mmdit(part, stated):
         qk_norm=has_norm,
         dual=tuple(i for i in range(depth) if part.shape(attn.format(i, "attn2.qkv.weight"))),
     )
-    if not depth or config.head_dim < 1 or config.width % config.head_dim:
-        heads = f"{config.width} wide, heads of {config.head_dim}"
-        raise UserError(f"{part.source}: no transformer of SD3: {depth} blocks, {heads}")
+    heads, rest = divmod(config.width, max(1, config.head_dim))
+    if not depth or not heads or rest or config.patch not in (1, 2):
+        sizes = f"{config.width} wide, heads of {config.head_dim}, patches of {config.patch}"
+        raise UserError(f"{part.source}: no transformer of SD3: {depth} blocks, {sizes}")
     compare(part.source, stated, {k: getattr(config, name) for k, name in _MMDIT_CONFIG.items()})
     return config
 
@@ -413,7 +420,7 @@ def infer_vae(part, stated):
         blocks=part.count(first),
         groups=stated.get("norm_num_groups"),
     )
-    if not levels or any(w % base for w in widths) or config.groups < 1 or base % config.groups:
+    if levels != 4 or any(w % base for w in widths) or config.groups < 1 or base % config.groups:
         widths = f"widths {widths} in groups of {config.groups}"
         raise UserError(f"{part.source}: no autoencoder of SD3: {widths}")
     found = {"latent_channels": config.latent_channels, "layers_per_block": config.blocks}

@@ -224,8 +224,9 @@ def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=N
         found = part.count(rf"[\w.]*\b{name}")
         if found != count:
             raise UserError(f"{folder}: config.json says {count} {name}, the tensors have {found}")
-    if len(tokenizer) > (rows := part.dimension("language_model.embed_tokens.weight", 0)):
-        raise UserError(f"{folder}: a tokenizer of {len(tokenizer)} entries, embeddings of {rows}")
+    entries, rows = max(tokenizer.get_vocab().values()) + 1, config.text_config.vocab_size
+    if entries > rows:
+        raise UserError(f"{folder}: a tokenizer of {entries} entries, embeddings of {rows}")
     lmm = Qwen2VL(empty(Qwen2VLModel, folder, config), tokenizer, patches, mrope)
     fill(lmm, part, device, dtype)
     # Rotary frequencies are computed, not stored; they stay fp32.
@@ -284,7 +285,8 @@ def load_tokenizer(folder):
         )
     with reading(folder, "the tokenizer of a Qwen2-VL"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        tokenizer.encode("a", split_special_tokens=True, add_special_tokens=False)
+        if not tokenizer.encode("a", split_special_tokens=True, add_special_tokens=False):
+            raise ValueError("it reads no letters")
         missing = [token for token in VISION_TOKENS if token not in tokenizer.get_vocab()]
         if missing:
             raise ValueError(f"it has no {missing[0]}")

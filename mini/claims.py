@@ -7,7 +7,6 @@ five, scored on cases of that seed, and kept in --out/NAME-SEED, so that an inte
 on where it was.
 """
 
-import json
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from checkpoints import load_mmdit
+from checkpoints import load_mmdit, read_json
 from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
 from mini import pretrain, world
 from mini.cases import CASES, STREAM, difference, draw, judge, odd_cases, share
@@ -108,7 +107,7 @@ def run(name, seed, out):
     folder = out / f"{name.replace(' ', '-')}-{seed}"
     result = folder / "scores.json"
     if result.is_file():
-        return json.loads(result.read_text())
+        return read_json(result)
     flags = [flag.format(out=out, seed=seed) for flag in RUNS[name].split()]
     lmm = flags[flags.index("--lmm") + 1] if "--lmm" in flags else LMM
     if not Path(lmm, "config.json").is_file():
@@ -319,7 +318,7 @@ def main(args):
         if name in chosen and not file.is_file():
             write_json(file, find(out))
         if file.is_file():
-            results[name] = json.loads(file.read_text())
+            results[name] = read_json(file)
     for c in COMPARISONS:
         for name in (c.first, c.second) if c.claim in chosen else ():
             for seed in range(c.seeds):

@@ -197,6 +197,12 @@ def test_tensors_that_cannot_be_a_transformer_are_refused_before_it_is_built(cha
         build_mmdit(damaged, "tiny")
 
 
+def test_whole_numbers_are_no_weights(good):
+    name = "final_layer.linear.bias"
+    with pytest.raises(UserError, match=f"{name} holds torch.int64, expected floating point"):
+        build_mmdit(good | {name: torch.zeros(64, dtype=torch.long)}, "tiny")
+
+
 def test_a_config_that_says_otherwise_is_refused(write, tmp_path):
     write("mmdit/sd3-medium/diffusers", name="sd3/transformer/model.safetensors")
     config = tmp_path / "sd3" / "transformer" / "config.json"
@@ -221,8 +227,12 @@ def test_damaged_pickles_are_one_line(kind, tmp_path):
         assert all(torch.is_tensor(x) for x in checkpoints.read(tmp_path / "a.bin").values())
 
 
-@pytest.mark.parametrize("key", [3, (1, 2), None])
-def test_names_must_be_text(key, tmp_path):
-    torch.save({key: torch.ones(2)}, tmp_path / "a.bin")
+@pytest.mark.parametrize(
+    "content",
+    [{3: torch.ones(2)}, {(1, 2): torch.ones(2)}, {None: torch.ones(2)}]
+    + [{"a": torch.ones(2).to_sparse()}, {"a": [torch.ones(2)]}],
+)
+def test_names_must_be_text_and_tensors_plain(content, tmp_path):
+    torch.save(content, tmp_path / "a.bin")
     with pytest.raises(UserError, match="not a dictionary of tensors"):
         checkpoints.read(tmp_path / "a.bin")

@@ -241,6 +241,9 @@ def test_an_incomplete_folder_is_named(copy, file):
         ("vision_config", "num_heads", 7),
         ("vision_config", "patch_size", 7),
         ("vision_config", "hidden_size", 96),
+        ("vision_config", "patch_size", 0),
+        ("vision_config", "spatial_merge_size", 0),
+        ("vision_config", "in_channels", 4),
     ],
 )
 def test_a_wrong_config_is_one_line_before_anything_is_built(part, name, value, copy):
