@@ -81,7 +81,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.channels, config.width, config.patch, stride=config.patch)
 
     def forward(self, latent):
-        return rearrange(self.proj(latent), "B D h w -> B (h w) D")
+        return rearrange(self.proj(latent), "B D h w -> B (h w) D").contiguous()
 
 
 # ---- a block ------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def step(device):
 
 def mid(device):
     """A step of sampling with guidance, 12 blocks of 768."""
-    return sampling(MID, device, (1024, 128), steps=2, rounds=15)
+    return sampling(MID, device, (1024, 128), steps=2, rounds=7)
 
 
 def request(device, steps=28):
