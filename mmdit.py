@@ -73,6 +73,13 @@ class Embedder(nn.Module):
         return self.mlp(x)
 
 
+class TimestepEmbedder(Embedder):
+    """t (B,) in [0, 1] -> (B, D)."""
+
+    def forward(self, t):
+        return super().forward(timestep_embedding(t).to(self.mlp[0].weight.dtype))
+
+
 class PatchEmbed(nn.Module):
     """Every patch of the latent becomes a token, row by row."""
 
@@ -231,7 +238,7 @@ class MMDiT(nn.Module):
         self.config = config
         self.checkpointing = False  # in training: keep a block's input only, compute it twice
         self.x_embedder = PatchEmbed(config)
-        self.t_embedder = Embedder(256, config.width)
+        self.t_embedder = TimestepEmbedder(256, config.width)
         self.y_embedder = Embedder(config.pooled_dim, config.width)
         self.context_embedder = nn.Linear(config.context_dim, config.width)
         self.register_buffer("pos_embed", torch.zeros(1, config.positions**2, config.width))
@@ -251,7 +258,7 @@ class MMDiT(nn.Module):
         """
         h, w = self.sides(latent)
         t = torch.as_tensor(t, dtype=torch.float32, device=latent.device).expand(len(latent))
-        c = self.t_embedder(timestep_embedding(t).to(vec.dtype)) + vec
+        c = self.t_embedder(t) + vec
         img = self.x_embedder(latent) + self.positions(h, w)
         mask = None if txt_mask is None else joint_mask(txt_mask, h * w, txt.dtype)
         for block in self.joint_blocks:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mmdit import Modulation, timestep_embedding
+from mmdit import Modulation
 from support.cli import UserError
 
 
@@ -68,7 +68,7 @@ def prepared(transformer, times, vec):
 
     def compute(chunk):
         t = torch.tensor(times[chunk * CHUNK : (chunk + 1) * CHUNK], device=vec.device)
-        embedded = embedder.layer[0](timestep_embedding(t).to(vec.dtype))
+        embedded = embedder.layer[0](t)
         embedder.rows = embedded.split(1)
         c = (embedded[:, None] + vec).flatten(0, 1)
         for table in sites.values():
