@@ -36,8 +36,7 @@ def _mlp(widths):
 
 
 class Adapter(nn.Module):
-    """Two MLPs, of two layers each: every LMM state becomes a text token, their mean the modulation
-    vector."""
+    """Two MLPs: one makes a text token of every LMM state, the other the modulation vector of their mean."""
 
     def __init__(self, lmm_width, width, mlp_dim=4096, layers=2):
         super().__init__()

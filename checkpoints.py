@@ -344,9 +344,9 @@ def infer_mmdit(part, stated):
         qk_norm=has_norm,
         dual=tuple(i for i in range(depth) if part.shape(attn.format(i, "attn2.qkv.weight"))),
     )
-    heads, rest = divmod(config.width, max(1, config.head_dim))
-    if not depth or not heads or rest or config.patch not in (1, 2):
-        sizes = f"{config.width} wide, heads of {config.head_dim}, patches of {config.patch}"
+    width, head = config.width, config.head_dim
+    if not depth or not 0 < head <= width or width % head or config.patch not in (1, 2):
+        sizes = f"{width} wide, heads of {head}, patches of {config.patch}"
         raise UserError(f"{part.source}: no transformer of SD3: {depth} blocks, {sizes}")
     compare(part.source, stated, {k: getattr(config, name) for k, name in _MMDIT_CONFIG.items()})
     return config

@@ -130,7 +130,7 @@ class DreamEngine(nn.Module):
     @torch.no_grad()
     def encode(self, prompts, r=0.0):
         """Prompts, each a list of strings and PIL images exactly as the LMM shall read them."""
-        return self.condition(self.lmm.collate(prompts), r)
+        return self.condition(self.lmm.collate(prompts).to(self.device), r)
 
     @torch.inference_mode()
     def generate(

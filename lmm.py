@@ -1,6 +1,6 @@
-"""Qwen2-VL (arXiv 2409.12191) as Dream Engine reads it: prompts to tokens to states, no words out.
+"""Qwen2-VL (arXiv 2409.12191) as Dream Engine uses it: prompts to tokens to hidden states.
 
-transformers lends the model and the tokenizer. Cutting images into patches, counting positions and
+Model and tokenizer are those of transformers. Cutting images into patches, counting positions and
 padding are done here, and so is loading: every tensor must fit. Letters: B batch, L tokens, M width,
 n image tokens of all rows, P patches of all images.
 """
@@ -37,6 +37,8 @@ class Qwen2VL(nn.Module):
 
         Raises UserError where one is longer than the model can read.
         """
+        if not prompts or not all(map(any, prompts)):
+            raise UserError("a prompt is empty")
         batch = collate(prompts, self.tokenizer, self.patches, self.mrope)
         limit = self.config.text_config.max_position_embeddings
         if batch.ids.shape[1] > limit:
@@ -240,10 +242,9 @@ def find_lmm(folder, config, checkpoint):
     """The Part that holds the LMM's tensors, of a folder or of a published DreamEngine."""
     source, tensors, prefix, wrapped = folder, None, "", frozenset()
     if checkpoint and checkpoint.lmm:
-        source, tensors, prefix = checkpoint.source, checkpoint.lmm, "lmm."
-        wrapped = checkpoint.wrapped
-    tensors = read(folder) if tensors is None else dict(tensors)
-    part = find_part(tensors, source, (prefix,), _LAYOUTS)
+        source, tensors = checkpoint.source, checkpoint.lmm
+        prefix, wrapped = "lmm.", checkpoint.wrapped
+    part = find_part(tensors or read(folder), source, (prefix,), _LAYOUTS)
     if part is None:
         raise UserError(f"{source}: holds no Qwen2-VL ({prefix}model.*)")
     part = part._replace(layout=replace(part.layout, wrapped=wrapped))

@@ -195,7 +195,7 @@ class JointBlock(nn.Module):
         txt_attn, *txt_mlp = text.adaLN_modulation(c)
         img_attn, img_mlp, *img_attn2 = image.adaLN_modulation(c)
 
-        # Both streams attend to all tokens, with the last block's text as an onlooker
+        # Both streams attend to all tokens; in the last block text is only attended to
         txt_q, txt_k, txt_v = text.attn.project(modulate(txt, txt_attn))
         img_q, img_k, img_v = image.attn.project(modulate(img, img_attn))
         q = img_q if self.last else torch.cat([txt_q, img_q], dim=1)

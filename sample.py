@@ -10,7 +10,6 @@ Each <image> of the prompts is filled by the next --image.
 import argparse
 import gc
 import json
-import math
 import os
 from contextlib import nullcontext
 from functools import partial
@@ -26,7 +25,7 @@ with one_line_errors():  # these take seconds, in which someone may press Ctrl-C
     from dream_engine import LMM, SD3, STAGE2, DreamEngine
     from prompts import TASKS, apply_task, interleave, read_image
     from support import fast
-    from support.files import sheet, write_png
+    from support.files import grid, write_png
 gc.enable()
 
 
@@ -165,11 +164,9 @@ def save(args, images, out):
         write_png(file, image, {"prompt": text, "settings": settings, "seed": args.seed + i})
         print(file)
     if len(images) > 1:
-        columns = math.ceil(math.sqrt(len(images)))
-        rows = [images[i : i + columns] for i in range(0, len(images), columns)]
         about = {"prompt": "\n".join(args.prompt), "settings": settings, "seed": args.seed}
         file = out.with_stem(f"{out.stem}-grid")
-        write_png(file, sheet(rows, gap=0), about)
+        write_png(file, grid(images), about)
         print(file)
 
 

@@ -165,7 +165,7 @@ def learning_rate(step, args):
 
 
 def dataset(args, engine, sources, world):
-    """All microbatches of the run, drawn from [(source, weight)]; sets args.size if it is open."""
+    """All microbatches of the run, drawn from [(source, weight)]; sets args.size where there was no --size."""
     args.size = args.size or min(512, engine.default_size)
     tasks, progress = args.tasks or SHARES[args.stage], tqdm if args.buckets else iter
     pools = make_pools(sources, tasks, args.size, args.buckets, progress)

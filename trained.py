@@ -120,6 +120,9 @@ def read_published(folder, scale=1.0):
     )
     if unknown := sorted(tensors.keys() - dit.keys() - lmm.keys() - adapter.keys()):
         raise UserError(f"{folder}: not a DreamEngine checkpoint: unknown {unknown[0]}")
+    for name, part in (("dit", dit), ("lmm", lmm)):
+        if not part:
+            raise UserError(f"{folder}: not a DreamEngine checkpoint: missing {name}.*")
     adapter = Part(adapter, Layout(_ADAPTER_PUBLISHED), folder)
     return Checkpoint(folder, adapter, pairs, {}, scale, dit, lmm, frozenset(wrapped))
 
@@ -140,7 +143,7 @@ def take_pairs(tensors, pattern, source):
 
 
 def load_adapter(part, widths, device):
-    """An Adapter for (LMM width, MM-DiT width), filled with a Part, which tells its own shape."""
+    """An Adapter for (LMM width, MM-DiT width), filled with a Part, whose shapes say how it is built."""
     layers = sum(part.shape(f"txt.{2 * i}.weight") is not None for i in range(9))
     if not layers:
         raise UserError(f"{part.source}: holds no adapter ({part.layout.names('txt.0.weight')[0]})")

@@ -7,6 +7,7 @@ five, scored on cases of that seed, and kept in --out/NAME-SEED, so that an inte
 on where it was.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
 from mini import pretrain, world
 from mini.cases import CASES, STREAM, difference, draw, judge, odd_cases, share
 from mini.lessons import encode_text, load_text_encoder
-from support.cli import UserError
+from support.cli import UserError, reading
 from support.files import prompt_row, sheet, table, write_json, write_png, write_text
 from support.runs import plot
 
@@ -143,10 +144,13 @@ def score(generate, row, n, seed, what="", *, guidance=GUIDANCE, **settings):
 def random_lmm(folder, seed):
     """Write an LMM like the miniature's that has learned nothing."""
     torch.manual_seed(seed)
-    Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_pretrained(LMM)).save_pretrained(folder)
+    partial = Path(f"{folder}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_pretrained(LMM)).save_pretrained(partial)
     for file in LMM.iterdir():
-        if file.suffix != ".safetensors" and not Path(folder, file.name).exists():
-            shutil.copy(file, folder)
+        if file.suffix != ".safetensors" and not Path(partial, file.name).exists():
+            shutil.copy(file, partial)
+    os.replace(partial, folder)
 
 
 # ---- what is asked of the committed weights -----------------------------------------------------
@@ -323,8 +327,10 @@ def main(args):
         for name in (c.first, c.second) if c.claim in chosen else ():
             for seed in range(c.seeds):
                 results["runs"].setdefault(name, {})[str(seed)] = run(name, seed, out)
+    with reading(out, "results of earlier runs of claims"):
+        text = report(results)
     write_json(out / "claims.json", results)
-    write_text(out / "claims.md", report(results))
+    write_text(out / "claims.md", text)
     if "curve" in results:
         write_png(out / "curve.png", draw_curve(results["curve"]))
-    print(report(results))
+    print(text)

@@ -83,7 +83,7 @@ def line(name, checks):
 def add_options(parser):
     add = parser.add_argument
     add("rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; default: all")
-    add("--num", type=whole_number(6), default=300, help="cases a row")
+    add("--num", type=whole_number(6, 10_000), default=300, help="cases a row")
     add("--checkpoint", default=STAGE2)
     add("--guidance", type=number(-1000, 1000), default=4.5)
     add("--blend", type=number(0, 1), default=0.0, help="r")

@@ -19,19 +19,21 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import flow
 from dream_engine import LMM, MINI, SD3, denoise
-from lmm import VISION_TOKENS, Qwen2VL
+from lmm import VISION_TOKENS, Qwen2VL, load_tokenizer
 from mini import lessons, world
 from mini.lessons import PATCHES, SEED, TEXT_ENCODER, Probes, TextEncoder, encode_text
 from mmdit import MMDiT, MMDiTConfig, position_table
 from prompts import to_images, to_tensor
-from support.cli import Parser, one_line_errors, whole_number
+from support.cli import Parser, one_line_errors, reading, whole_number
+from support.fast import usable_device
 from support.files import sheet, whole, write_json, write_png
 from vae import SCALE, SHIFT, VAE, VAEConfig
 
+EARLIER = "what an earlier run of this stage wrote"
 VAE_CONFIG = VAEConfig(latent_channels=8, base=16)
 BASE_CONFIG = MMDiTConfig(6, 128, 32, channels=8, positions=16, context_dim=128, pooled_dim=128)
 
@@ -48,10 +50,11 @@ def fit(name, modules, loss_of, args, *, steps, lr, preview, every=250):
     optimizer = torch.optim.AdamW(params, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     start = 0
     if file.exists():
-        state = torch.load(file, map_location=args.device, weights_only=True)
-        modules.load_state_dict(state["modules"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+        with reading(file, EARLIER):
+            state = torch.load(file, map_location=args.device, weights_only=True)
+            modules.load_state_dict(state["modules"])
+            optimizer.load_state_dict(state["optimizer"])
+            start = state["step"]
     average = None
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
     for step in bar:
@@ -82,8 +85,9 @@ def trained(name, modules, args):
     file = Path(args.out, f"{name}.pt")
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: first run `python -m mini.pretrain {name}`")
-    state = torch.load(file, map_location=args.device, weights_only=True)
-    modules.load_state_dict(state["modules"])
+    with reading(file, EARLIER):
+        state = torch.load(file, map_location=args.device, weights_only=True)
+        modules.load_state_dict(state["modules"])
     return modules.to(args.device).eval().requires_grad_(False)
 
 
@@ -155,7 +159,7 @@ def train_text(args):
 
 
 def trained_text(args):
-    tokenizer = AutoTokenizer.from_pretrained(Path(args.out, "tokenizer"))
+    tokenizer = load_tokenizer(Path(args.out, "tokenizer"))
     parts = {"encoder": TextEncoder(len(tokenizer)), "probes": Probes(128, len(tokenizer))}
     return tokenizer, trained("text", nn.ModuleDict(parts), args)["encoder"]
 
@@ -169,7 +173,8 @@ POOL = {"single": 4_000, "two": 24_000, "counting": 12_000, "scene": 24_000}
 def latent_pool(vae, args):
     """{kind: (scenes, latents)}: encoded once, captioned anew at every use."""
     file = Path(args.out, "latents.pt")
-    latents = torch.load(file, weights_only=True) if file.exists() else {}
+    with reading(file, EARLIER):
+        latents = torch.load(file, weights_only=True) if file.exists() else {}
     pool = {}
     for kind, size in POOL.items():
         rng = random.Random(f"{SEED} pool {kind}")
@@ -292,7 +297,7 @@ def new_lmm(tokenizer):
 def train_lmm(args):
     """Next words of captions and descriptions, and the labels at every noun and image token."""
     torch.manual_seed(SEED)
-    tokenizer = AutoTokenizer.from_pretrained(Path(args.out, "tokenizer"))
+    tokenizer = load_tokenizer(Path(args.out, "tokenizer"))
     noun_tokens = lessons.noun_ids(tokenizer)
     model, probes = new_lmm(tokenizer), Probes(192, len(tokenizer))
     modules = nn.ModuleDict({"lmm": model, "probes": probes}).to(args.device)
@@ -387,8 +392,9 @@ def main():
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--steps", type=whole_number(1), help="default: as many as it takes")
     parser.add_argument("--out", default="runs/pretrain")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
     args = parser.parse_args()
+    args.device = usable_device(args.device)
     STAGES[args.stage](args)
 
 

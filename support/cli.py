@@ -8,6 +8,7 @@ DREAM_ENGINE_TRACEBACK=1 shows the traceback of a UserError, too. Imports nothin
 import argparse
 import math
 import os
+import re
 import sys
 from contextlib import contextmanager
 
@@ -71,6 +72,8 @@ def reading(file, expected=None):
 def one_line_errors():
     """End a program whose user made a mistake with one line on stderr and exit code 2."""
     try:
+        if hasattr(sys.stdout, "reconfigure"):  # names of files are not always UTF-8
+            sys.stdout.reconfigure(errors="backslashreplace")
         yield
     except KeyboardInterrupt:
         message = "interrupted; files already written are whole"
@@ -78,11 +81,12 @@ def one_line_errors():
         if os.environ.get("DREAM_ENGINE_TRACEBACK"):
             raise
         message = str(error)
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        scarce = re.search("out of memory|can't allocate memory", str(error))
+        if not scarce and not isinstance(error, MemoryError):
             raise
         smaller = "try a smaller --size, --num or --batch, and to draw --low-memory"
-        message = f"the GPU has too little memory; {smaller}"
+        message = f"too little memory; {smaller}"
     else:
         return
     message = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))

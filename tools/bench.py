@@ -10,7 +10,6 @@ LMM and ViT inside the sampling loop and keeps nothing from step to step.
 """
 
 import itertools
-import json
 import random
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from transformers import Qwen2VLConfig, Qwen2VLModel
 
 import flow
+from checkpoints import read_json
 from data import training_example
 from dream_engine import LMM, STAGE1, DreamEngine, new_adapter
 from lmm import PatchConfig, Qwen2VL, load_tokenizer
@@ -193,7 +193,7 @@ def request(device, steps=28):
 def example_batch(engine, task, size):
     """(Batch, images) of one example again and again, as diffusers masks no padding."""
     rng, side = random.Random(0), engine.default_size
-    record = world.Examples().record(1, task, rng) | {"task": task}
+    record = world.Examples().record(1, task, rng)
     task, prompt, target = training_example(record, (side, side), rng)
     prompt, _ = apply_task(task, prompt)
     return engine.lmm.collate([prompt] * size), to_tensor([target] * size)
@@ -380,8 +380,8 @@ def main(arguments=None):
     results, earlier, file = {}, {}, args.out and Path(args.out, "bench.json")
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
+        earlier = read_json(file) if file.exists() else {}
         with reading(file, "the results of an earlier run"):
-            earlier = json.loads(file.read_text()) if file.exists() else {}
             report(earlier)
     for name in tqdm(["full"] if args.full else args.parts or PARTS, "parts"):
         parts = full(device) if args.full else {name: PARTS[name](device)}

@@ -37,8 +37,8 @@ def check(file):
                 continue
             if i % every == 0 and i < SHOWN * every:
                 rows.append(prompt_row(*example))
-        if len(lines):
-            print(f"{task}: {len(lines)} examples")
+        if good := sum(int(line) not in bad_lines for line in lines):
+            print(f"{task}: {good} examples")
     for line in sorted(bad_lines)[:10]:
         print(f"{file}:{line}: {bad_lines[line]}")
     print(f"{len(bad_lines)} of {manifest.total} lines are bad")

@@ -7,7 +7,6 @@ Between the two runs the benchmark's own scorer, on the folder of pictures.
 """
 
 import json
-import math
 import os
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from data import LONGEST_LINE
 from dream_engine import LMM, SD3, STAGE2, DreamEngine
 from support.cli import Parser, UserError, number, one_line_errors, reading, whole_number
-from support.files import sheet, write_png, write_text
+from support.files import grid, write_png, write_text
 
 
 def add_engine_options(parser, out):
@@ -92,9 +91,7 @@ def draw(args):
         for k, image in enumerate(images):
             about = {"prompt": prompt, "seed": args.seed + k}
             write_png(pictures / names[k], image, about)
-        columns = math.ceil(math.sqrt(args.num))
-        rows = [images[k : k + columns] for k in range(0, args.num, columns)]
-        write_png(folder / "grid.png", sheet(rows, gap=0))  # last: now the folder is complete
+        write_png(folder / "grid.png", grid(images))  # last: now the folder is complete
     if rank == 0:
         print(args.out)
 
