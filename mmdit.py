@@ -31,6 +31,11 @@ class MMDiTConfig:
     dual: tuple[int, ...] = ()  # blocks with a second, image-only attention
     text_out: bool = False  # the last block keeps its text stream, for a head to read
 
+    @property
+    def largest(self):
+        """The longest side of a picture, in pixels, of which a latent has an eighth."""
+        return 8 * self.patch * self.positions
+
 
 FAMILIES = {
     "SD3-medium": MMDiTConfig(24, 1536, qk_norm=False),
