@@ -123,6 +123,11 @@ TASKS = {
     "objects": "draw what text and images say, in any order",
 }
 
+READING = {
+    "caption": "say what each image shows",
+    "answer": "answer the prompt, a question about the image",
+}
+
 
 def apply_task(task, prompt):
     """Wrap a prompt in the official template of its task.

@@ -31,19 +31,14 @@ def golden():
 
 
 @pytest.fixture(scope="module")
-def vae_names():
-    return json.loads((GOLDEN / "golden.json").read_text())["vae/16/diffusers"]
+def vae_names(names):
+    return names["vae/16/diffusers"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, vae_names):
-    return publish(tmp_path_factory.mktemp("pipelines") / "uni", vae_names)
-
-
-@pytest.fixture(scope="module")
-def uni(folder):
+def uni(uni_folder):
     """Nobody may change it."""
-    return UniAlignment.load(folder, device="cpu")
+    return UniAlignment.load(uni_folder, device="cpu")
 
 
 def inputs(uni):
@@ -57,7 +52,7 @@ def inputs(uni):
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["published", "normed"])
-def test_both_passes_equal_the_reconstruction(case, golden, folder, vae_names, tmp_path):
+def test_both_passes_equal_the_reconstruction(case, golden, vae_names, tmp_path):
     uni = UniAlignment.load(publish(tmp_path / "uni", vae_names, case), device="cpu")
     latent, context, sources = inputs(uni)
     adapters = uni.mmdit.image_adapter, uni.mmdit.text_adapter
@@ -236,8 +231,8 @@ def test_rows_with_the_same_text_are_no_counterexamples():
     )
 
 
-def test_only_what_is_used_gets_a_gradient(folder):
-    uni = UniAlignment.load(folder, device="cpu")
+def test_only_what_is_used_gets_a_gradient(uni_folder):
+    uni = UniAlignment.load(uni_folder, device="cpu")
     learning = uni.start_training()
     assert (
         all(name.startswith("mmdit.") for name in learning) and "mmdit.null_image" not in learning
@@ -376,7 +371,7 @@ def test_a_transformer_alone_is_completed_by_sd3(uni, vae_names, tmp_path):
     )
 
 
-def test_t5_may_keep_its_table_under_either_name(uni, folder, vae_names, tmp_path):
+def test_t5_may_keep_its_table_under_either_name(uni, vae_names, tmp_path):
     publish(tmp_path / "uni", vae_names)
     file = tmp_path / "uni" / "text_encoder" / "model.safetensors"
     weights = load_file(file)
@@ -502,3 +497,14 @@ def test_names_of_the_reconstruction_are_the_published_ones():
 
 def test_flow_has_the_noise_levels_of_the_pipeline():
     assert abs(flow.sigma_schedule(28, 3.0)[-2].item() - 0.008929) < 1e-6
+
+
+def test_with_little_memory_everything_is_the_same(uni, uni_folder):
+    lean = UniAlignment.load(uni_folder, device="cpu")
+    fast.save_memory(lean, torch.device("cpu"))
+    for engine in (uni, lean):
+        drawn = engine.generate(PROMPTS, [[picture(i)] for i in range(2)], steps=2)
+        read = engine.answer([picture(0)], steps=2)
+        if engine is uni:
+            expected = [x.tobytes() for x in drawn], read
+    assert ([x.tobytes() for x in drawn], read) == expected
