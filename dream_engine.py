@@ -58,6 +58,7 @@ class DreamEngine(nn.Module):
                 f"{mmdit.config.channels}: --sd3 must be the model that the checkpoint was trained on"
             )
         self.lmm, self.adapter, self.mmdit, self.vae = lmm, adapter, mmdit, vae
+        self.parts = {}  # of the loss by name, where it has some
         self.base = {  # tells the models that an adapter was trained for
             "base": fingerprint(mmdit.final_layer.linear.weight),
             "lmm": fingerprint(lmm.language_model.norm.weight),

@@ -12,58 +12,24 @@ MM-DiT in `dtype` (fp32 on CPU, bf16 on CUDA); VAE, latents, times and losses in
 Letters: B batch, L text slots, N image tokens, D width, V vocabulary, C channels, M the teacher's width.
 """
 
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
-import checkpoints
 import flow
 import masked
 import pipeline
-from checkpoints import MMDIT_CONFIG, MMDIT_DIFFUSERS, Layout
-from mmdit import Embedder, MMDiT
-from pipeline import MASK, PARTS, WEIGHTS
+from checkpoints import check, load_mmdit, load_vae
 from prompts import centre_crop, check_drawing, to_images, to_rgb, to_tensor
 from support import fast
 from support.cli import UserError
-from support.files import whole, write_json
+from vae import SCALE, SHIFT
 
 MINI = Path(__file__).parent / "weights" / "mini" / "unialignment"
-
-
-# ---- the network --------------------------------------------------------------------------------
-
-
-class RoundedEmbedder(Embedder):
-    """The sinusoid of t passes through float16, as where the published weights were trained."""
-
-    def forward(self, x):
-        return super().forward(x.half().to(x.dtype))
-
-
-class Transformer(MMDiT):
-    """SD3's MM-DiT with a head for text, null image tokens, and what aligns it with a teacher."""
-
-    def __init__(self, config, vocabulary, null_tokens=8, aligned=None, rounded=True):
-        """aligned: (hidden units, M) of the two adapters that only training needs, or None."""
-        super().__init__(config)
-        self.rounded = rounded
-        if rounded:
-            self.t_embedder = RoundedEmbedder(256, config.width)
-        self.text_head = nn.Linear(config.width, vocabulary)
-        self.null_image = nn.Parameter(torch.zeros(1, null_tokens, config.width))  # never used
-        if aligned:
-            self.image_adapter = align_adapter(config.width, *aligned)
-            self.text_adapter = align_adapter(config.width, *aligned)
-
-
-def align_adapter(width, hidden, out):
-    return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, out), nn.SiLU())
+LOSSES = {"velocity": 1.0, "text": 0.2, "csa": 0.05, "isa": 0.1}  # and their published weights
 
 
 class Texts(NamedTuple):
@@ -82,7 +48,8 @@ class UniAlignment(nn.Module):
         """Raises UserError where the parts do not belong together."""
         super().__init__()
         self.mmdit, self.text_encoder, self.vae = mmdit, text_encoder, vae
-        self.tokenizer, self.sampling = tokenizer, sampling
+        self.sampling, self.lmm = sampling, None
+        self.weights, self.parts = list(LOSSES.values()), {}
         config, rows = mmdit.config, text_encoder.config.vocab_size
         for found, what, expected in (
             (vae.config.latent_channels, "latent channels of the autoencoder", config.channels),
@@ -93,8 +60,7 @@ class UniAlignment(nn.Module):
                 raise UserError(f"{found} {what}: this transformer was trained with {expected}")
         if len(tokenizer) > rows:
             raise UserError(f"a tokenizer of {len(tokenizer)} entries, but T5 knows {rows}")
-        self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
-        self.special = {self.mask_id, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        self.tokens = pipeline.Tokens(tokenizer, sampling.slots)
 
     @property
     def device(self):
@@ -114,20 +80,36 @@ class UniAlignment(nn.Module):
         """
         device = fast.usable_device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        places = {name: pipeline.find_folder(folder, sd3, name) for name in PARTS}
+        places = {name: pipeline.find_folder(folder, sd3, name) for name in pipeline.PARTS}
         sampling = pipeline.read_sampling(folder, places["scheduler"])
         tokenizer = pipeline.load_tokenizer(places["tokenizer"])
-        mmdit = load_transformer(places["transformer"], device, dtype)
-        vae = checkpoints.load_vae(places["vae"], device)
+        mmdit = pipeline.load_transformer(places["transformer"], device, dtype)
+        vae = load_vae(places["vae"], device)
         text_encoder = pipeline.load_text_encoder(places["text_encoder"], device, dtype)
         engine = cls(mmdit, text_encoder, tokenizer, vae, sampling).requires_grad_(False).eval()
         mask = mask or next(iter(sorted(Path(folder).glob("mask_token_emb*.pth"))), None)
         if mask:
             embeddings = text_encoder.shared.weight
-            embeddings[engine.mask_id] = pipeline.read_vector(mask, embeddings.shape[1]).to(
+            embeddings[engine.tokens.mask_id] = pipeline.read_vector(mask, embeddings.shape[1]).to(
                 embeddings
             )
         return engine
+
+    @classmethod
+    def start(cls, sd3, text_encoder, device=None, dtype=None, *, slots=256, size=512):
+        """SD3 and T5 before training: it draws what SD3 draws for a vec of zero, and reads nothing.
+
+        sd3: single file or diffusers folder; text_encoder: the folder of a T5 whose states sd3 knows,
+        its tokenizer inside or beside it. The MM-DiT is fp32; new weights come from torch's generator.
+        """
+        device = fast.usable_device(device)
+        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        tokenizer = pipeline.load_tokenizer(pipeline.tokenizer_of(text_encoder))
+        mmdit = pipeline.Transformer.grow(load_mmdit(sd3, device), len(tokenizer))
+        t5, vae = pipeline.load_text_encoder(text_encoder, device, dtype), load_vae(sd3, device)
+        size = min(size, mmdit.config.largest)
+        sampling = pipeline.Sampling(slots, size, negative="", text_steps=8, order="confident")
+        return cls(mmdit, t5, tokenizer, vae, sampling).requires_grad_(False).eval()
 
     # ---- the two passes ----
 
@@ -171,24 +153,6 @@ class UniAlignment(nn.Module):
         return logits if features is None else (logits, final, pair[0])
 
     # ---- use ----
-
-    def tokens(self, texts):
-        """Texts -> ids (B, L) as the weights know them: cut, ended by EOS, and padded with EOS."""
-        return torch.stack(
-            [self._row(text, self.tokenizer.eos_token_id, ended=True) for text in texts]
-        )
-
-    def _row(self, text, fill, ended=False):
-        """The ids of a text in the first slots of a row (L,), `fill` in the rest.
-
-        The name of a special token in a text is left out.
-        """
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        ids = [i for i in ids if i not in self.special]
-        row = torch.full((self.sampling.slots,), fill)
-        ids = ids[: len(row) - ended]
-        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
-        return row
 
     def encode(self, images, size, generators):
         """PIL images -> latents (B, C, H, W), cut to size (width, height); each a posterior's sample."""
@@ -261,13 +225,8 @@ class UniAlignment(nn.Module):
             raise UserError("no image to read")
         if questions and not all(question.strip() for question in questions):
             raise UserError("empty question")
-        asked = [f"Q: {question.strip()} A:" for question in questions or ()] or [""] * len(images)
-        ids = torch.stack([self._row(text, self.mask_id) for text in asked]).to(self.device)
-        hidden = ids == self.mask_id
-        if not hidden.any(1).all():
-            raise UserError(
-                f"a question that fills all {sampling.slots} slots leaves no room to answer"
-            )
+        rows = [self.tokens.about(question) for question in questions or [None] * len(images)]
+        ids, hidden = (torch.stack(column).to(self.device) for column in zip(*rows))
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(images))]
         latent = self.encode(images, (self.default_size, self.default_size), generators)
         slots = sampling.slots, self.mmdit.text_head.out_features
@@ -282,17 +241,13 @@ class UniAlignment(nn.Module):
                 steps,
                 order or sampling.order,
                 draws,
-                self.mask_id,
+                self.tokens.mask_id,
             )
-        return [self.text(row[new]) for row, new in zip(ids, hidden)]
+        return [self.tokens.text(row[new]) for row, new in zip(ids, hidden)]
 
     def _no_vec(self):
         """What `support.fast` adds to the time: nothing, for all rows."""
         return self.mmdit.pos_embed.new_zeros(1, self.mmdit.config.width)
-
-    def text(self, ids):
-        """Token ids -> the text, without the EOS that end it and pad it."""
-        return self.tokenizer.decode(ids[ids != self.tokenizer.eos_token_id]).strip()
 
     def check(self, steps, guidance, width, height):
         """Raise UserError for settings that cannot be drawn, before any long work."""
@@ -300,21 +255,66 @@ class UniAlignment(nn.Module):
 
     # ---- training ----
 
-    def start_training(self):
-        """All of the MM-DiT learns but the tokens that are never used; the parameters, by name."""
+    def start_training(self, *_):
+        """All of the MM-DiT learns but what is never used; returns the parameters that do, by name.
+
+        The teacher is `lmm`, a Qwen2VL; without it ISA is left out.
+        """
         self.requires_grad_(False)
         self.mmdit.requires_grad_(True).null_image.requires_grad_(False)
+        if self.lmm:
+            self.mmdit.align(self.lmm.config.text_config.hidden_size)
+        elif hasattr(self.mmdit, "image_adapter"):
+            self.mmdit.image_adapter.requires_grad_(False)
+            self.mmdit.text_adapter.requires_grad_(False)
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def restore(self, folder):
+        """Take back what `save_transformer` wrote, into an engine that trains the same."""
+        saved = pipeline.load_transformer(folder, self.device, torch.float32).state_dict()
+        check(saved, {k: x.shape for k, x in self.mmdit.state_dict().items()}, folder)
+        self.mmdit.load_state_dict(saved)
+
+    def forward(self, batch, image, noise, t, times, weighted=True):
+        """The weighted sum of the four losses of B examples, (B,); `parts` keeps their means.
+
+        batch: `pairs.Pairs`; image (B, 3, H, W) in [-1, 1] the target; noise (B, 2 + S, C, h, w): of the
+        flow, then of the posterior samples of the target and its S sources; t (B,) of the picture, times
+        (B,) of the text. weighted: the published weighting of the velocity, by t^2.
+        """
+        pictures = [image, *batch.sources.unbind(1)]
+        flow_noise, *noises = noise.unbind(1)
+        with torch.no_grad():
+            posteriors = [self.vae.posterior(picture) for picture in pictures]
+            teacher = self.teach(batch) if self.lmm else None
+        x0, *sources = (
+            (mean + std * e - SHIFT) * SCALE for (mean, std), e in zip(posteriors, noises)
+        )
+        texts = Texts(batch.prompts, batch.texts, batch.hidden, times)
+        kind = self.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+            losses = self.losses(x0, flow_noise, t, texts, sources, teacher, weighted=weighted)
+        self.parts = dict(zip(LOSSES, losses.detach().mean(1).tolist()))
+        return losses.new_tensor(self.weights) @ losses
+
+    def teach(self, batch):
+        """The teacher's mean image features of the target, and mean embedding of the words: (B, M)."""
+        lmm, first = self.lmm, batch.image_mask.int().argmax(1)
+        x = lmm.language_model.embed_tokens(batch.ids)
+        x[batch.image_mask] = lmm.visual(batch.patches.to(x.dtype), batch.grids).pooler_output
+        words = torch.arange(x.shape[1], device=x.device) < first[:, None] - 1  # then the picture
+        masks = (batch.image_mask[..., None], words[..., None])
+        return [(x * mask).sum(1) / mask.sum(1) for mask in masks]
 
     @property
     def middle(self):
         """The block whose tokens are aligned with the teacher: number 8 of 24."""
         return max(1, self.mmdit.config.depth // 3)
 
-    def losses(self, x0, noise, t, texts, sources=(), teacher=None):
+    def losses(self, x0, noise, t, texts, sources=(), teacher=None, *, weighted=True):
         """The four losses of both passes on clean latents x0 (B, C, H, W), unweighted: (4, B) fp32.
 
-        Velocity (times t^2, as published), text, CSA, ISA (text + image). noise like x0, t (B,);
+        In the order of LOSSES; velocity times t^2 if weighted. noise like x0, t (B,);
         texts: see there; sources: latents to start from; teacher: its mean image features and mean
         text features, (B, M) each; without it ISA is 0.
         """
@@ -323,15 +323,15 @@ class UniAlignment(nn.Module):
         z = flow.add_noise(x0, noise, t)
         velocity, image, image_tokens = self.draw(z, t, context, sources, self.middle)
         logits, text, text_tokens = self.read(x0, masked_context, self.middle)
-        hidden = texts.hidden == self.mask_id
+        hidden = texts.hidden == self.tokens.mask_id
         isa = velocity.new_zeros(len(x0))
         if teacher:
             isa = misalignment(self.mmdit.text_adapter, text_tokens, teacher[1])
             isa = isa + misalignment(self.mmdit.image_adapter, image_tokens, teacher[0])
         return torch.stack(
             [
-                flow.velocity_loss(velocity, x0, noise, t),
-                masked.loss(logits, texts.ids, hidden, texts.t, self.mask_id),
+                flow.velocity_loss(velocity, x0, noise, t if weighted else None),
+                masked.loss(logits, texts.ids, hidden, texts.t, self.tokens.mask_id),
                 contrast(image, text, texts.ids),
                 isa,
             ]
@@ -341,29 +341,21 @@ class UniAlignment(nn.Module):
 
     def save(self, folder):
         """Write all parts into a pipeline folder as published, which `load` reads."""
-        folder = Path(folder)
-        for name in PARTS:
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        self.save_transformer(folder / "transformer")
-        pipeline.save_vae(self.vae, folder / "vae")
-        self.text_encoder.save_pretrained(folder / "text_encoder")
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-        sampling = asdict(self.sampling)
-        scheduler = {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "shift": sampling.pop("shift"),
-        }
-        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-        write_json(folder / "sampling.json", sampling)
+        self.save_frozen(folder)
+        self.save_transformer(Path(folder, "transformer"))
 
     def save_transformer(self, folder):
-        """Write what training changes: config.json and the weights, in the published names."""
-        config = self.mmdit.config
-        stated = {name: getattr(config, own) for name, own in MMDIT_CONFIG.items()}
-        stated |= transformer_config(self.mmdit) | {"pooled_projection_dim": 2048}
-        write_json(folder / "config.json", {"_class_name": "SD3JointModelFlexible", **stated})
-        with whole(folder / WEIGHTS) as partial:
-            save_file(checkpoints.stored(self.mmdit, _LAYOUT), partial)
+        folder.mkdir(parents=True, exist_ok=True)
+        pipeline.save_transformer(self.mmdit, folder)
+
+    def save_frozen(self, folder):
+        """Write what training does not change."""
+        for name in pipeline.PARTS:
+            Path(folder, name).mkdir(parents=True, exist_ok=True)
+        pipeline.save_vae(self.vae, Path(folder, "vae"))
+        pipeline.save_settings(self.sampling, Path(folder))
+        self.text_encoder.save_pretrained(Path(folder, "text_encoder"))
+        self.tokens.tokenizer.save_pretrained(Path(folder, "tokenizer"))
 
 
 # ---- losses -------------------------------------------------------------------------------------
@@ -389,56 +381,3 @@ def misalignment(adapter, tokens, teacher):
     tokens (B, n, D) from a middle layer, before any norm; teacher (B, M).
     """
     return 1 - F.cosine_similarity(adapter(tokens.mean(1)).float(), teacher.float())
-
-
-# ---- files --------------------------------------------------------------------------------------
-
-_OWN = """
-    final_layer.adaLN_modulation.1.*  image_norm_out.linear.*
-    final_layer.linear.*              image_proj_out.*
-    text_head.*                       text_proj_out.*
-    null_image                        null_image_embd
-    image_adapter.*                   siglip_adapter_img.fc.*
-    text_adapter.*                    siglip_adapter_text.fc.*
-"""
-# Of the layers that diffusers stores as (scale, shift) only the final one is left.
-_LAYOUT = Layout(
-    checkpoints.table(_OWN) + MMDIT_DIFFUSERS, swapped=r"final_layer\.adaLN_modulation\.1\.\w+"
-)
-
-
-def load_transformer(path, device="cpu", dtype=torch.float32):
-    """The Transformer of a published transformer/ or of a training script's one file, strictly.
-
-    Raises FileNotFoundError, or UserError naming the tensors that do not fit.
-    """
-    stated = checkpoints.read_config(path) if Path(path).is_dir() else {}
-    part = checkpoints.find_part(
-        checkpoints.read(path), path, ("",), {"transformer_blocks.": _LAYOUT}
-    )
-    if part is None or part.shape("text_head.weight") is None:
-        raise UserError(f"{path}: holds no transformer of UniAlignment (text_proj_out.weight)")
-    config = checkpoints.infer_mmdit(part, {**stated, "pooled_projection_dim": None}, pooled=False)
-    aligned = None
-    if part.shape("image_adapter.0.weight"):
-        aligned = [part.dimension(f"image_adapter.{i}.weight", 0) for i in (0, 2)]
-    sizes = part.dimension("text_head.weight", 0), part.dimension("null_image", 1), aligned
-    rounded = stated.get("float16_time", True)
-    config = replace(config, text_out=True)
-    model = checkpoints.empty(Transformer, path, config, *sizes, rounded)
-    checkpoints.compare(path, stated, transformer_config(model))
-    return checkpoints.fill(model, part, device, dtype)
-
-
-def transformer_config(model):
-    """What a config.json of the authors states beside what SD3's does."""
-    config = model.config
-    return {
-        "vocab_size": model.text_head.out_features,
-        "num_attention_heads": config.width // config.head_dim,
-        "caption_projection_dim": config.width,
-        "out_channels": config.channels,
-        "qk_norm": "rms_norm" if config.qk_norm else None,
-        "dual_attention_layers": list(config.dual),
-        "float16_time": model.rounded,  # ours; published ones do not say it
-    }

@@ -16,10 +16,11 @@ import flow
 import masked
 import mmdit
 from checkpoints import load_vae, stored
+from pipeline import LAYOUT, Transformer
 from prompts import centre_crop, to_images
 from support import fast
 from support.cli import UserError
-from unialignment import _LAYOUT, Texts, Transformer, UniAlignment, contrast, misalignment
+from unialignment import Texts, UniAlignment, contrast, misalignment
 
 T = torch.tensor([0.25, 0.9])
 MASK = VOCABULARY - 1
@@ -146,7 +147,7 @@ def test_a_word_under_a_mask_changes_nothing_that_is_read(uni):
     for word in ("red", "green"):
         ids = uni.tokens([f"a {word} circle", f"the {word} ring"])
         slots = torch.zeros(2, SLOTS, dtype=torch.bool).index_fill(1, torch.tensor([1]), True)
-        hidden = masked.mask(ids, torch.ones(2), torch.zeros(2, SLOTS), uni.mask_id, slots)
+        hidden = masked.mask(ids, torch.ones(2), torch.zeros(2, SLOTS), uni.tokens.mask_id, slots)
         logits.append(uni.read(latent, uni.context(hidden)))
     assert torch.equal(*logits)
     clean = uni.read(latent, uni.context(ids))
@@ -324,7 +325,7 @@ def test_full_size_has_the_published_numbers():
     config = replace(mmdit.FAMILIES["SD3-medium"], pooled_dim=None, text_out=True)
     with torch.device("meta"):
         model = Transformer(config, 32_100, 8, (2048, 3584))
-    assert len(stored(model, _LAYOUT)) == 696 and len(model.state_dict()) == 504
+    assert len(stored(model, LAYOUT)) == 696 and len(model.state_dict()) == 504
     assert sum(p.numel() for p in model.parameters()) == 2_123_838_884
     assert model.pos_embed.numel() == 56_623_104
 
@@ -438,7 +439,11 @@ def test_a_bad_folder_is_one_line(damage, message, vae_names, tmp_path):
 
 
 def test_parts_of_other_models_are_refused(uni, vae_names, tmp_path):
-    parts = {"mmdit": uni.mmdit, "text_encoder": uni.text_encoder, "tokenizer": uni.tokenizer}
+    parts = {
+        "mmdit": uni.mmdit,
+        "text_encoder": uni.text_encoder,
+        "tokenizer": uni.tokens.tokenizer,
+    }
     parts |= {"vae": uni.vae, "sampling": uni.sampling}
 
     class Other:
@@ -488,7 +493,7 @@ def test_what_cannot_be_done_is_refused(call, message, uni):
 
 def test_special_tokens_in_what_a_user_types_are_left_out(uni):
     ids = uni.tokens(["a </s> <extra_id_0> star", "a star", "a dog star"])
-    assert torch.equal(ids[0], ids[1]) and ids[2, 1] == uni.tokenizer.unk_token_id
+    assert torch.equal(ids[0], ids[1]) and ids[2, 1] == uni.tokens.tokenizer.unk_token_id
 
 
 def test_names_of_the_reconstruction_are_the_published_ones():
