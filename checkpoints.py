@@ -98,7 +98,7 @@ def read_config(folder):
     """The config.json of a diffusers folder; {} where there is none."""
     file = Path(folder, "config.json")
     config = read_json(file) if file.is_file() else {}
-    for name in (*_MMDIT_CONFIG, "norm_num_groups", "latent_channels", "layers_per_block"):
+    for name in (*MMDIT_CONFIG, "norm_num_groups", "latent_channels", "layers_per_block"):
         if type(config.get(name)) not in (int, type(None)):
             raise UserError(f"{file}: {name} must be a whole number, not {config[name]!r}")
     return config
@@ -219,6 +219,17 @@ def fill(model, part, device="cpu", dtype=None):
     return model.eval().requires_grad_(False)
 
 
+def stored(model, layout):
+    """A model's tensors by a layout's names in the file: the way back from `fill`."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        names = layout.names(name)
+        if re.fullmatch(layout.swapped, name):
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        tensors |= zip(names, (x.contiguous() for x in tensor.chunk(len(names))))
+    return tensors
+
+
 def _shapes(expected, stored):
     """{name in the file: shape there}."""
     shapes = {}
@@ -249,7 +260,7 @@ def check(tensors, shapes, source):
 
 # ---- SD3's MM-DiT -------------------------------------------------------------------------------
 
-_MMDIT_DIFFUSERS = table("""
+MMDIT_DIFFUSERS = table("""
     pos_embed                            pos_embed.pos_embed
     x_embedder.proj.*                    pos_embed.proj.*
     t_embedder.mlp.0.*                   time_text_embed.timestep_embedder.linear_1.*
@@ -277,7 +288,7 @@ _MMDIT_DIFFUSERS = table("""
     final_layer.adaLN_modulation.1.*     norm_out.linear.*
     final_layer.linear.*                 proj_out.*
 """.replace("BLOCK", "transformer_blocks.#"))  # fmt: skip
-_MMDIT_CONFIG = {  # name in diffusers' config.json: that in MMDiTConfig
+MMDIT_CONFIG = {  # name in diffusers' config.json: that in MMDiTConfig
     "num_layers": "depth",
     "attention_head_dim": "head_dim",
     "patch_size": "patch",
@@ -311,7 +322,7 @@ def build_mmdit(
 
 def find_mmdit(tensors, source, stated=None, wrapped=frozenset()):
     """The Part and the MMDiTConfig of a transformer, in the single file's names or diffusers'."""
-    layouts = {"joint_blocks.": Layout(), "transformer_blocks.": Layout(_MMDIT_DIFFUSERS)}
+    layouts = {"joint_blocks.": Layout(), "transformer_blocks.": Layout(MMDIT_DIFFUSERS)}
     layouts = {k: replace(x, wrapped=wrapped) for k, x in layouts.items()}
     prefixes = ("model.diffusion_model.", "transformer.", "dit.", "")
     part = find_part(tensors, source, prefixes, layouts)
@@ -325,8 +336,11 @@ def find_mmdit(tensors, source, stated=None, wrapped=frozenset()):
     return part, config
 
 
-def infer_mmdit(part, stated):
-    """Read an MMDiTConfig off the shapes, and refuse a stated one that says otherwise."""
+def infer_mmdit(part, stated, pooled=True):
+    """Read an MMDiTConfig off the shapes, and refuse a stated one that says otherwise.
+
+    pooled: does it take a vector of the text beside the time?
+    """
     blocks = "transformer_blocks" if part.layout.rules else "joint_blocks"
     attn = "joint_blocks.{}.x_block.{}"
     depth = part.count(blocks)
@@ -340,7 +354,7 @@ def infer_mmdit(part, stated):
         patch=part.dimension("x_embedder.proj.weight", 3),
         positions=math.isqrt(part.dimension("pos_embed", 1)),
         context_dim=part.dimension("context_embedder.weight", 1),
-        pooled_dim=part.dimension("y_embedder.mlp.0.weight", 1),
+        pooled_dim=part.dimension("y_embedder.mlp.0.weight", 1) if pooled else None,
         qk_norm=has_norm,
         dual=tuple(i for i in range(depth) if part.shape(attn.format(i, "attn2.qkv.weight"))),
     )
@@ -348,7 +362,7 @@ def infer_mmdit(part, stated):
     if not depth or not heads or rest or config.patch not in (1, 2):
         sizes = f"{config.width} wide, heads of {config.head_dim}, patches of {config.patch}"
         raise UserError(f"{part.source}: no transformer of SD3: {depth} blocks, {sizes}")
-    compare(part.source, stated, {k: getattr(config, name) for k, name in _MMDIT_CONFIG.items()})
+    compare(part.source, stated, {k: getattr(config, name) for k, name in MMDIT_CONFIG.items()})
     return config
 
 
@@ -369,7 +383,7 @@ def empty(kind, source, *config):
 
 # ---- SD3's autoencoder --------------------------------------------------------------------------
 
-_VAE_DIFFUSERS = table("""
+VAE_DIFFUSERS = table("""
     *.norm_out.*                            *.conv_norm_out.*
     encoder.down.#.block.#.nin_shortcut.*   encoder.down_blocks.#.resnets.#.conv_shortcut.*
     encoder.down.#.block.*                  encoder.down_blocks.#.resnets.*
@@ -394,7 +408,7 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     """
     folder = Path(path, "vae")
     folder = folder if folder.is_dir() else Path(path)
-    layouts = {"encoder.down.": Layout(), "encoder.down_blocks.": Layout(_VAE_DIFFUSERS)}
+    layouts = {"encoder.down.": Layout(), "encoder.down_blocks.": Layout(VAE_DIFFUSERS)}
     part = find_part(read(folder), path, ("first_stage_model.", "vae.", ""), layouts)
     if part is None:
         raise UserError(f"{path}: holds no SD3.5 autoencoder (first_stage_model.*)")

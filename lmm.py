@@ -132,7 +132,8 @@ class Batch:
     grids: torch.Tensor  # (images, 3): 1, height and width in patches
 
     def to(self, device, **options):
-        return Batch(**{f.name: getattr(self, f.name).to(device, **options) for f in fields(self)})
+        moved = {f.name: getattr(self, f.name).to(device, **options) for f in fields(self)}
+        return type(self)(**moved)
 
 
 def mrope_positions(image_mask, grids, merge=2):

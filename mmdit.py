@@ -26,9 +26,15 @@ class MMDiTConfig:
     patch: int = 2
     positions: int = 192  # side of the position table, in patches
     context_dim: int = 4096  # of SD3's own text encoders
-    pooled_dim: int = 2048
+    pooled_dim: int | None = 2048  # None: no vector beside the time modulates the blocks
     qk_norm: bool = True
     dual: tuple[int, ...] = ()  # blocks with a second, image-only attention
+    text_out: bool = False  # the last block keeps its text stream, for a head to read
+
+    @property
+    def largest(self):
+        """The longest side of a picture, in pixels, of which a latent has an eighth."""
+        return 8 * self.patch * self.positions
 
 
 FAMILIES = {
@@ -178,7 +184,7 @@ class JointBlock(nn.Module):
 
     def __init__(self, config, index):
         super().__init__()
-        self.last = index == config.depth - 1
+        self.last = index == config.depth - 1 and not config.text_out
         self.context_block = Stream(config, last=self.last)
         self.x_block = Stream(config, dual=index in config.dual)
 
@@ -220,9 +226,12 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.width, config.patch**2 * config.channels)
         self.adaLN_modulation = AdaLN(config.width, 2)
 
-    def forward(self, img, c):
+    def features(self, img, c):
         (modulation,) = self.adaLN_modulation(c)
-        return self.linear(modulate(img, modulation))
+        return modulate(img, modulation)
+
+    def forward(self, img, c):
+        return self.linear(self.features(img, c))
 
 
 class MMDiT(nn.Module):
@@ -232,7 +241,8 @@ class MMDiT(nn.Module):
         self.checkpointing = False  # in training: keep a block's input only, compute it twice
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = Embedder(256, config.width)
-        self.y_embedder = Embedder(config.pooled_dim, config.width)
+        if config.pooled_dim is not None:
+            self.y_embedder = Embedder(config.pooled_dim, config.width)
         self.context_embedder = nn.Linear(config.context_dim, config.width)
         self.register_buffer("pos_embed", torch.zeros(1, config.positions**2, config.width))
         self.joint_blocks = nn.ModuleList(JointBlock(config, i) for i in range(config.depth))
@@ -249,17 +259,38 @@ class MMDiT(nn.Module):
         txt (B, L, D) and vec (B, D) from `embed_text` or an adapter; txt_mask (B, L) bool, False at
         padding, which then has no effect. Returns (B, C, H, W).
         """
-        h, w = self.sides(latent)
-        t = torch.as_tensor(t, dtype=torch.float32, device=latent.device).expand(len(latent))
-        c = self.t_embedder(timestep_embedding(t).to(vec.dtype)) + vec
-        img = self.x_embedder(latent) + self.positions(h, w)
-        mask = None if txt_mask is None else joint_mask(txt_mask, h * w, txt.dtype)
-        for block in self.joint_blocks:
+        c, img = self.embed_time(t, len(latent), vec.dtype) + vec, self.embed_image(latent)
+        mask = None if txt_mask is None else joint_mask(txt_mask, img.shape[1], txt.dtype)
+        _, img, _ = self.run_blocks(txt, img, c, mask)
+        return self.unpatch(self.final_layer(img, c), latent)
+
+    def embed_time(self, t, rows, dtype):
+        """t (rows,) or a number, in [0, 1] -> (rows, D)."""
+        t = torch.as_tensor(t, dtype=torch.float32, device=self.pos_embed.device).expand(rows)
+        return self.t_embedder(timestep_embedding(t).to(dtype))
+
+    def embed_image(self, latent):
+        """latent (B, C, H, W) -> its tokens (B, N, D), which know their places."""
+        return self.x_embedder(latent) + self.positions(*self.sides(latent))
+
+    def run_blocks(self, txt, img, c, mask=None, middle=None):
+        """All blocks on streams of any length: txt (B, L, D), img (B, N, D), c (B, D) -> txt, img, pair.
+
+        txt is None unless config.text_out; pair: both streams as they leave block number `middle`,
+        counted from 1, before any norm. mask: see `joint_mask`.
+        """
+        pair = None
+        for i, block in enumerate(self.joint_blocks, 1):
             if self.checkpointing and torch.is_grad_enabled():
                 txt, img = checkpoint(block, txt, img, c, mask, use_reentrant=False)
             else:
                 txt, img = block(txt, img, c, mask)
-        patches, p = self.final_layer(img, c), self.config.patch
+            pair = (txt, img) if i == middle else pair
+        return txt, img, pair
+
+    def unpatch(self, patches, latent):
+        """patches (B, N, p p C) in the order of `embed_image` -> a tensor like latent."""
+        (h, _), p = self.sides(latent), self.config.patch
         return rearrange(patches, "B (h w) (p q C) -> B C (h p) (w q)", h=h, p=p, q=p)
 
     def sides(self, latent):

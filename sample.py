@@ -1,10 +1,12 @@
-"""Draw pictures from prompts of text and images.
+"""Draw pictures from prompts of text and images, or read pictures.
 
     python sample.py --prompt "a red circle left of a blue star"
     python sample.py --prompt "<image> and a blue star" --image dog.png --blend 0.3
     python sample.py --task edit --image room.png --prompt "remove the chair"
+    python sample.py --task caption --image room.png
+    python sample.py --task answer --image room.png --prompt "how many chairs are there?"
 
-Each <image> of the prompts is filled by the next --image.
+Dream Engine draws unless --engine says unialignment; what is read, UniAlignment prints. Each <image> of the prompts is filled by the next --image.
 """
 
 import argparse
@@ -24,10 +26,19 @@ with one_line_errors():  # these take seconds, in which someone may press Ctrl-C
     from tqdm import tqdm
 
     from dream_engine import LMM, SD3, STAGE2, DreamEngine
-    from prompts import TASKS, apply_task, interleave, read_image
+    from prompts import READING, TASKS, apply_task, interleave, read_image
     from support import fast
     from support.files import sheet, write_png
+    from unialignment import MINI, UniAlignment
 gc.enable()
+
+ENGINES = ("dream-engine", "unialignment")
+UNFIT = {  # options of one engine, and of drawing, that mean nothing to the other
+    "dream-engine": ("negative", "order"),
+    "unialignment": ("blend", "lmm", "lora_scale", "positions"),
+    "reading": ("guidance", "negative", "size", "out", "compile"),
+    "drawing": ("order",),
+}
 
 
 def size(text):
@@ -41,7 +52,7 @@ def size(text):
 
 
 def options():
-    parser = Parser(description="Draw pictures from prompts of text and images.")
+    parser = Parser(description="Draw pictures from prompts of text and images, or read pictures.")
     add = parser.add_argument
     add(
         "--prompt",
@@ -50,18 +61,21 @@ def options():
         help="text, each <image> in it stands for the next --image; several are drawn together",
     )
     add("--image", action="append", default=[], help="an image file; may be given several times")
-    tasks = "; ".join(f"{task}: {what}" for task, what in TASKS.items())
-    add("--task", choices=TASKS, help=f"{tasks}. Default: t2i without images, objects with")
+    known = TASKS | READING
+    tasks = "; ".join(f"{task}: {what}" for task, what in known.items())
+    add("--task", choices=known, help=f"{tasks}. Default: t2i without images, objects with")
+    add("--engine", choices=ENGINES, help="default: dream-engine to draw, unialignment to read")
     add(
         "--blend", type=number(0, 1), default=0.0, help="r: share of ViT features at images, 0 to 1"
     )
-    add("--steps", type=whole_number(1, 10**6), default=28, help="Euler steps")
+    add("--steps", type=whole_number(1, 10**6), help="of Euler, default: 28; or to fill in a text")
     add(
         "--guidance",
         type=number(-1000, 1000),
-        default=4.5,
-        help="classifier-free guidance; 1 is none",
+        help="classifier-free guidance, 1 is none; default: 4.5, or UniAlignment's own",
     )
+    add("--negative", help="what guidance moves away from; default: UniAlignment's own")
+    add("--order", choices=("sampled", "confident"), help="of the words that are read")
     add(
         "--seed",
         type=whole_number(0, 2**63 - 1),
@@ -85,7 +99,7 @@ def options():
     add("--compile", action="store_true", help="torch.compile; pays for many or large pictures")
     add("--sd3", default=SD3, help="SD3 / SD3.5: single file or diffusers folder")
     add("--lmm", default=LMM, help="Qwen2-VL: Hugging Face folder")
-    add("--checkpoint", help="file of train.py, or folder of the published DreamEngine")
+    add("--checkpoint", help="of train.py, or folder of the published DreamEngine or UniAlignment")
     add(
         "--lora-scale",
         type=number(-100, 100),
@@ -97,7 +111,23 @@ def options():
 
 
 def parse(arguments=None):
-    args = options().parse_args(arguments)
+    parser = options()
+    args = parser.parse_args(arguments)
+    work = "reading" if args.task in READING else "drawing"
+    args.engine = args.engine or ENGINES[work == "reading"]
+    for what in (args.engine, work):
+        for name in UNFIT[what]:
+            if getattr(args, name) != parser.get_default(name):
+                raise UserError(f"--{name.replace('_', '-')} has no effect with {what}")
+    if args.engine == "unialignment":
+        args.sd3 = None if args.sd3 == SD3 else args.sd3
+        args.checkpoint = args.checkpoint or MINI
+        if args.task in ("i2i", "objects"):
+            raise UserError(f"UniAlignment knows no task {args.task}: t2i, edit, combine or none")
+        return args
+    if work == "reading":
+        raise UserError(f"task {args.task} needs --engine unialignment: Dream Engine reads nothing")
+    args.steps, args.guidance = args.steps or 28, 4.5 if args.guidance is None else args.guidance
     if args.checkpoint is None:
         if (args.sd3, args.lmm) != (SD3, LMM):
             raise UserError(
@@ -110,15 +140,31 @@ def parse(arguments=None):
 def read_prompts(args):
     """The interleaved prompts; tasks on one image need no placeholder for it."""
     images, prompts = [read_image(path) for path in args.image], []
-    texts = args.prompt or [""]
+    texts, uni = args.prompt or [""], args.engine == "unialignment"
     for i, text in enumerate(texts):
-        if args.task in ("i2i", "edit") and images and "<image>" not in text:
-            text = "<image>" + text
+        if (uni or args.task in ("i2i", "edit")) and images and "<image>" not in text:
+            text = "<image>" * (len(images) if uni and len(texts) == 1 else 1) + text
         count = len(images) if i + 1 == len(texts) else text.count("<image>")
         prompts.append(interleave(text, images[:count]))
         images = images[count:]
-        apply_task(args.task, prompts[-1])  # refuses what does not fit before anything is loaded
+        # Refuses what does not fit before anything is loaded
+        apply_task("objects" if uni and count and args.task != "edit" else args.task, prompts[-1])
     return prompts
+
+
+def read_questions(args):
+    """The images to read and a question about each, or None; one image may have many questions."""
+    images, questions = [read_image(path) for path in args.image], args.prompt
+    if not images:
+        raise UserError(f"task {args.task} needs an --image")
+    if args.task == "caption" and questions:
+        raise UserError("task caption takes no --prompt; task answer does")
+    if args.task == "answer":
+        images = images * len(questions) if len(images) == 1 < len(questions) else images
+        if not questions or len(images) != len(questions):
+            counts = f"{len(questions)} prompts for {len(images)} images"
+            raise UserError(f"task answer takes a --prompt for each image, but there are {counts}")
+    return images, questions or None
 
 
 def writable(file):
@@ -136,10 +182,14 @@ def load(args):
     device, dtype = fast.usable_device(args.device), args.dtype and getattr(torch, args.dtype)
     if args.low_memory and dtype is None and device.type != "cpu":
         dtype = torch.bfloat16
-    engine = DreamEngine.load(
-        args.sd3, args.lmm, args.checkpoint, "cpu" if args.low_memory else device, dtype,
-        lora_scale=args.lora_scale, mrope=args.positions == "mrope",
-    )  # fmt: skip
+    first = "cpu" if args.low_memory else device
+    if args.engine == "unialignment":
+        engine = UniAlignment.load(args.checkpoint, args.sd3, first, dtype)
+    else:
+        engine = DreamEngine.load(
+            args.sd3, args.lmm, args.checkpoint, first, dtype,
+            lora_scale=args.lora_scale, mrope=args.positions == "mrope",
+        )  # fmt: skip
     if args.low_memory:
         fast.save_memory(engine, device)
     if args.compile:
@@ -150,10 +200,8 @@ def load(args):
 def save(args, images, out):
     """Write each picture, its prompt, settings and seed inside, and a grid of several."""
     hidden = ("prompt", "seed", "out", "num")
-    settings = {k: v for k, v in vars(args).items() if k not in hidden}
-    for name, default in (("sd3", SD3), ("lmm", LMM), ("checkpoint", STAGE2)):
-        if settings[name] == default:  # where the miniature lies is nobody's business
-            del settings[name]
+    miniature = (SD3, LMM, STAGE2, MINI)  # where it lies is nobody's business
+    settings = {k: v for k, v in vars(args).items() if k not in hidden and v not in miniature}
     settings = json.dumps(settings, default=str)
     texts = [text for text in args.prompt or [""] for _ in range(args.num)]
     files = (
@@ -173,17 +221,34 @@ def save(args, images, out):
         print(file)
 
 
+def read(args):
+    """Print what is read in each picture, a line for each of --num tries."""
+    images, questions = read_questions(args)
+    images = [image for image in images for _ in range(args.num)]
+    questions = questions and [question for question in questions for _ in range(args.num)]
+    engine = load(args)
+    texts = engine.answer(images, questions, args.steps, args.order, seed=args.seed)
+    print(*(" ".join(text.split()) for text in texts), sep="\n")
+
+
 def main(arguments=None):
     args = parse(arguments)
+    if args.task in READING:
+        return read(args)
     prompts, out = read_prompts(args), writable(args.out)
     engine = load(args)
+    bar = partial(tqdm, desc="drawing", unit="step")
+    prompts = [prompt for prompt in prompts for _ in range(args.num)]
+    settings = {"size": args.size, "seed": args.seed, "progress": bar}
+    if args.engine == "unialignment":
+        args.steps = args.steps or engine.sampling.steps
+        args.guidance = engine.sampling.guidance if args.guidance is None else args.guidance
+        settings["negative"] = args.negative
+    else:
+        settings |= {"r": args.blend, "task": args.task}
     with fast.compiling() if args.compile else nullcontext():
-        images = engine.generate(
-            [prompt for prompt in prompts for _ in range(args.num)],
-            args.steps, args.guidance, args.blend, args.size,
-            seed=args.seed, task=args.task, progress=partial(tqdm, desc="drawing", unit="step"),
-        )  # fmt: skip
-    save(args, images, out)
+        images = engine.generate(prompts, steps=args.steps, guidance=args.guidance, **settings)
+    return save(args, images, out)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Train Dream Engine (section 3.4 of the paper).
+"""Train Dream Engine (section 3.4 of its paper) or UniAlignment.
 
     python train.py --stage 1     # the adapter alone: text -> image and image -> image
     python train.py --stage 2     # adapter and LoRA on the MM-DiT: also editing and objects
+    python train.py --stage unialignment      # all of the MM-DiT: drawing, editing and reading
     torchrun --nproc-per-node 8 train.py --stage 2 --data edits.jsonl --sd3 ... --lmm ...
 
-Without --data the miniature learns from rendered scenes. LMM, VAE and MM-DiT stay frozen, in bf16
-on a GPU; adapter and LoRA learn in fp32. --out gets metrics, pictures, and checkpoints from which
---resume goes on. A microbatch and its noise depend on (seed, number) alone: a resumed run sees what
-an unbroken one would have seen, and N processes what one sees that takes N times as many a step.
+Without --data the miniature learns from rendered scenes. LMM, T5, VAE and, in stages 1 and 2, the
+MM-DiT stay frozen, in bf16 on a GPU; what learns is fp32. --out gets metrics, pictures, and checkpoints
+from which --resume goes on. A microbatch and its noise depend on (seed, number) alone: a resumed run
+sees what an unbroken one would have seen, and N processes what one sees that takes N times as many a
+step.
 """
 
 import argparse
@@ -29,18 +31,24 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import flow
+import pairs
 from data import FIELDS, BadLines, Manifest, Microbatches, make_pools
-from dream_engine import LMM, SD3, STAGE1, DreamEngine, new_adapter
+from dream_engine import LMM, MINI, SD3, STAGE1, DreamEngine, new_adapter
 from lmm import collate
+from prompts import check_drawing
 from support import runs
 from support.cli import Parser, UserError, number, one_line_errors, whole_number
 from support.fast import usable_device
+from unialignment import LOSSES
 
 SHARES = {  # by stage: of each task among the microbatches
     1: {"t2i": 1, "i2i": 1},
     2: {"t2i": 3, "i2i": 1, "edit": 3, "objects": 3},
+    "unialignment": {"t2i": 1, "edit": 1},  # a step each, in turn
 }
-STEPS, RATES = {1: 6000, 2: 8000}, {1: 2e-3, 2: 1e-3}  # that made the miniature
+STEPS = {1: 6000, 2: 8000, "unialignment": 8000}
+RATES = {1: 2e-3, 2: 1e-3, "unialignment": 8e-4}  # for the miniature
+T5 = MINI / "t5-mini"
 PATIENCE = 5  # steps in a row that may fail
 
 
@@ -61,7 +69,7 @@ def train(args, sources):
         return time_loading(microbatches, args.batch)
     model = distribute(engine, learning, args.shard, world) if world > 1 else engine
     if rank == 0:
-        runs.open_folder(out, start)
+        runs.open_folder(out, start, engine)
         print(runs.memory_plan(engine, args, world), runs.mixture(data.pools), sep="\n", flush=True)
         bad_lines.report(bad_lines.scanned)
 
@@ -118,7 +126,7 @@ def train(args, sources):
             preview = runs.preview(engine, preview_examples(data))
         if rank == 0:
             with runs.writing(out):
-                runs.log(out, record | {"loss_by_t": by_t})
+                runs.log(out, record | engine.parts | {"loss_by_t": by_t})
                 if drawing:
                     runs.write_pictures(out, step + 1, preview)
                 if saving:
@@ -133,11 +141,13 @@ def train(args, sources):
     if rank == 0:
         if bad_lines.scanned or bad:
             print(f"{len(bad_lines.scanned) + bad:.0f} bad lines were skipped")
-        print(out / f"stage{args.stage}.safetensors")
+        print(out if args.stage == "unialignment" else out / f"stage{args.stage}.safetensors")
 
 
 def load_engine(args, device):
     """The engine to start from, its LoRA apart; without a checkpoint it gets a new adapter."""
+    if args.stage == "unialignment":
+        return pairs.load_engine(args, device)
     engine = DreamEngine.load(args.sd3, args.lmm, args.checkpoint, device, merge=False)
     engine.mmdit.checkpointing = args.checkpointing
     torch.manual_seed(args.seed)  # of the new adapter, and of new LoRA
@@ -151,6 +161,8 @@ def draw(args, micro, channels):
     seed = random.Random(f"{args.seed} {micro.number}").getrandbits(62)
     generator = torch.Generator().manual_seed(seed)
     n, _, height, width = micro.target.shape
+    if args.stage == "unialignment":
+        return pairs.draw(micro, channels, generator)
     noise = torch.randn(n, channels, height // 8, width // 8, generator=generator)
     t, r = flow.training_sigmas(n, generator=generator), torch.rand(n, generator=generator)
     return noise, t, r if args.blend is None else torch.full_like(r, args.blend)
@@ -173,11 +185,15 @@ def dataset(args, engine, sources, world):
     if not pools or (args.tasks and missing):
         raise UserError(f"--data holds no example of task {', '.join(sorted(missing))}")
     for pool in pools:
-        engine.check(1, 1, 0, *pool.size)
+        check_drawing(1, 1, *pool.size, engine.mmdit.config.largest)
     lmm = engine.lmm  # workers shall have the tokenizer, but no model
     batches = partial(collate, tokenizer=lmm.tokenizer, config=lmm.patches, mrope=lmm.mrope)
-    count = args.steps * args.accumulate * world
-    return Microbatches(pools, batches, count, args.batch, args.seed, args.null)
+    count, step = args.steps * args.accumulate * world, args.accumulate * world
+    options = {"seed": args.seed, "null": args.null}
+    if args.stage == "unialignment":
+        options |= {"tokens": engine.tokens, "in_turn": 0 if args.tasks else step}
+        return pairs.PairedMicrobatches(pools, batches, count, args.batch, **options)
+    return Microbatches(pools, batches, count, args.batch, **options)
 
 
 def preview_examples(data):
@@ -198,7 +214,10 @@ def run_settings(args, engine, pools, world):
     names = ("stage", "steps", "batch", "lr", "warmup", "clip", "seed", "rank", "alpha", "lmm_lora")
     settings = {name: getattr(args, name) for name in (*names, "loss", "blend", "null")}
     settings["microbatches a step"] = args.accumulate * world
-    settings["adapter"] = [list(p.shape) for p in engine.adapter.txt.parameters()]
+    if args.stage == "unialignment":
+        settings |= {"slots": engine.tokens.slots, "weights": engine.weights}
+    else:
+        settings["adapter"] = [list(p.shape) for p in engine.adapter.txt.parameters()]
     settings["examples"] = [
         f"{p.task} {p.size[0]}x{p.size[1]} x {p.weight:.6g} from {p.source.identity}" for p in pools
     ]
@@ -278,17 +297,22 @@ def catch_signals():
 # ---- the command line ---------------------------------------------------------------------------
 
 
-def shares(text):
+def shares(text, names=FIELDS, example="t2i=1,edit=2, the tasks"):
     """'t2i=1,edit=2' -> {task: number}."""
     try:
-        result = {task: float(x) for task, x in (part.split("=") for part in text.split(","))}
-        valid = all(0 <= x <= 1e6 for x in result.values()) and any(result.values())
-        if not valid or result.keys() - FIELDS.keys():
+        result = {name: float(x) for name, x in (part.split("=") for part in text.split(","))}
+        valid = all(0 <= x <= 1e6 for x in result.values())
+        valid = valid and (any(result.values()) or names is LOSSES)
+        if not valid or result.keys() - names.keys():
             raise ValueError
     except ValueError:
-        expected = f"such as t2i=1,edit=2, the tasks being {', '.join(FIELDS)}"
+        expected = f"such as {example} being {', '.join(names)}"
         raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from None
     return result
+
+
+def stage(text):
+    return int(text) if text.isdecimal() else text
 
 
 def weighted_file(text):
@@ -303,24 +327,26 @@ def weighted_file(text):
 
 def options():
     """The parser: every option and its range."""
-    parser = Parser(description="Train Dream Engine's adapter (stage 1), then LoRA too (stage 2).")
+    parser = Parser(description="Train Dream Engine (adapter: 1, LoRA too: 2) or UniAlignment.")
     add, positive = parser.add_argument, partial(number, 0, exclude_low=True)
     # fmt: off
-    add("--stage", type=int, choices=SHARES, required=True)
+    add("--stage", type=stage, choices=SHARES, required=True)
     add("--data", type=weighted_file, action="append", default=[], metavar="FILE[=WEIGHT]",
         help="JSONL manifest, repeatable; WEIGHT: of its share in each of its tasks")
     add("--tasks", type=shares, help="shares of the microbatches, such as t2i=1,edit=2")
     add("--null", type=number(0, 1), default=0.1, help="share of null prompts; default: 0.1")
-    add("--loss", choices=("velocity", "x0"), default="velocity", help="x0: the official weighting")
+    add("--loss", choices=("velocity", "x0"), help="x0: the official weighting, default of UniAlignment")
+    add("--weights", type=partial(shares, names=LOSSES, example="text=1,isa=0, the losses"),
+        help="of UniAlignment's losses; default: " + ",".join(f"{k}={x:g}" for k, x in LOSSES.items()))
     add("--blend", type=number(0, 1), help="one r for all, 0: LMM, 1: ViT; default: a random one each")
     add("--layers", type=whole_number(1, 8), default=2, help="of a new adapter; default: 2")
     add("--mlp-dim", type=whole_number(1, 65536),
         help="its hidden units; default: 4096, less for a small MM-DiT")
-    add("--steps", type=whole_number(1, 10**7), help="default: 6000 in stage 1, 8000 in stage 2")
+    add("--steps", type=whole_number(1, 10**7), help="default: 6000 in stage 1, else 8000")
     add("--batch", type=whole_number(1, 4096), default=16, help="examples in a microbatch")
     add("--accumulate", type=whole_number(1, 10**4), default=1,
         help="microbatches a step, on each process")
-    add("--lr", type=positive(10), help="default: 2e-3 and 1e-3 for the miniature, else 5e-5")
+    add("--lr", type=positive(10), help="default: 2e-3, 1e-3, 8e-4 for the miniature, else 5e-5, 3e-5")
     add("--warmup", type=whole_number(1), default=100, help="steps")
     add("--clip", type=positive(1e9), default=1.0, help="largest norm of the gradient")
     add("--rank", type=whole_number(0, 4096),
@@ -343,6 +369,8 @@ def options():
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add("--sd3", type=Path, default=SD3, help="SD3 / SD3.5: single file or diffusers folder")
     add("--lmm", type=Path, default=LMM, help="Qwen2-VL: Hugging Face folder")
+    add("--text-encoder", type=Path, help="UniAlignment: SD3's T5; default: in --sd3, or the mini's")
+    add("--slots", type=whole_number(2, 512), help="of its texts; default: 256, of the miniature 24")
     add("--checkpoint", type=Path, help="to start from, or none; default: the mini's stage 1")
     # fmt: on
     return parser
@@ -363,17 +391,21 @@ def parse(arguments=None):
             raise UserError("--lmm-lora needs a --rank of at least 1")
     if not miniature and not args.data:
         raise UserError("--data is missing: only the miniature learns from rendered scenes")
-    start = args.checkpoint = None if args.checkpoint == Path("none") else args.checkpoint
-    if start and start.is_dir() and not any(start.glob("stage?.safetensors")):
-        raise UserError(f"--checkpoint {start}: no run of train.py, which alone it can go on from")
+    args.checkpoint = None if args.checkpoint == Path("none") else args.checkpoint
+    if args.stage == "unialignment":
+        defaults = (T5, 24) if miniature else (args.sd3 / "text_encoder_3", 256)
+        pairs.parse(args, *defaults)
+    else:
+        parse_dream_engine(args)
     if args.shard and world == 1:
         raise UserError("--shard needs several processes: start with torchrun")
     args.steps = args.steps or STEPS[args.stage]
     if args.steps * args.accumulate * world > 10**8:
         raise UserError("--steps times --accumulate: over 100 million microbatches in all")
     args.alpha = args.alpha or args.rank
-    args.lr = args.lr or (RATES[args.stage] if miniature else 5e-5)
-    args.out = args.out or f"runs/stage{args.stage}"
+    rates = RATES if miniature else {1: 5e-5, 2: 5e-5, "unialignment": 3e-5}
+    args.lr = args.lr or rates[args.stage]
+    args.out = args.out or f"runs/{'' if args.stage == 'unialignment' else 'stage'}{args.stage}"
     if runs.latest(args.out) and not args.resume:
         raise UserError(
             f"{args.out} holds a run: --resume goes on with it, or choose another --out"
@@ -382,6 +414,16 @@ def parse(arguments=None):
     args.workers = (4 if on_gpu else 0) if args.workers is None else args.workers
     args.checkpointing = on_gpu if args.checkpointing is None else args.checkpointing
     return args
+
+
+def parse_dream_engine(args):
+    args.loss, start = args.loss or "velocity", args.checkpoint
+    if args.weights or args.text_encoder or args.slots:
+        raise UserError("--weights, --text-encoder and --slots belong to --stage unialignment")
+    if args.tasks and "answer" in args.tasks:
+        raise UserError("--tasks: Dream Engine answers nothing, --stage unialignment does")
+    if start and start.is_dir() and not any(start.glob("stage?.safetensors")):
+        raise UserError(f"--checkpoint {start}: no run of train.py, which alone it can go on from")
 
 
 def main(arguments=None):

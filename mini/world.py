@@ -428,7 +428,7 @@ class Examples:
     bad_lines, total = {}, 0
 
     def rows(self, task):
-        return np.array([1])
+        return np.array([] if task == "answer" else [1], int)
 
     def ratio(self, row):
         return 1.0
@@ -436,8 +436,8 @@ class Examples:
     def record(self, row, task, rng):
         if task == "edit":
             edit = sample_edit(rng.choice(EDITS), rng)
-            source, target = render(edit.source), render(edit.target)
-            return {"task": task, "source": source, "instruction": edit.text, "target": target}
+            record = {"task": task, "instruction": edit.text, "caption": describe(edit.target)}
+            return record | {"source": render(edit.source), "target": render(edit.target)}
         if task == "objects":
             return reference_record(sample_reference(rng))
         scene, prompt = sample_caption(rng.choice((*TASKS, "scene")), rng)

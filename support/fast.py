@@ -105,10 +105,10 @@ def save_memory(engine, device):
     drawn changes; what the engine cannot do any more is learn.
     """
     mmdit = engine.mmdit
-    once = [m for name, m in mmdit.named_modules() if name.endswith("adaLN_modulation")]
-    once += [mmdit.t_embedder, mmdit.y_embedder, mmdit.context_embedder]
-    once += [engine.adapter, engine.vae.encoder, engine.vae.decoder]
-    once += [part for part in engine.lmm.modules() if not list(part.children())]
+    ends = "adaLN_modulation", "t_embedder", "y_embedder", "context_embedder"
+    once = [module for name, module in mmdit.named_modules() if name.endswith(ends)]
+    others = [part for part in engine.children() if part is not mmdit]
+    once += [leaf for part in others for leaf in part.modules() if not list(leaf.children())]
     for part in once:
         on_demand(part, device)
     inside = {inner for part in once for inner in part.modules()}
