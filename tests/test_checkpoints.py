@@ -6,24 +6,13 @@ import random
 
 import pytest
 import torch
-from cases import LATENTS
 from safetensors.torch import save_file
-from tiny import relative, tensor, tensors
+from test_mmdit import T, inputs
+from tiny import relative, tensors
 
 import checkpoints
 from checkpoints import build_mmdit, load_mmdit
 from support.cli import UserError
-
-T = torch.tensor([0.25, 0.9])
-
-
-def inputs(case):
-    h, w, length = LATENTS[case]
-    return (
-        tensor("latent", (2, 16, h, w)),
-        tensor("context", (2, length, 48)),
-        tensor("pooled", (2, 40)),
-    )
 
 
 @torch.no_grad()
