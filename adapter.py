@@ -36,7 +36,7 @@ def _mlp(widths):
 
 
 class Adapter(nn.Module):
-    """Two MLPs: one makes a text token of every LMM state, the other the modulation vector of their mean."""
+    """Two MLPs: one makes a text token of every LMM state, one the modulation vector of their mean."""
 
     def __init__(self, lmm_width, width, mlp_dim=4096, layers=2):
         super().__init__()

@@ -201,7 +201,8 @@ def fill(model, part, device="cpu", dtype=None):
     """Put a Part's tensors into a model built on the meta device; every name and shape must fit.
 
     Tensors already of the right dtype and device are used as they lie in the file, uncopied. Returns
-    the model, frozen; its attribute `layout` says how the file names it. Raises UserError naming what is missing, unknown or of another shape.
+    the model, frozen; its attribute `layout` says how the file names it. Raises UserError naming
+    what is missing, unknown or of another shape.
     """
     expected = model.state_dict()
     stored = {name: part.layout.names(name) for name in expected}

@@ -42,57 +42,35 @@ def size(text):
 def options():
     parser = Parser(description="Draw pictures from prompts of text and images.")
     add = parser.add_argument
-    add(
-        "--prompt",
-        action="append",
-        default=[],
-        help="text, each <image> in it stands for the next --image; several are drawn together",
-    )
+    # fmt: off
+    add("--prompt", action="append", default=[],
+        help="text, each <image> in it stands for the next --image; several are drawn together")
     add("--image", action="append", default=[], help="an image file; may be given several times")
     tasks = "; ".join(f"{task}: {what}" for task, what in TASKS.items())
     add("--task", choices=TASKS, help=f"{tasks}. Default: t2i without images, objects with")
-    add(
-        "--blend", type=number(0, 1), default=0.0, help="r: share of ViT features at images, 0 to 1"
-    )
+    add("--blend", type=number(0, 1), default=0.0, help="r: share of ViT features at images, 0 to 1")
     add("--steps", type=whole_number(1, 10**6), default=28, help="Euler steps")
-    add(
-        "--guidance",
-        type=number(-1000, 1000),
-        default=4.5,
-        help="classifier-free guidance; 1 is none",
-    )
-    add(
-        "--seed",
-        type=whole_number(0, 2**63 - 1),
-        default=0,
-        help="picture i is drawn from seed + i",
-    )
+    add("--guidance", type=number(-1000, 1000), default=4.5,
+        help="classifier-free guidance; 1 is none")
+    add("--seed", type=whole_number(0, 2**63 - 1), default=0,
+        help="picture i is drawn from seed + i")
     add("--size", type=size, help="WIDTHxHEIGHT or one side, multiples of 16; default: the model's")
     add("--num", type=whole_number(1, 10_000), default=1, help="pictures of each prompt")
     add("--out", default="sample.png", help="PNG file to write; of several pictures also a grid")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="default: fp32 on CPU, else bf16",
-    )
-    add(
-        "--low-memory",
-        action="store_true",
-        help="on the device only what every step needs: two thirds of SD3.5, nothing of the LMM",
-    )
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="default: fp32 on CPU, else bf16")
+    add("--low-memory", action="store_true",
+        help="on the device only what every step needs: two thirds of SD3.5, nothing of the LMM")
     add("--compile", action="store_true", help="torch.compile; pays for many or large pictures")
     add("--sd3", default=SD3, help="SD3 / SD3.5: single file or diffusers folder")
     add("--lmm", default=LMM, help="Qwen2-VL: Hugging Face folder")
     add("--checkpoint", help="file of train.py, or folder of the published DreamEngine")
-    add(
-        "--lora-scale",
-        type=number(-100, 100),
-        default=1.0,
-        help="for a published checkpoint: 1 or 2",
-    )
+    add("--lora-scale", type=number(-100, 100), default=1.0,
+        help="for a published checkpoint: 1 or 2")
     add("--positions", choices=("mrope", "arange"), default="mrope", help="of the LMM's tokens")
-    return parser  # fmt: skip
+    # fmt: on
+    return parser
 
 
 def parse(arguments=None):

@@ -17,6 +17,8 @@ from support.cli import UserError
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """What a trained checkpoint holds, whichever of the two layouts it lies in."""
+
     source: Path | str
     adapter: Part
     pairs: dict  # LoRA: {path of a module in the file: {"A" or "B": (name in the file, tensor)}}
