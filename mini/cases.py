@@ -19,8 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import training_example
-from mini import world
-from mini.world import Mention, Object, Prompt, Reading, Scene
+from mini import edits, programs, world
+from mini.world import HELD_OUT, SEEN, Mention, Object, Prompt, Reading, Scene
 from prompts import reference_prompt, to_images, to_tensor
 
 STREAM = "closing"  # seed of cases that were never used to choose weights or settings
@@ -49,17 +49,13 @@ def only(*kinds):
     return lambda read: read.scene is not None and Counter(kinds_of(read)) == Counter(kinds)
 
 
-def kind(obj):
-    return obj.color, obj.shape
-
-
 def kinds_of(read):
-    return map(kind, read.objects)
+    return [o.pair for o in read.objects]
 
 
 def reference_checks(reference, pictured):
     """kept: what the prompt pictures is there. followed: all that its words say holds."""
-    kinds = Counter(map(kind, pictured))
+    kinds = Counter(o.pair for o in pictured)
     words = [
         replace(mention, shape=None, color=None) if obj in pictured else mention
         for obj, mention in zip(reference.objects, reference.prompt.mentions)
@@ -74,30 +70,30 @@ def reference_checks(reference, pictured):
 # ---- cases like those of training ---------------------------------------------------------------
 
 
-def t2i_cases(n, seed, held_out=False):
+def t2i_cases(n, seed, pairs=SEEN):
     """The six tasks of GenEval."""
     return {
-        task: [Case("t2i", [p.text], scene, {"exact": asked_for(p)}) for scene, p in pairs]
-        for task, pairs in world.benchmark(n // 6, seed, held_out=held_out).items()
+        task: [Case("t2i", [p.text], scene, {"exact": asked_for(p)}) for scene, p in asked]
+        for task, asked in world.benchmark(n // 6, seed, pairs=pairs).items()
     }
 
 
-def copy_cases(n, seed, held_out=False):
+def copy_cases(n, seed, pairs=SEEN):
     """Pictures of one to four objects, each of which must keep its place."""
 
     def case(scene):
         checks = {
             "exact": lambda read: read.scene == scene,
             "kept": lambda read: set(scene.objects) <= set(read.objects),
-            "kinds": lambda read: Counter(map(kind, scene.objects)) == Counter(kinds_of(read)),
+            "kinds": lambda read: Counter(o.pair for o in scene.objects) == Counter(kinds_of(read)),
         }
         return Case("i2i", [world.render(scene)], scene, checks)
 
     rng = random.Random(f"copies {seed}")
-    return {"copy": [case(world.sample_scene("scene", rng, held_out, True)) for _ in range(n)]}
+    return {"copy": [case(world.sample_scene("scene", rng, pairs, True)) for _ in range(n)]}
 
 
-def edit_cases(n, seed, held_out=False):
+def edit_cases(n, seed, pairs=SEEN):
     """Instructions of every kind; each has one right result, in which all else is untouched."""
 
     def case(edit):
@@ -118,20 +114,20 @@ def edit_cases(n, seed, held_out=False):
         return Case("edit", [source, edit.text], edit.target, checks, source)
 
     result = {}
-    kinds = ("recolor", "add") if held_out else world.EDITS
+    kinds = ("recolor", "add") if pairs is HELD_OUT else edits.EDITS
     for which in kinds:
         rng = random.Random(f"edits {which} {seed}")
-        edits = [world.sample_edit(which, rng, held_out, True) for _ in range(n // len(kinds))]
-        result[which] = list(map(case, edits))
+        made = [edits.sample_edit(which, rng, pairs, True) for _ in range(n // len(kinds))]
+        result[which] = list(map(case, made))
     return result
 
 
-def object_cases(n, seed, held_out=False):
+def object_cases(n, seed, pairs=SEEN):
     """Scenes described by words and pictures of their objects, in both templates for that."""
     rng, result = random.Random(f"objects {seed}"), {"objects": [], "combine": []}
     while any(len(cases) < n // 2 for cases in result.values()):
-        reference = world.sample_reference(rng, held_out, exam=True)
-        record, size = world.reference_record(reference), (world.SIZE, world.SIZE)
+        reference = programs.sample_reference(rng, pairs, exam=True)
+        record, size = programs.reference_record(reference), (world.SIZE, world.SIZE)
         task, prompt, _ = training_example(record, size, rng)
         if len(result[task]) < n // 2:
             checks = reference_checks(reference, [obj for _, obj in reference.segments if obj])
@@ -139,14 +135,14 @@ def object_cases(n, seed, held_out=False):
     return result
 
 
-def mixing_cases(n, seed, held_out=False):
+def mixing_cases(n, seed, pairs=SEEN):
     """The shape of one picture in the color of another, which no training asks for."""
     rng, cases = random.Random(f"mixing {seed}"), []
     while len(cases) < n:
         first, second = (world.sample_scene("single", rng, exam=True) for _ in range(2))
         (a,), (b,) = first.objects, second.objects
         mixed = (b.color, a.shape)
-        if a.color == b.color or a.shape == b.shape or (mixed in world.HELD_OUT) != held_out:
+        if a.color == b.color or a.shape == b.shape or mixed not in pairs:
             continue
         pictures = [world.portrait(o, s.background) for o, s in ((a, first), (b, second))]
         prompt = ["the shape of ", pictures[0], " in the color of ", pictures[1]]
@@ -154,10 +150,10 @@ def mixing_cases(n, seed, held_out=False):
             "exact": asked_for(Prompt("", (Mention(a.shape, b.color),))),
             "kept": lambda read, s=a.shape: {o.shape for o in read.objects} == {s},
             "followed": lambda read, c=b.color: {o.color for o in read.objects} == {c},
-            "first copied": only(kind(a)),
-            "second copied": only(kind(b)),
+            "first copied": only(a.pair),
+            "second copied": only(b.pair),
             "swapped": only((a.color, b.shape)),
-            "both drawn": only(kind(a), kind(b)),
+            "both drawn": only(a.pair, b.pair),
         }
         cases.append(Case("objects", prompt, Scene("white", (Object(*mixed, 4),)), checks))
     return {"mixing": cases}
@@ -177,7 +173,7 @@ CASES = {
 
 def five_of_a_kind(rng):
     color, shape = trained_pair(rng)
-    text = f"five {color} {shape}{'es' if shape == 'cross' else 's'}"
+    text = f"five {color} {world.plural(shape)}"
     numbers = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
     ends = {f"{word} of them": only(*[(color, shape)] * k) for k, word in numbers.items()}
     return Case("t2i", [text], None, ends)
@@ -221,7 +217,7 @@ def two_for_one_place(rng):
 
 def one_object_in_colors(rng, count):
     shape = rng.choice(world.SHAPES)
-    colors = [color for color in world.COLORS if (color, shape) not in world.HELD_OUT]
+    colors = [color for color in world.COLORS if (color, shape) in SEEN]
     kinds = [(color, shape) for color in rng.sample(colors, count)]
 
     def some_of_them(read):
@@ -250,7 +246,7 @@ def make_it_what_it_is(rng):
 
 
 def each_placed(rng, count):
-    reference = world.sample_reference(rng, exam=True, count=count)
+    reference = programs.sample_reference(rng, exam=True, count=count)
     segments = [
         (text, [world.portrait(obj, reference.scene.background)] if obj else [])
         for text, obj in reference.segments
@@ -292,7 +288,7 @@ def trained_pair(rng, shape=None):
     """A random (color, shape) that is not held out."""
     while True:
         pair = rng.choice(list(world.COLORS)), shape or rng.choice(world.SHAPES)
-        if pair not in world.HELD_OUT:
+        if pair in SEEN:
             return pair
 
 
@@ -300,7 +296,7 @@ def two_pairs(rng):
     """Two pairs that differ in color and shape; b's color with a's shape is trained, too."""
     while True:
         a, b = trained_pair(rng), trained_pair(rng)
-        if a[0] != b[0] and a[1] != b[1] and (b[0], a[1]) not in world.HELD_OUT:
+        if a[0] != b[0] and a[1] != b[1] and (b[0], a[1]) in SEEN:
             return a, b
 
 

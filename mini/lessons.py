@@ -1,7 +1,8 @@
-"""What the miniature's text encoder and LMM are taught: words, and what the words are about.
+"""What the miniature's text encoders learn from: all that can be said, and what is to be known of it.
 
-A tokenizer in which every word of the world is one token; labels for linear probes, which ask a
-state what it knows about an object; and prompts of every kind with such labels.
+A state that has gathered "red", "top left" and "left of the ring" at the noun tells the MM-DiT the
+whole story in one token. Encoders as small as these do not gather so by themselves. So throw-away
+linear readouts (`Facts`) ask it of them while they learn.
 """
 
 import json
@@ -12,303 +13,215 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import Qwen2Tokenizer
+from transformers import Qwen2Tokenizer, T5Tokenizer
 
-import checkpoints
-from dream_engine import MINI, Condition
-from lmm import VISION_TOKENS, PatchConfig, collate
-from mini import world
-from prompts import apply_task, reference_prompt
+from mini import edits, programs, world
+from mini.world import COLORS, PAIRS, RELATIONS, SHAPES
 
-SEED = 0
-TEXT_ENCODER = MINI / "text_encoder.safetensors"
-PATCHES = PatchConfig(patch=8, merge=2, min_pixels=16 * 16, max_pixels=64 * 64)
-PREFIXES = ("", "Generate Image: ", "Copy Image: ", "Edit image ")
-PHRASES = (
-    "Generate Image: |Copy Image: |Edit image |following: |Combine the objects: |"
-    " and generate an image following: |, | change| make| turn| recolor| move| add| remove|"
-    " replace| swap| the| into| with| to| from| next| object| objects| color| shape| background|"
-    " it| them| keep| then| one| bigger| smaller"
-)
 CAPTIONS = (*world.TASKS, "scene")
-NOUNS = [noun for s in world.SHAPES for noun in (s, s + ("es" if s == "cross" else "s"))]
+NOUNS = {noun: shape for shape in SHAPES for noun in (shape, world.plural(shape))}
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+SENTENCES = ("Segment the image.", "Draw the edges.", "Describe the image.", "")
 
 
-# by caption: the kind of scene that it describes, and its share among the base's short captions
-KINDS = {"single": "single", "colors": "single", "counting": "counting", "scene": "scene"}
-SHARES = {"single": 2, "colors": 2, "two": 4, "counting": 5, "position": 6, "attribution": 6}
-LATE_SHARES = {"single": 1, "colors": 1, "two": 4, "counting": 8, "position": 5, "attribution": 5}
+class Facts(nn.Module):
+    """Linear readouts of what a state knows about the object that its token names.
 
-
-# ---- words --------------------------------------------------------------------------------------
-
-
-def train_tokenizer(folder):
-    """A byte-level BPE as Qwen2-VL's, but small, with each of the world's words as one token."""
-    rng = random.Random(f"{SEED} tokenizer")
-    lines = [world.sample_caption(t, rng)[1].text for t in CAPTIONS for _ in range(1000)]
-    lines += [
-        part + name for part in ("", " ") for name in (*NOUNS, *world.COLORS) for _ in range(99)
-    ]
-    lines += 99 * PHRASES.split("|")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=640, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(lines, trainer)
-    state = json.loads(tokenizer.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=state["vocab"],
-        merges=[tuple(merge) for merge in state["merges"]],
-        extra_special_tokens=["<|im_start|>", "<|im_end|>", *VISION_TOKENS, "<|video_pad|>"],
-    )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def tokenize(tokenizer, texts):
-    """Texts, each closed by <|endoftext|>, right-padded: ids, mask (B, L)."""
-    rows = [torch.tensor(tokenizer.encode(text) + [tokenizer.eos_token_id]) for text in texts]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-    return ids, mask
-
-
-class TextEncoder(nn.Module):
-    """Stands for SD3's three text encoders: a small causal transformer; Qwen2-VL replaces it."""
-
-    def __init__(self, vocabulary, width=128, depth=3):
-        super().__init__()
-        self.token = nn.Embedding(vocabulary, width)
-        self.position = nn.Embedding(64, width)
-        layer = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
-        )
-        norm = nn.LayerNorm(width)
-        self.layers = nn.TransformerEncoder(layer, depth, norm, enable_nested_tensor=False)
-
-    def forward(self, ids, mask):
-        """ids, mask (B, L) -> context (B, L, width), pooled (B, width)."""
-        n = ids.shape[1]
-        x = self.token(ids) + self.position.weight[:n]
-        causal = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1)
-        context = self.layers(x, mask=causal) * mask[..., None]
-        return context, context.sum(1) / mask.sum(1, keepdim=True)
-
-
-def load_text_encoder(device="cpu"):
-    """The committed text encoder."""
-    tensors = checkpoints.read(TEXT_ENCODER)
-    encoder = checkpoints.empty(TextEncoder, TEXT_ENCODER, len(tensors["token.weight"]))
-    part = checkpoints.Part(tensors, checkpoints.Layout(), TEXT_ENCODER)
-    return checkpoints.fill(encoder, part, device, torch.float32)
-
-
-def encode_text(model, encoder, tokenizer, texts):
-    """Texts as SD3 itself is conditioned, through its own (miniature) text encoder -> Condition."""
-    ids, mask = (x.to(model.pos_embed.device) for x in tokenize(tokenizer, texts))
-    with torch.no_grad():
-        context, pooled = encoder(ids, mask)
-    txt, vec = model.embed_text(context, pooled)
-    return Condition(txt, mask, vec)
-
-
-def noun_ids(tokenizer):
-    return {i for noun in NOUNS for i in tokenizer.encode(noun) + tokenizer.encode(" " + noun)}
-
-
-def noun_rows(ids, nouns):
-    return [i for i, token in enumerate(ids) if token in nouns]
-
-
-# ---- labels -------------------------------------------------------------------------------------
-
-
-class Probes(nn.Module):
-    """Linear probes for what a state knows about the object that its token names.
-
-    Training with them makes an encoder gather "red", "top left" and "left of the" at the noun, so
-    that this one state describes the object, and keep which token it was; then they are thrown
-    away. Label 0 is "not said" or "no object".
+    0 stands for "not said" or "no object". The last readout is the token's own word.
     """
 
+    SIZES = (7, 7, 5, 10, 5)  # shape, color, count, place, relation
     NAMES = ("shape", "color", "count", "place", "relation")
-    SIZES = (7, 7, 5, 10, 5)
 
     def __init__(self, width, vocabulary):
         super().__init__()
         self.readouts = nn.ModuleList(nn.Linear(width, n) for n in (*self.SIZES, vocabulary))
 
     def forward(self, states, labels):
-        """states (n, width), labels (n, 5 or 6) -> the sum of each probe's mean cross-entropy."""
+        """states (n, width), labels (n, 5 or 6) -> the mean cross-entropy, summed over the facts."""
         pairs = zip(self.readouts, labels.unbind(1))
         return sum(F.cross_entropy(readout(states), label) for readout, label in pairs)
 
-    def token_loss(self, states, ids):
-        """states (n, width), ids (n,) -> the mean cross-entropy of which token each state is of."""
-        return F.cross_entropy(self.readouts[-1](states), ids)
+    def words(self, states):
+        """Logits of each state's own word."""
+        return self.readouts[-1](states)
 
-    def read(self, states):
-        """states (n, width) -> the most likely label of each probe but the token's, (n, 5)."""
-        return torch.stack([r(states).argmax(1) for r in self.readouts[: len(self.SIZES)]], 1)
+    def right(self, states, labels):
+        """{fact: share of states (n, width) from which it is read as in labels (n, 5)}."""
+        read = torch.stack([r(states).argmax(1) for r in self.readouts[: len(self.SIZES)]], 1)
+        return dict(zip(self.NAMES, (read == labels).float().mean(0).tolist()))
 
 
-def object_labels(shape, color=None, count=1, place=None, relation=None):
-    """What is said of one object, as labels (5,) of `Probes`; count 0: an edit takes it away."""
-    labels = (
-        1 + world.SHAPES.index(shape),
-        1 + list(world.COLORS).index(color) if color else 0,
+def object_facts(shape, color=None, count=1, place=None, relation=None):
+    """What is said of one object, as the labels of `Facts`; count 0: it goes, or is denied."""
+    known = (
+        1 + SHAPES.index(shape) if shape else 0,
+        1 + list(COLORS).index(color) if color else 0,
         count,
         0 if place is None else 1 + place,
-        1 + list(world.RELATIONS).index(relation) if relation else 0,
+        1 + list(RELATIONS).index(relation) if relation else 0,
     )
-    return torch.tensor(labels)
+    return torch.tensor(known)
 
 
-def text_labels(prompt):
-    """The labels at each noun of a world.Prompt."""
-    relations = [None, prompt.relation, None, None]
-    pairs = zip(prompt.mentions, relations)
-    return [object_labels(m.shape, m.color, m.count, m.place, relation) for m, relation in pairs]
+def mention_facts(mention, relation=None):
+    return object_facts(mention.shape, mention.color, mention.count, mention.place, relation)
 
 
-def word_id(tokenizer, word):
-    (token,) = tokenizer.encode(f" {word}")
-    return torch.tensor([token])
+def noun_ids(tokenizer):
+    """The tokens that are nouns, at the start of a text or within it."""
+    texts = [prefix + noun for noun in NOUNS for prefix in ("", " ")]
+    rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    if bad := [text for text, row in zip(texts, rows) if len(row) != 1]:
+        raise ValueError(f"{bad[0]!r} is not one token")
+    return {row[0] for row in rows}
 
 
-def image_labels(tokenizer, scene):
-    """What each of an image's 4 x 4 tokens stands for, as labels (16, 6) of `Probes`.
-
-    The last token that an object touches names it, as its noun does in a caption; any other token
-    stands for the color of the background. So images speak to the adapter in the terms of words.
-    """
-    labels = torch.zeros(4, 4, len(Probes.SIZES) + 1, dtype=torch.long)
-    labels[..., -1] = word_id(tokenizer, scene.background)
-    for obj in scene.objects:
-        row, col = ((0, 2, 3)[i] for i in obj.row_col)  # tokens are 16 pixels, places 24 apart
-        said = object_labels(obj.shape, obj.color, 1, obj.place)
-        labels[row, col] = torch.cat([said, word_id(tokenizer, obj.shape)])
-    return labels.flatten(0, 1)
-
-
-def crop_labels(tokenizer, obj, place=None, relation=None):
-    """The same for the picture of an object alone, which is one token: (1, 6)."""
-    said = object_labels(obj.shape, obj.color, 1, place, relation)
-    return torch.cat([said, word_id(tokenizer, obj.shape)])[None]
-
-
-def caption_batch(tokenizer, noun_tokens, rng, n):
-    """n random captions: ids, mask (B, L), labels (B, L, 5), and where there are labels (B, L)."""
-    prompts = [world.sample_caption(rng.choice(CAPTIONS), rng)[1] for _ in range(n)]
-    ids, mask = tokenize(tokenizer, [p.text for p in prompts])
-    labels = torch.zeros(*ids.shape, len(Probes.SIZES), dtype=torch.long)
-    labeled = torch.zeros_like(mask)
-    for i, prompt in enumerate(prompts):
-        rows = noun_rows(ids[i].tolist(), noun_tokens)
-        labels[i, rows], labeled[i, rows] = torch.stack(text_labels(prompt)), True
-    return ids, mask, labels, labeled
-
-
-# ---- lessons of the LMM -------------------------------------------------------------------------
+# ---- texts --------------------------------------------------------------------------------------
 
 
 @dataclass
-class Lesson:
-    """A prompt, and the labels of what its tokens' states should know."""
+class Text:
+    """What can be said, and the facts (5,) at each noun of it; None where they are not asked."""
 
-    prompt: list
-    nouns: list  # labels (5,) for each noun of the text
-    images: list = ()  # labels (n, 6) for the tokens of each image, given the text before it
-    vit: list = ()  # the same for the ViT, which sees images only
-    others: dict = ()  # {position from the end: labels (5,)} of further tokens
+    text: str
+    nouns: list | None = None
 
 
-def caption_lesson(tokenizer, rng):
-    _, prompt = world.sample_caption(rng.choice(CAPTIONS), rng)
-    return Lesson([rng.choice(PREFIXES[:2]) + prompt.text], text_labels(prompt))
+def caption_text(rng, two_sided=True):
+    """A caption. An encoder that looks both ways also knows the relation at the first noun."""
+    _, prompt = world.sample_caption(rng.choice(CAPTIONS), rng, PAIRS)
+    relations = [None, prompt.relation, None, None]
+    if two_sided and prompt.relation:
+        relations = [prompt.relation, OPPOSITE[prompt.relation]]
+    return Text(prompt.text, [mention_facts(*pair) for pair in zip(prompt.mentions, relations)])
 
 
-def describe(scene):
-    """The full description of a scene, and the labels at its nouns."""
-    labels = [object_labels(o.shape, o.color, 1, o.place) for o in scene.objects]
-    return world.describe(scene), labels
+def long_text(rng):
+    _, prompt = programs.sample_long(rng, PAIRS)
+    return Text(prompt.text, [mention_facts(m) for m in prompt.mentions])
 
 
-def picture_lesson(tokenizer, rng):
-    scene = world.sample_scene(rng.choice(CAPTIONS), rng)
-    text, nouns = describe(scene)
-    images = [image_labels(tokenizer, scene)]
-    return Lesson([rng.choice(PREFIXES), world.render(scene), text], nouns, images, images)
+def semantic_text(rng):
+    _, prompt = programs.sample_semantic(rng, PAIRS)
+    return Text(prompt.text, [mention_facts(m) for m in prompt.told])
 
 
-def edit_lesson(tokenizer, rng):
-    """The instruction's noun knows which object is meant, its last word what becomes of it."""
-    edit = world.sample_edit(rng.choice(world.EDITS), rng)
-    prompt, _ = apply_task("edit", [world.render(edit.source), edit.text])
-    text, nouns = describe(edit.target)
-    text = f": {text}" if rng.random() < 0.5 else ""
-    nouns, others = nouns if text else [], {}
-    if edit.before:
-        o = edit.before
-        nouns = [object_labels(o.shape, o.color, 0, o.place), *nouns]
-    elif edit.after:
-        nouns = [object_labels(edit.after.shape, edit.after.color), *nouns]
-    if edit.after:
-        o = edit.after
-        others[1 + len(tokenizer.encode(text))] = object_labels(o.shape, o.color, 1, o.place)
-    images = [image_labels(tokenizer, edit.source)]
-    return Lesson([*prompt, text], nouns, images, images, others)
+def edit_text(rng):
+    kinds = (*edits.EDITS, *edits.HARD_EDITS)
+    edit = edits.sample_edit(rng.choice(kinds), rng, PAIRS)
+    return Text(edit.text, [mention_facts(m) for m in edit.told])
 
 
-def reference_lesson(tokenizer, rng):
-    """The picture of an object is a noun as well, described by the words before it."""
-    reference = world.sample_reference(rng)
-    page, pixels = world.render(reference.scene), world.SIZE / 1000
-    segments = [
-        (text, [page.crop([round(x * pixels) for x in world.box(o)])] if o else [])
-        for text, o in reference.segments
-    ]
-    task, prompt = reference_prompt(segments, rng.random() < 0.5)
-    pictured = {o: text for text, o in reference.segments if o}
-    nouns, images = [], []
-    if task == "combine":
-        nouns += [object_labels(o.shape) for o in pictured]
-        images += [crop_labels(tokenizer, o) for o in pictured]
-    for i, (o, m) in enumerate(zip(reference.objects, reference.prompt.mentions)):
-        relation = reference.prompt.relation if i == 1 else None
-        if task == "combine" or o not in pictured:
-            nouns.append(object_labels(o.shape, o.color, 1, m.place, relation))
-            continue
-        if pictured[o]:
-            nouns.append(object_labels(o.shape, None, 1, m.place, relation))
-        images.append(crop_labels(tokenizer, o, m.place, relation))
-    vit = [crop_labels(tokenizer, o) for o in pictured]
-    return Lesson(apply_task(task, prompt)[0], nouns, images, vit)
+def question_text(rng):
+    scene, question = programs.sample_question(rng.choice(programs.QUESTIONS), rng, PAIRS)
+    return Text(f"Q: {question.text} A: {programs.answer(question, scene)}")
 
 
-LESSONS = {caption_lesson: 3, picture_lesson: 3, edit_lesson: 4, reference_lesson: 2}  # shares
+def sentence_text(rng):
+    return Text(rng.choice(SENTENCES), [])
 
 
-def lesson_batch(tokenizer, noun_tokens, lessons):
-    """Lessons -> Batch, token ids (B, L), labels (B, L, 5), where (B, L), the ViT's labels (n, 6).
+TEXTS = {caption_text: 8, long_text: 2, semantic_text: 3, edit_text: 5, question_text: 3,
+         sentence_text: 1}  # fmt: skip
 
-    The token id of a part of an image is that of the word it stands for.
-    """
-    batch = collate([lesson.prompt for lesson in lessons], tokenizer, PATCHES)
-    token_ids, labeled = batch.ids.clone(), batch.image_mask.clone()
-    labels = torch.zeros(*token_ids.shape, len(Probes.SIZES), dtype=torch.long)
-    for i, lesson in enumerate(lessons):
-        rows = noun_rows(batch.ids[i].tolist(), noun_tokens)
-        by_row = dict(zip(rows, lesson.nouns, strict=True))
-        length = int(batch.mask[i].sum())
-        by_row |= {length - back: label for back, label in dict(lesson.others).items()}
-        for row, label in by_row.items():
-            labels[i, row], labeled[i, row] = label, True
-        if lesson.images:
-            cells = torch.cat(lesson.images)
-            labels[i, batch.image_mask[i]] = cells[:, :-1]
-            token_ids[i, batch.image_mask[i]] = cells[:, -1]
-    none = torch.zeros(0, len(Probes.SIZES) + 1, dtype=torch.long)
-    vit = torch.cat([none, *(cells for lesson in lessons for cells in lesson.vit)])
-    return batch, token_ids, labels, labeled, vit
+
+def sample_texts(n, rng):
+    return [kind(rng) for kind in rng.choices(list(TEXTS), TEXTS.values(), k=n)]
+
+
+# ---- tokenizers ---------------------------------------------------------------------------------
+
+TEMPLATES = (
+    "Generate Image: |Copy Image: |Edit image |following: |Combine the objects: |"
+    " and generate an image following: |, | the shape of | in the color of | the color of |"
+    " in the shape of | replace| into| with| next| object| objects| it| them| keep| then| bigger|"
+    " smaller| an| image| photo| picture| Edit| Draw| Segment| Describe| image."
+)
+
+
+def world_words():
+    """Every word of the world's texts, in alphabetical order."""
+    rng = random.Random("words")
+    texts = [text.text for text in sample_texts(6000, rng)] + TEMPLATES.split("|")
+    spaced = " ".join(texts)
+    for mark in ",.:?":
+        spaced = spaced.replace(mark, " ")
+    return sorted({*spaced.split(), *NOUNS})
+
+
+def make_t5_tokenizer(folder):
+    """A T5 tokenizer, as published, in which every word of this world is one piece."""
+    words = [(f"▁{word}", -1.0) for word in world_words()]
+    letters = [(chr(i), -6.0) for i in range(33, 127)]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
+    marks = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(100))]
+    tokenizer = T5Tokenizer(vocab=[*special, *words, *letters, *marks], extra_ids=100)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_lmm_tokenizer(folder):
+    """A byte-level BPE as Qwen2-VL's, small, in which every word of this world is one token."""
+    lines = [part + word for word in world_words() for part in ("", " ") for _ in range(99)]
+    lines += 99 * [", ", ": ", ". ", "?"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(lines, trainer)
+    state = json.loads(tokenizer.to_str())["model"]
+    images = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
+    special = ["<|im_start|>", "<|im_end|>", *images, "<|video_pad|>"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=state["vocab"],
+        merges=[tuple(merge) for merge in state["merges"]],
+        extra_special_tokens=special,
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+# ---- batches for the T5 -------------------------------------------------------------------------
+
+
+@dataclass
+class Rows:
+    """Texts as the T5 meets them, closed and padded with EOS; labels for `Facts` and masked words."""
+
+    ids: torch.Tensor  # (B, L), before any masking
+    mask: torch.Tensor  # (B, L) bool, False at pads, for those who leave pads out
+    masked: torch.Tensor  # (B, L) bool, True where the T5 is shown <extra_id_0>
+    nouns: torch.Tensor  # (B, L) bool, True where facts are known
+    facts: torch.Tensor  # (B, L, 5)
+
+    def to(self, device):
+        return Rows(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+def tokenize(tokenizer, texts, length=0):
+    """Texts, each closed and padded with EOS to the longest or to a length: ids, mask (B, L)."""
+    rows = [torch.tensor(row) for row in tokenizer(texts).input_ids]
+    length = max(length, *(len(row) for row in rows))
+    ids = torch.full((len(rows), length), tokenizer.eos_token_id)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    return ids, torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+
+
+def t5_rows(texts, tokenizer, nouns, rng, generator):
+    """Texts as Rows: in half of them any share of the words, pads included, is masked."""
+    ids, mask = tokenize(tokenizer, [text.text for text in texts])
+    ids, mask = tokenize(tokenizer, [text.text for text in texts], ids.shape[1] + rng.choice(EXTRA))
+    share = torch.rand(len(ids), 1, generator=generator) * 2 - 1  # half below 0: nothing masked
+    masked = torch.rand(ids.shape, generator=generator) < share
+    known = torch.zeros_like(mask)
+    facts = torch.zeros(*ids.shape, len(Facts.SIZES), dtype=torch.long)
+    for i, text in enumerate(texts):
+        if text.nouns and not masked[i].any():
+            places = [j for j, token in enumerate(ids[i].tolist()) if token in nouns]
+            facts[i, places], known[i, places] = torch.stack(text.nouns), True
+    return Rows(ids, mask, masked, known, facts)
+
+
+EXTRA = (0, 0, 1, 2, 4, 8, 16, 24)  # pads beyond the longest row

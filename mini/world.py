@@ -1,9 +1,14 @@
-"""The miniature world: 64x64 pictures of one to four coloured shapes.
+"""The miniature world: 48x48 pictures of one to four coloured shapes on a grid of 3x3 cells.
 
-A laptop can learn it, and it is exact at both ends: every caption is true of its picture by
-construction, and `detect` reads a picture back into the scene that drew it, or refuses. Captions
-cover the six tasks of GenEval (arXiv 2310.11513). Some (colour, shape) pairs, and an eighth of all
-scenes and prompts (`is_exam`), are held out of all training, so that drawing them is no memory.
+It is small enough to be learnt on a laptop, and exact at both ends: every caption is true of its
+picture by construction, and `detect` reads a picture back into the scene that drew it, or refuses.
+A cell is 16 pixels wide, which is one token of the MM-DiT (8 of the VAE times a patch of 2) and one
+of the LMM: an object is a token, and no token holds two. Captions cover the six tasks of GenEval
+(arXiv 2310.11513); what else can be said or asked of a scene stands in `mini.programs`.
+
+Who has seen what: an eighth of all scenes and prompts (`is_exam`) is kept from every training. The
+text encoders, the base and the VAE meet all pairs of colour and shape; the four in HELD_OUT are kept
+from Dream Engine's and UniAlignment's own training, so that drawing them is no memory of it.
 """
 
 import itertools
@@ -15,7 +20,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZE, CELL, PITCH = 64, 16, 24  # pixels; the cells of the 3x3 grid start at 0, 24 and 48
+SIZE, CELL = 48, 16  # pixels
 COLORS = {
     "red": (220, 45, 45),
     "green": (50, 165, 70),
@@ -26,8 +31,11 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 BACKGROUNDS = {"white": (240, 240, 240), "black": (22, 22, 26)}
-PLACES = ("top left", "top", "top right", "left", "center", "right")  # row-major over the grid
-PLACES += ("bottom left", "bottom", "bottom right")
+PLACES = tuple(
+    " ".join(filter(None, (v, h))) or "center"
+    for v in ("top", "", "bottom")
+    for h in ("left", "", "right")
+)  # row-major over the grid: "top left", "top", "top right", "left", "center", ...
 TASKS = ("single", "two", "counting", "colors", "position", "attribution")  # GenEval's six
 RELATIONS = {
     "left": ("left of", "to the left of", "on the left side of"),
@@ -35,9 +43,10 @@ RELATIONS = {
     "above": ("above", "over", "higher than"),
     "below": ("below", "under", "beneath"),
 }
+PAIRS = tuple(itertools.product(COLORS, SHAPES))
 HELD_OUT = (("green", "star"), ("purple", "square"), ("blue", "ring"), ("yellow", "cross"))
-EDITS = ("recolor", "remove", "add", "move", "background")
-VERBS = (("make", ""), ("turn", ""), ("change", "to "), ("recolor", "to "))  # of EDITS
+SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+LABELS = dict(zip(SHAPES, ("red", "yellow", "green", "purple", "blue", "cyan")))  # of `segment`
 TOLERANCE = 0.10  # of `detect`: rms error in [0, 1] over the area of a shape
 
 
@@ -51,6 +60,10 @@ class Object:
     def row_col(self):
         return divmod(self.place, 3)
 
+    @property
+    def pair(self):
+        return self.color, self.shape
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -62,14 +75,14 @@ class Scene:
 class Reading:
     """What can be read of a picture, clear or not."""
 
-    background: str | None  # None: the space between the cells is not bare
+    background: str
     objects: tuple[Object, ...]  # the clear ones, in order of place
     unclear: tuple[int, ...]  # places that hold neither one drawing nor bare background
 
     @property
     def scene(self):
-        """All of it as a Scene, or None where any part is not clear."""
-        whole = self.background and self.objects and not self.unclear
+        """All of it as a Scene, or None where any part is not clear, or nothing is there."""
+        whole = self.objects and not self.unclear
         return Scene(self.background, self.objects) if whole else None
 
 
@@ -82,6 +95,10 @@ class Mention:
     count: int = 1
     place: int | None = None
 
+    def fits(self, obj):
+        pairs = (self.shape, obj.shape), (self.color, obj.color), (self.place, obj.place)
+        return all(said in (None, true) for said, true in pairs)
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -93,28 +110,6 @@ class Prompt:
     background: str | None = None
 
 
-@dataclass(frozen=True)
-class Edit:
-    """An instruction, and the one scene that it makes of another."""
-
-    kind: str  # one of EDITS
-    source: Scene
-    text: str
-    target: Scene
-    before: Object | None = None  # the object meant, as it is in the source
-    after: Object | None = None  # and in the target
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A scene described in words and in pictures of its objects."""
-
-    scene: Scene
-    segments: tuple[tuple[str, Object | None], ...]  # words, and the object pictured after them
-    objects: tuple[Object, ...]  # in order of mention
-    prompt: Prompt  # what is claimed in all, an <image> for each picture
-
-
 # ---- drawing and reading ------------------------------------------------------------------------
 
 
@@ -124,57 +119,63 @@ def opacity(shape):
     k, n = 8, 8 * CELL
     mask = Image.new("L", (n, n))
     draw = ImageDraw.Draw(mask)
-    center, end, hole = (n - 1) / 2, n - k - 1, 4.5 * k  # one pixel of margin
-    box, a, b = (k, k, end, end), n // 2 - 5 * k // 2, n // 2 + 5 * k // 2 - 1
-    angles = np.pi * (np.arange(10) / 5 - 0.5)
-    radii = (n / 2 - k) * np.where(np.arange(10) % 2, 0.45, 1.08)
-    star = center + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
-    outlines = {
-        "circle": [(draw.ellipse, box)],
-        "square": [(draw.rectangle, box)],
-        "triangle": [(draw.polygon, [(center, k), (end, end - k), (k, end - k)])],
-        "star": [(draw.polygon, [tuple(point) for point in star])],
-        "cross": [(draw.rectangle, (a, k, b, end)), (draw.rectangle, (k, a, end, b))],
-        "ring": [(draw.ellipse, box)],
-    }
-    for method, outline in outlines[shape]:
-        method(outline, fill=255)
-    if shape == "ring":
+    box = (k, k, n - k - 1, n - k - 1)  # one pixel of margin
+    center, radius = (n - 1) / 2, n / 2 - k
+    if shape == "circle":
+        draw.ellipse(box, fill=255)
+    elif shape == "square":
+        draw.rectangle(box, fill=255)
+    elif shape == "triangle":
+        draw.polygon([(center, k), (n - k - 1, n - 2 * k - 1), (k, n - 2 * k - 1)], fill=255)
+    elif shape == "star":
+        angles = np.pi * (np.arange(10) / 5 - 0.5)
+        radii = radius * np.where(np.arange(10) % 2, 0.45, 1.08)
+        points = center + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
+        draw.polygon([tuple(p) for p in points], fill=255)
+    elif shape == "cross":
+        a, b = n // 2 - 5 * k // 2, n // 2 + 5 * k // 2 - 1
+        draw.rectangle((a, k, b, n - k - 1), fill=255)
+        draw.rectangle((k, a, n - k - 1, b), fill=255)
+    elif shape == "ring":
+        draw.ellipse(box, fill=255)
+        hole = 4.5 * k
         draw.ellipse((hole, hole, n - 1 - hole, n - 1 - hole), fill=0)
+    else:
+        raise ValueError(f"unknown shape {shape!r}: expected one of {', '.join(SHAPES)}")
     mask = np.asarray(mask, dtype=np.float32).reshape(CELL, k, CELL, k)
     return mask.mean(axis=(1, 3)) / 255
 
 
-@cache
-def _templates(background):
-    """All that a cell can hold: pictures (37, 16, 16, 3) in [0, 1], areas (37,), (color, shape)s."""
-    paper = np.array(BACKGROUNDS[background], dtype=np.float32) / 255
-    names = [None, *itertools.product(COLORS, SHAPES)]
-    pictures, areas = [np.broadcast_to(paper, (CELL, CELL, 3))], [CELL * CELL / 4]
-    for color, shape in names[1:]:
-        alpha, rgb = opacity(shape)[..., None], np.array(COLORS[color], dtype=np.float32)
-        pictures.append(alpha * rgb / 255 + (1 - alpha) * paper)
-        areas.append(alpha.sum())
-    return np.stack(pictures), np.array(areas), names
-
-
 def cell(place):
     row, col = divmod(place, 3)
-    return slice(row * PITCH, row * PITCH + CELL), slice(col * PITCH, col * PITCH + CELL)
+    return slice(row * CELL, (row + 1) * CELL), slice(col * CELL, (col + 1) * CELL)
+
+
+def paint(paper, shapes):
+    """(48, 48, 3) pixels in [0, 255] of [(place, shape, RGB)] on a paper: RGB, or so many pixels."""
+    pixels = np.empty((SIZE, SIZE, 3), dtype=np.float32)
+    pixels[:] = paper
+    for place, shape, rgb in shapes:
+        alpha = opacity(shape)[..., None]
+        pixels[cell(place)] += alpha * (np.array(rgb, dtype=np.float32) - pixels[cell(place)])
+    return pixels
+
+
+def picture(pixels):
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
 def render(scene):
-    """Draw a scene as a 64x64 RGB picture."""
-    pixels = np.full((SIZE, SIZE, 3), np.array(BACKGROUNDS[scene.background], np.float32) / 255)
-    pictures, _, names = _templates(scene.background)
-    for obj in scene.objects:
-        pixels[cell(obj.place)] = pictures[names.index((obj.color, obj.shape))]
-    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+    """Draw a scene as a 48x48 RGB picture."""
+    shapes = [(o.place, o.shape, COLORS[o.color]) for o in scene.objects]
+    return picture(paint(BACKGROUNDS[scene.background], shapes))
 
 
 def portrait(obj, background="white"):
     """The 16x16 picture of an object alone, as it stands in any scene."""
-    return render(Scene(background, (obj,))).crop([x * SIZE / 1000 for x in box(obj)])
+    rows, cols = cell(obj.place)
+    whole = render(Scene(background, (obj,)))
+    return whole.crop((cols.start, rows.start, cols.stop, rows.stop))
 
 
 def box(obj):
@@ -183,31 +184,59 @@ def box(obj):
     return [1000 * x / SIZE for x in (cols.start, rows.start, cols.stop, rows.stop)]
 
 
+def segment(scene):
+    """The segmentation of a scene: every shape in its one colour of LABELS, on black."""
+    objects = (Object(LABELS[o.shape], o.shape, o.place) for o in scene.objects)
+    return Scene("black", tuple(objects))
+
+
+def edges(scene):
+    """A picture of the outlines of a scene: white on black."""
+    shapes = [(o.place, o.shape, (255, 255, 255)) for o in scene.objects]
+    area = paint((0, 0, 0), shapes)
+    inner = np.pad(area, ((1, 1), (1, 1), (0, 0)))
+    sides = inner[:-2, 1:-1], inner[2:, 1:-1], inner[1:-1, :-2], inner[1:-1, 2:]
+    return picture(area - np.minimum(area, np.minimum.reduce(sides)))
+
+
+@cache
+def _templates(background):
+    """All that a cell can hold: pictures (37, 768) in [0, 1], areas (37,), pairs or None."""
+    paper = np.array(BACKGROUNDS[background], dtype=np.float32)
+    pictures, areas = [np.broadcast_to(paper, (CELL, CELL, 3))], [CELL * CELL / 4]
+    for color, shape in PAIRS:
+        pictures.append(paint(paper, [(0, shape, COLORS[color])])[cell(0)])
+        areas.append(opacity(shape).sum())
+    pictures = np.stack(pictures).astype(np.float64).reshape(len(areas), -1) / 255
+    return pictures, np.array(areas), (None, *PAIRS)
+
+
 def read(image):
-    """Read a picture cell by cell, whatever it shows: a Reading."""
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    between = np.arange(SIZE) % PITCH >= CELL
-    between = between | between[:, None]
-    papers = {name: np.array(rgb) / 255 for name, rgb in BACKGROUNDS.items()}
-    error = {name: np.sqrt(((pixels[between] - p) ** 2).mean()) for name, p in papers.items()}
-    background = min(error, key=error.get)
-    pictures, areas, names = _templates(background)
-    objects, unclear = [], []
-    for place in range(9):
-        squares = ((pixels[cell(place)] - pictures) ** 2).mean(axis=3).sum(axis=(1, 2))
-        best = int(squares.argmin())
-        if np.sqrt(squares[best] / areas[best]) > TOLERANCE:
-            unclear.append(place)
-        elif names[best]:
-            objects.append(Object(*names[best], place))
-    background = background if error[background] <= TOLERANCE else None
-    return Reading(background, tuple(objects), tuple(unclear))
+    """Read a picture cell by cell, without faith: a Reading.
+
+    The background is the one on which the nine cells can be read with the least error.
+    """
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+    cells = pixels.reshape(3, CELL, 3, CELL, 3).swapaxes(1, 2).reshape(9, -1)
+    readings = []
+    for background in BACKGROUNDS:
+        pictures, areas, pairs = _templates(background)
+        squares = (cells**2).sum(1)[:, None] - 2 * cells @ pictures.T + (pictures**2).sum(1)
+        best = squares.argmin(axis=1)
+        least = squares[np.arange(9), best].clip(0) / 3
+        clear = np.sqrt(least / areas[best]) <= TOLERANCE
+        found = [(pairs[i], place) for place, i in enumerate(best) if clear[place] and i]
+        objects = tuple(Object(*pair, place) for pair, place in found)
+        unclear = tuple(place for place in range(9) if not clear[place])
+        readings.append((least.sum(), Reading(background, objects, unclear)))
+    return min(readings, key=lambda pair: pair[0])[1]
 
 
 def detect(image):
     """Read a picture back into its Scene, or None if any part of it is not as `render` draws.
 
-    Blobs, mixed colours, half shapes and specks, over TOLERANCE in any cell, are all refused.
+    Every cell must lie within TOLERANCE of exactly one drawing, or of bare background, and all on
+    one background: blobs, mixed colours, half shapes and specks are all refused.
     """
     return read(image).scene if image.size == (SIZE, SIZE) else None
 
@@ -220,22 +249,21 @@ def is_exam(thing):
     return zlib.crc32(repr(thing).encode()) % 8 == 0
 
 
-def sample_scene(task, rng, held_out=False, exam=False):
+def sample_scene(task, rng, pairs=SEEN, exam=False):
     """A random scene that a caption of `task` (one of TASKS, or "scene": one to four) can describe.
 
-    Held-out pairs never occur; with `held_out` every object is such a pair instead.
+    Every object is one of pairs: SEEN, HELD_OUT, or the PAIRS of both.
     """
-    while is_exam(scene := _any_scene(task, rng, held_out)) != exam:
+    while is_exam(scene := _any_scene(task, rng, pairs)) != exam:
         pass
     return scene
 
 
-def _any_scene(task, rng, held_out):
-    counts = {"single": 1, "colors": 1, "counting": rng.randint(2, 4), "scene": rng.randint(1, 4)}
-    count = counts.get(task, 2)
-    pairs = [p for p in itertools.product(COLORS, SHAPES) if (p in HELD_OUT) == held_out]
+def _any_scene(task, rng, pairs):
+    count = {"single": 1, "colors": 1, "counting": rng.randint(2, 4), "scene": rng.randint(1, 4)}
+    count = count.get(task, 2)
     if task == "counting":
-        shape = rng.choice(SHAPES if not held_out else [s for _, s in HELD_OUT])
+        shape = rng.choice([s for s in SHAPES if any(s == other for _, other in pairs)])
         pairs = [p for p in pairs if p[1] == shape]
         chosen = rng.choices(pairs, k=count) if rng.random() < 0.5 else [rng.choice(pairs)] * count
     else:
@@ -248,9 +276,14 @@ def _any_scene(task, rng, held_out):
     return Scene(rng.choice(list(BACKGROUNDS)), objects)
 
 
-def _phrase(mention):
+def plural(shape):
+    return shape + ("es" if shape == "cross" else "s")
+
+
+def phrase(mention):
+    """'a red circle', 'two circles', ..."""
     number = ("a", "two", "three", "four")[mention.count - 1]
-    noun = mention.shape + ("es" if mention.shape == "cross" else "s") * (mention.count > 1)
+    noun = plural(mention.shape) if mention.count > 1 else mention.shape
     return " ".join(filter(None, (number, mention.color, noun)))
 
 
@@ -260,11 +293,16 @@ def describe(scene):
     return ", ".join([*parts, f"{scene.background} background"])
 
 
-def relations(first, second):
-    """All RELATIONS of one object to another that hold."""
+def holding(first, second):
+    """Which of RELATIONS hold of one object to another."""
     (row1, col1), (row2, col2) = first.row_col, second.row_col
-    holds = col1 < col2, col1 > col2, row1 < row2, row1 > row2
-    return [name for name, is_true in zip(RELATIONS, holds) if is_true]
+    true = {
+        "left": col1 < col2,
+        "right": col1 > col2,
+        "above": row1 < row2,
+        "below": row1 > row2,
+    }
+    return [name for name, holds in true.items() if holds]
 
 
 def caption(scene, task, rng):
@@ -275,6 +313,7 @@ def caption(scene, task, rng):
         mentions = tuple(Mention(o.shape, o.color, 1, o.place) for o in objects)
         text = describe(Scene(scene.background, tuple(objects)))
         return Prompt(text, mentions, None, scene.background)
+
     relation = None
     colored = task in ("colors", "attribution") or (task == "position" and rng.random() < 0.5)
     if task == "counting":
@@ -283,9 +322,9 @@ def caption(scene, task, rng):
         mentions = (Mention(objects[0].shape, color, len(objects)),)
     else:
         mentions = tuple(Mention(o.shape, o.color if colored else None) for o in objects)
-    phrases = [_phrase(m) for m in mentions]
+    phrases = [phrase(m) for m in mentions]
     if task == "position":
-        relation = rng.choice(relations(*objects))
+        relation = rng.choice(holding(*objects))
         body = f"{phrases[0]} {rng.choice(RELATIONS[relation])} {phrases[1]}"
     else:
         body = " and ".join(phrases)
@@ -296,101 +335,13 @@ def caption(scene, task, rng):
     return Prompt(text, mentions, relation, background)
 
 
-def sample_caption(task, rng, held_out=False, exam=False):
+def sample_caption(task, rng, pairs=SEEN, exam=False):
     """A random Scene of one of TASKS (or "scene") and a Prompt for it."""
-    scene = sample_scene(task, rng, held_out, exam)
-    while is_exam(prompt := caption(scene, task, rng)) != exam:
-        scene = sample_scene(task, rng, held_out, exam)
-    return scene, prompt
-
-
-def sample_edit(kind, rng, held_out=False, exam=False):
-    """A random Edit of a kind; the object that it names is the only one of that name.
-
-    With `held_out` (kinds recolor and add) what it makes is an object of a held-out pair.
-    """
-    while is_exam((edit := _any_edit(kind, rng, held_out, exam)).target) != exam:
-        pass
-    return edit
-
-
-def _any_edit(kind, rng, held_out, exam):
-    pairs = [p for p in itertools.product(COLORS, SHAPES) if (p in HELD_OUT) == held_out]
     while True:
-        source = sample_scene("scene", rng, exam=exam)
-        objects = list(source.objects)
-        if kind == "background":
-            (paper,) = BACKGROUNDS.keys() - {source.background}
-            verb, to = rng.choice(VERBS[:3])
-            text = f"{verb} the background {to}{paper}"
-            return Edit(kind, source, text, Scene(paper, source.objects))
-        place = rng.choice([p for p in range(9) if p not in {o.place for o in objects}])
-        if kind == "add":
-            after = Object(*rng.choice(pairs), place)
-            text = f"add a {after.color} {after.shape} to the {PLACES[place]}"
-            if len(objects) < 4:
-                return Edit(kind, source, text, _scene(source, [*objects, after]), None, after)
-            continue
-        before = rng.choice(objects)
-        objects.remove(before)
-        ambiguous = any((o.color, o.shape) == (before.color, before.shape) for o in objects)
-        if ambiguous or (kind == "remove" and not objects):
-            continue
-        alone = all(o.shape != before.shape for o in objects)
-        name = before.shape if alone and rng.random() < 0.5 else f"{before.color} {before.shape}"
-        if kind == "remove":
-            text, after = f"remove the {name}", None
-        elif kind == "move":
-            after = Object(before.color, before.shape, place)
-            text = f"move the {name} to the {PLACES[place]}"
-        else:
-            colors = [c for c, s in pairs if s == before.shape and c != before.color]
-            if not colors:
-                continue
-            after = Object(rng.choice(colors), before.shape, before.place)
-            verb, to = rng.choice(VERBS)
-            text = f"{verb} the {name} {to}{after.color}"
-        return Edit(kind, source, text, _scene(source, [*objects, after]), before, after)
-
-
-def _scene(source, objects):
-    return Scene(source.background, tuple(sorted(filter(None, objects), key=lambda o: o.place)))
-
-
-def sample_reference(rng, held_out=False, exam=False, count=None):
-    """A random Reference: one to three objects, at least one of them shown and its color not said.
-
-    With a count, so many, and all of them shown.
-    """
-    while is_exam((reference := _any_reference(rng, held_out, exam, count)).prompt) != exam:
-        pass
-    return reference
-
-
-def _any_reference(rng, held_out, exam, count):
-    task = "scene" if count else rng.choice(("single", "two", "position", "scene"))
-    scene = sample_scene(task, rng, held_out, exam)
-    while not (len(scene.objects) == count if count else len(scene.objects) <= 3):
-        scene = sample_scene(task, rng, held_out, exam)
-    full = caption(scene, task, rng)
-    objects, mentions, segments, rest = [], [], [], full.text
-    shown = rng.sample(range(len(full.mentions)), count or rng.randint(1, len(full.mentions)))
-    for i, m in enumerate(full.mentions):
-        key = m.shape if m.place is None else m.place  # either tells the objects apart
-        (obj,) = [o for o in scene.objects if key in (o.shape, o.place)]
-        said = f"{m.color} {m.shape}" if task == "scene" else _phrase(m)
-        article = "" if task == "scene" else "a "
-        before, _, rest = rest.partition(said)
-        name = article + obj.shape
-        name = name if full.text == said else rng.choice(("", name))  # some word must be left
-        words, picture = (name, obj) if i in shown else (f"{article}{obj.color} {obj.shape}", None)
-        segments += [(before, None), (words, picture)]
-        objects.append(obj)
-        mentions.append(Mention(obj.shape, obj.color, 1, m.place))
-    segments = tuple(s for s in (*segments, (rest, None)) if s != ("", None))
-    text = "".join(words + "<image>" * (picture is not None) for words, picture in segments)
-    prompt = Prompt(text, tuple(mentions), full.relation, full.background)
-    return Reference(scene, segments, tuple(objects), prompt)
+        scene = sample_scene(task, rng, pairs, exam)
+        prompt = caption(scene, task, rng)
+        if is_exam(prompt) == exam:
+            return scene, prompt
 
 
 def matches(prompt, scene):
@@ -401,50 +352,14 @@ def matches(prompt, scene):
     if len(wanted) != len(scene.objects):
         return False
 
-    def fits(m, obj):
-        said = (m.shape, obj.shape), (m.color, obj.color), (m.place, obj.place)
-        return all(claim in (None, fact) for claim, fact in said)
+    def right(order):
+        related = prompt.relation is None or prompt.relation in holding(*order[:2])
+        return related and all(mention.fits(obj) for mention, obj in zip(wanted, order))
 
-    return any(
-        all(map(fits, wanted, order))
-        and (prompt.relation is None or prompt.relation in relations(*order[:2]))
-        for order in itertools.permutations(scene.objects)
-    )
+    return any(map(right, itertools.permutations(scene.objects)))
 
 
-def benchmark(n, seed=0, tasks=TASKS, held_out=False):
+def benchmark(n, seed=0, tasks=TASKS, pairs=SEEN):
     """{task: [(Scene, Prompt), ...]}, n of each task, of those that no training draws."""
     rng = random.Random(f"benchmark {seed}")
-    return {t: [sample_caption(t, rng, held_out, exam=True) for _ in range(n)] for t in tasks}
-
-
-# ---- training examples --------------------------------------------------------------------------
-
-
-class Examples:
-    """Endless training examples, with a `data.Manifest`'s interface: one row, another each time."""
-
-    name = identity = "rendered scenes"
-    bad_lines, total = {}, 0
-
-    def rows(self, task):
-        return np.array([1])
-
-    def ratio(self, row):
-        return 1.0
-
-    def record(self, row, task, rng):
-        if task == "edit":
-            edit = sample_edit(rng.choice(EDITS), rng)
-            source, target = render(edit.source), render(edit.target)
-            return {"task": task, "source": source, "instruction": edit.text, "target": target}
-        if task == "objects":
-            return reference_record(sample_reference(rng))
-        scene, prompt = sample_caption(rng.choice((*TASKS, "scene")), rng)
-        return {"task": task, "prompt": prompt.text, "target": render(scene)}
-
-
-def reference_record(reference):
-    """A Reference as an example of task objects."""
-    segments = [(text, [box(obj)] if obj else []) for text, obj in reference.segments]
-    return {"task": "objects", "segments": segments, "target": render(reference.scene)}
+    return {t: [sample_caption(t, rng, pairs, exam=True) for _ in range(n)] for t in tasks}

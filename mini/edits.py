@@ -1,0 +1,185 @@
+"""Instructions: what a user may ask to be changed in a scene, and the one scene that it makes.
+
+Easy ones name one object; hard ones tell it by another, exchange two, or ask for three things.
+"""
+
+from dataclasses import dataclass
+
+from mini import world
+from mini.world import (
+    BACKGROUNDS,
+    HELD_OUT,
+    PLACES,
+    RELATIONS,
+    SEEN,
+    Mention,
+    Object,
+    Scene,
+    holding,
+    is_exam,
+)
+
+EDITS = ("recolor", "remove", "add", "move", "background")  # of one object that is named
+HARD_EDITS = ("reference", "swap", "several")  # told by another object; two at once; three in one
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An instruction, and the one scene that it makes of another."""
+
+    kind: str  # one of EDITS or HARD_EDITS
+    source: Scene
+    text: str
+    target: Scene
+    before: Object | None = None  # the object meant, as it is in the source
+    after: Object | None = None  # and in the target
+    told: tuple[Mention, ...] = ()  # each noun of the text: as it will be, count 0 if it goes
+
+
+def sample_edit(kind, rng, pairs=SEEN, exam=False):
+    """A random Edit of a kind; what it names is there once.
+
+    All objects are of pairs; if those are HELD_OUT, only what a recolor or add makes is, of a source
+    of SEEN ones.
+    """
+    while True:
+        source = world.sample_scene("scene", rng, SEEN if pairs is HELD_OUT else pairs, exam)
+        edit = MAKERS[kind](source, rng, pairs)
+        if edit and is_exam(edit.target) == exam and edit.target.objects:
+            return edit
+
+
+def name_of(obj, scene, rng):
+    """'circle' or 'red circle', so that no other object of the scene is meant, or None."""
+    if sum(o.pair == obj.pair for o in scene.objects) > 1:
+        return None
+    alone = sum(o.shape == obj.shape for o in scene.objects) == 1
+    return obj.shape if alone and rng.random() < 0.5 else f"{obj.color} {obj.shape}"
+
+
+def with_objects(scene, objects):
+    return Scene(scene.background, tuple(sorted(objects, key=lambda o: o.place)))
+
+
+def replaced(scene, before, after):
+    """The scene with one object (or None) in the place of another (or None)."""
+    objects = [o for o in scene.objects if o != before] + [after] * (after is not None)
+    return with_objects(scene, objects)
+
+
+def free_place(scene, rng):
+    return rng.choice([p for p in range(9) if p not in {o.place for o in scene.objects}])
+
+
+def as_mention(obj, count=1, color=True, place=False):
+    return Mention(obj.shape, obj.color if color else None, count, obj.place if place else None)
+
+
+def background(source, rng, pairs):
+    (paper,) = BACKGROUNDS.keys() - {source.background}
+    verb = rng.choice(("make the background", "turn the background", "change the background to"))
+    return Edit("background", source, f"{verb} {paper}", Scene(paper, source.objects))
+
+
+def add(source, rng, pairs):
+    after = Object(*rng.choice(pairs), free_place(source, rng))
+    text = f"add a {after.color} {after.shape} to the {PLACES[after.place]}"
+    if len(source.objects) < 4:
+        told = (as_mention(after, place=True),)
+        return Edit("add", source, text, replaced(source, None, after), None, after, told)
+
+
+def remove(source, rng, pairs):
+    before = rng.choice(source.objects)
+    if name := name_of(before, source, rng):
+        target = replaced(source, before, None)
+        told = (as_mention(before, 0, before.color in name),)
+        return Edit("remove", source, f"remove the {name}", target, before, None, told)
+
+
+def move(source, rng, pairs):
+    before = rng.choice(source.objects)
+    after = Object(*before.pair, free_place(source, rng))
+    if name := name_of(before, source, rng):
+        text = f"move the {name} to the {PLACES[after.place]}"
+        told = (as_mention(after, 1, before.color in name, True),)
+        return Edit("move", source, text, replaced(source, before, after), before, after, told)
+
+
+def other_color(obj, rng, pairs):
+    colors = [c for c, s in pairs if s == obj.shape and c != obj.color]
+    return Object(rng.choice(colors), obj.shape, obj.place) if colors else None
+
+
+RECOLOR = (("make", ""), ("turn", ""), ("change", "to "), ("recolor", "to "))
+
+
+def recolor(source, rng, pairs):
+    before = rng.choice(source.objects)
+    after, name = other_color(before, rng, pairs), name_of(before, source, rng)
+    if after and name:
+        verb, to = rng.choice(RECOLOR)
+        text = f"{verb} the {name} {to}{after.color}"
+        told = (as_mention(after),)
+        return Edit("recolor", source, text, replaced(source, before, after), before, after, told)
+
+
+def reference(source, rng, pairs):
+    """Remove or recolor the only object that stands in a relation to another."""
+    anchor = rng.choice(source.objects)
+    relation = rng.choice(list(RELATIONS))
+    meant = [o for o in source.objects if o != anchor and relation in holding(o, anchor)]
+    name = name_of(anchor, source, rng)
+    if len(meant) != 1 or not name:
+        return None
+    (before,) = meant
+    what = f"the object {rng.choice(RELATIONS[relation])} the {name}"
+    told = (as_mention(anchor, 1, anchor.color in name),)
+    after, text = None, f"remove {what}"
+    if rng.random() < 0.5:
+        if not (after := other_color(before, rng, pairs)):
+            return None
+        verb, to = rng.choice(RECOLOR)
+        text = f"{verb} {what} {to}{after.color}"
+    return Edit("reference", source, text, replaced(source, before, after), before, after, told)
+
+
+def swap(source, rng, pairs):
+    """Two objects change colors, or places."""
+    if len(source.objects) < 2:
+        return None
+    a, b = rng.sample(source.objects, 2)
+    names = name_of(a, source, rng), name_of(b, source, rng)
+    if rng.random() < 0.5:
+        what, new = "colors", [Object(b.color, a.shape, a.place), Object(a.color, b.shape, b.place)]
+    else:
+        what, new = "places", [Object(*a.pair, b.place), Object(*b.pair, a.place)]
+    if not all(names) or a.color == b.color or any(o.pair not in pairs for o in new):
+        return None
+    rest = [o for o in source.objects if o not in (a, b)]
+    text = f"swap the {what} of the {names[0]} and the {names[1]}"
+    told = tuple(as_mention(o) for o in new)
+    return Edit("swap", source, text, with_objects(source, [*rest, *new]), None, None, told)
+
+
+def several(source, rng, pairs):
+    """Three instructions of different kinds, one after the other; none touches what another made."""
+    scene, texts, told, touched = source, [], [], []
+    for kind in rng.sample(EDITS, 3):
+        edit = MAKERS[kind](scene, rng, pairs)
+        if not edit or not edit.target.objects or (edit.before and edit.before in touched):
+            return None
+        touched.append(edit.after)
+        texts.append(edit.text)
+        told += edit.told
+        scene = edit.target
+    if sum(o in scene.objects for o in touched if o) < sum(o is not None for o in touched):
+        return None
+    text = f"{texts[0]}, {texts[1]} and {texts[2]}"
+    return Edit("several", source, text, scene, None, None, tuple(told))
+
+
+MAKERS = {
+    maker.__name__: maker
+    for maker in (recolor, remove, add, move, background, reference, swap, several)
+}

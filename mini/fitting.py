@@ -1,0 +1,81 @@
+"""One loop for every part of the pre-training: resumable, logged, a function of (seed, step)."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from support.cli import UserError, reading
+from support.files import whole
+
+SEED = 0
+EARLIER = "what an earlier run of this part wrote"
+
+
+def fit(name, modules, loss_of, steps, lr, args, preview=None, decay=0.3, every=250):
+    """Minimise loss_of(step, rng, generator) over the parameters of modules by AdamW, resumably.
+
+    lr: the peak of a rate that warms up, stays, and falls to zero over the last `decay` of the steps.
+    preview(step) returns scores, which are logged beside the loss.
+    """
+    file = Path(args.out, f"{name}.pt")
+    params = [p for p in modules.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    start, seconds = 0, 0.0
+    if file.exists():
+        with reading(file, EARLIER):
+            state = torch.load(file, map_location=args.device, weights_only=True)
+            modules.load_state_dict(state["modules"])
+            optimizer.load_state_dict(state["optimizer"])
+            start, seconds = state["step"], state["seconds"]
+    average, clock = None, time.monotonic() - seconds
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
+    for step in bar:
+        rate = lr * min(1.0, (step + 1) / 200, (steps - step) / (decay * steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rng = random.Random(f"{SEED} {name} {step}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        loss = loss_of(step, rng, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        if step % 10 == 0 or average is None:
+            average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
+            bar.set_postfix(loss=f"{average:.4f}", lr=f"{rate:.1e}")
+        if (step + 1) % every == 0 or step + 1 == steps:
+            scores = preview(step + 1) if preview else {}
+            seconds = time.monotonic() - clock
+            save(file, modules, optimizer, step + 1, seconds)
+            record = {"step": step + 1, "seconds": round(seconds, 1), "loss": round(average, 5)}
+            log(Path(args.out, f"{name}.jsonl"), record | scores)
+    return modules.eval()
+
+
+def save(file, modules, optimizer, step, seconds):
+    state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict()}
+    with whole(file) as partial:
+        torch.save({**state, "step": step, "seconds": seconds}, partial)
+
+
+def log(file, record):
+    line = json.dumps(record)
+    tqdm.write(line)
+    with file.open("a", encoding="utf-8") as f:
+        f.write(line + "\n")
+
+
+def trained(name, modules, args):
+    """Put the result of an earlier part into modules, frozen."""
+    file = Path(args.out, f"{name}.pt")
+    if not file.exists():
+        raise UserError(f"{file} is missing: first run `python -m mini.pretrain {name}`")
+    with reading(file, EARLIER):
+        state = torch.load(file, map_location=args.device, weights_only=True)["modules"]
+        modules.load_state_dict(state)
+    return modules.to(args.device).eval().requires_grad_(False)

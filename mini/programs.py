@@ -1,0 +1,338 @@
+"""What can be said and asked of a scene: references, long and semantic prompts, questions.
+
+Each is a program: text, and what a scene must be to satisfy it, so that whatever the detector reads
+of a picture can be judged. A Prompt or a Semantic is satisfied or not; a Question has one answer for
+a scene. Instructions stand in `mini.edits`.
+"""
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from mini import edits, world
+from mini.edits import as_mention, name_of
+from mini.world import (
+    BACKGROUNDS,
+    COLORS,
+    PLACES,
+    RELATIONS,
+    SEEN,
+    SHAPES,
+    Mention,
+    Object,
+    Prompt,
+    Scene,
+    holding,
+    is_exam,
+    phrase,
+    plural,
+)
+
+NUMBERS = ("zero", "one", "two", "three", "four")
+QUESTIONS = ("total", "count", "color", "place", "at", "exists", "relation", "background")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A scene told in words and in pictures of its objects."""
+
+    scene: Scene
+    segments: tuple[tuple[str, Object | None], ...]  # words, and the object pictured after them
+    objects: tuple[Object, ...]  # in order of mention
+    prompt: Prompt  # what is claimed in all, an <image> for each picture
+
+
+@dataclass(frozen=True)
+class Claim:
+    """So many objects fit a mention; or the one that does stands so to the one that fits another."""
+
+    what: Mention  # its count is the claim
+    relation: str | None = None
+    other: Mention | None = None
+
+    def holds(self, scene):
+        fitting = [o for o in scene.objects if self.what.fits(o)]
+        if self.relation is None:
+            return len(fitting) == self.what.count
+        return any(
+            self.relation in holding(first, second)
+            for first in fitting
+            for second in scene.objects
+            if self.other.fits(second) and second != first
+        )
+
+
+@dataclass(frozen=True)
+class Semantic:
+    """A prompt that counts, relates and denies; what it does not deny or mention must not be there."""
+
+    text: str
+    claims: tuple[Claim, ...]
+    told: tuple[Mention, ...]  # each noun of the text
+
+
+@dataclass(frozen=True)
+class Question:
+    kind: str  # one of QUESTIONS
+    text: str
+    what: Mention | None = None
+    relation: str | None = None
+    other: Mention | None = None
+
+
+def satisfies(semantic, scene):
+    """Does a detected scene (or None) satisfy all claims?"""
+    return scene is not None and all(claim.holds(scene) for claim in semantic.claims)
+
+
+# ---- prompts ------------------------------------------------------------------------------------
+
+
+def sample_reference(rng, pairs=SEEN, exam=False, count=None):
+    """A random Reference: one to three objects, at least one of them shown and its color not said.
+
+    With a count, so many, and all of them shown.
+    """
+    while is_exam((made := _any_reference(rng, pairs, exam, count)).prompt) != exam:
+        pass
+    return made
+
+
+def _any_reference(rng, pairs, exam, count):
+    task = "scene" if count else rng.choice(("single", "two", "position", "scene"))
+    scene = world.sample_scene(task, rng, pairs, exam)
+    while not (len(scene.objects) == count if count else len(scene.objects) <= 3):
+        scene = world.sample_scene(task, rng, pairs, exam)
+    said = world.caption(scene, task, rng)
+    objects, mentions, segments, rest = [], [], [], said.text
+    shown = rng.sample(range(len(said.mentions)), count or rng.randint(1, len(said.mentions)))
+    for i, m in enumerate(said.mentions):
+        key = m.shape if m.place is None else m.place  # either tells the objects apart
+        (obj,) = [o for o in scene.objects if key in (o.shape, o.place)]
+        words = f"{m.color} {m.shape}" if task == "scene" else phrase(m)
+        article = "" if task == "scene" else "a "
+        before, _, rest = rest.partition(words)
+        name = article + obj.shape
+        if said.text != words:  # else no word would be left
+            name = rng.choice(("", name))
+        words, shown_object = (
+            (name, obj) if i in shown else (f"{article}{' '.join(obj.pair)}", None)
+        )
+        segments += [(before, None), (words, shown_object)]
+        objects.append(obj)
+        mentions.append(Mention(obj.shape, obj.color, 1, m.place))
+    segments = tuple(s for s in (*segments, (rest, None)) if s != ("", None))
+    text = "".join(words + "<image>" * (shown is not None) for words, shown in segments)
+    prompt = Prompt(text, tuple(mentions), said.relation, said.background)
+    return Reference(scene, segments, tuple(objects), prompt)
+
+
+def sample_long(rng, pairs=SEEN, exam=False):
+    """A Scene of four objects, and a Prompt of sentences that tell all of it."""
+    while True:
+        scene = world.sample_scene("scene", rng, pairs, exam)
+        if len(scene.objects) < 4:
+            continue
+        objects = rng.sample(scene.objects, 4)
+        forms = rng.choice((("a {o.color} {o.shape} is at the {place}", ", "),
+                            ("at the {place} there is a {o.color} {o.shape}", ". "),
+                            ("the {o.shape} at the {place} is {o.color}", ", ")))  # fmt: skip
+        parts = [forms[0].format(o=o, place=PLACES[o.place]) for o in objects]
+        text = forms[1].join([*parts, f"the background is {scene.background}"])
+        mentions = tuple(as_mention(o, place=True) for o in objects)
+        prompt = Prompt(text, mentions, None, scene.background)
+        if is_exam(prompt) == exam:
+            return scene, prompt
+
+
+def sample_semantic(rng, pairs=SEEN, exam=False):
+    """A Scene, and a Semantic prompt that is true of it."""
+    while True:
+        scene = world.sample_scene("scene", rng, pairs, exam)
+        prompt = rng.choice((counted, denied, shared, related))(scene, rng)
+        if prompt and is_exam(prompt) == exam and not is_plain(prompt):
+            return scene, prompt
+
+
+def is_plain(prompt):
+    """Could its words be a caption of `world.caption`, which may be a reserved one?"""
+    single = all(mention.count == 1 for mention in prompt.told)
+    only_counts = len(prompt.claims) == 1 + len(prompt.told)
+    return only_counts and "objects" not in prompt.text and len(prompt.told) <= 1 + single
+
+
+def total(scene):
+    return Claim(Mention(None, count=len(scene.objects)))
+
+
+def counted(scene, rng):
+    """'two circles, a star and a ring'"""
+    counts = Counter(o.shape for o in rng.sample(scene.objects, len(scene.objects)))
+    told = tuple(Mention(shape, None, n) for shape, n in counts.items())
+    *first, last = map(phrase, told)
+    text = " and ".join(filter(None, (", ".join(first), last)))
+    return Semantic(text, (total(scene), *map(Claim, told)), told)
+
+
+def denied(scene, rng):
+    """'two circles and a star, nothing red' or 'a star that is not red'"""
+    absent = [c for c in COLORS if c not in {o.color for o in scene.objects}]
+    color = rng.choice(absent)
+    base = counted(scene, rng)
+    ending = f", nothing {color}"
+    if len(scene.objects) == 1:
+        ending = rng.choice((ending, f" that is not {color}"))
+    claim = Claim(Mention(None, color, 0))
+    return Semantic(base.text + ending, (*base.claims, claim), base.told)
+
+
+def shared(scene, rng):
+    """'four objects, two of them circles' or 'three objects, none of them red'"""
+    n = len(scene.objects)
+    if n < 2:
+        return None
+    by_shape = rng.random() < 0.5
+    word = rng.choice(SHAPES if by_shape else list(COLORS))
+    what = Mention(word) if by_shape else Mention(None, word)
+    count = sum(map(what.fits, scene.objects))
+    if count == 0 and rng.random() < 0.7:
+        return None
+    noun = word if not by_shape else f"a {word}" if count < 2 else plural(word)
+    text = f"{NUMBERS[n]} objects, {NUMBERS[count] if count else 'none'} of them {noun}"
+    what = Mention(what.shape, what.color, count)
+    return Semantic(text, (total(scene), Claim(what)), (what,) if by_shape else ())
+
+
+def related(scene, rng):
+    """'a red circle left of a blue star and above a green ring'"""
+    objects = rng.sample(scene.objects, len(scene.objects))
+    if len(objects) != 3 or len({o.shape for o in objects}) < 3:
+        return None
+    told = tuple(as_mention(o, color=rng.random() < 0.7) for o in objects)
+    relations = [rng.choice(holding(objects[0], other)) for other in objects[1:]]
+    ways = [rng.choice(RELATIONS[relation]) for relation in relations]
+    text = f"{phrase(told[0])} {ways[0]} {phrase(told[1])} and {ways[1]} {phrase(told[2])}"
+    claims = [Claim(told[0], r, other) for r, other in zip(relations, told[1:])]
+    return Semantic(text, (total(scene), *map(Claim, told), *claims), told)
+
+
+# ---- questions ----------------------------------------------------------------------------------
+
+
+def answer(question, scene):
+    """The one answer of a scene to a Question."""
+    q, objects = question, scene.objects
+    if q.kind == "background":
+        return scene.background
+    fitting = [o for o in objects if q.what.fits(o)]
+    if q.kind in ("total", "count"):
+        return NUMBERS[len(fitting)]
+    if q.kind == "exists":
+        return "yes" if fitting else "no"
+    if q.kind == "relation":
+        return "yes" if Claim(q.what, q.relation, q.other).holds(scene) else "no"
+    if q.kind == "at":
+        return f"a {fitting[0].color} {fitting[0].shape}" if fitting else "nothing"
+    (obj,) = fitting  # there is one, or it would not be asked
+    return obj.color if q.kind == "color" else PLACES[obj.place]
+
+
+def sample_question(kind, rng, pairs=SEEN, exam=False):
+    """A random Scene and a Question to it, of answers as even as the kind allows."""
+    wanted = rng.choice(ANSWERS[kind])
+    while True:
+        scene = world.sample_scene(rng.choice(("scene", "counting", "two")), rng, pairs, exam)
+        for question in filter(None, (_any_question(kind, scene, rng) for _ in range(20))):
+            if wanted in (found := answer(question, scene), "something" * (found != "nothing")):
+                return scene, question
+
+
+ANSWERS = {  # that are drawn first, each as often as any other
+    "total": NUMBERS[1:],
+    "count": NUMBERS[:4],
+    "color": tuple(COLORS),
+    "place": PLACES,
+    "at": ("nothing", *("something",) * 5),
+    "exists": ("yes", "no"),
+    "relation": ("yes", "no"),
+    "background": tuple(BACKGROUNDS),
+}
+
+
+def _any_question(kind, scene, rng):
+    objects, place = scene.objects, rng.randrange(9)
+    obj, shape, color = rng.choice(objects), rng.choice(SHAPES), rng.choice(list(COLORS))
+    if kind == "background":
+        return Question(kind, "what color is the background?")
+    if kind == "total":
+        return Question(kind, "how many objects are there?", Mention(None))
+    if kind == "at":
+        return Question(kind, f"what is at the {PLACES[place]}?", Mention(None, place=place))
+    if kind in ("count", "exists"):
+        near = rng.choice(((obj.color, shape), (color, obj.shape), obj.pair))
+        what = rng.choice((Mention(near[1]), Mention(near[1], near[0]), Mention(None, near[0])))
+        noun = what.shape or "object"
+        words = " ".join(filter(None, (what.color, noun)))
+        if kind == "exists":
+            return Question(kind, f"is there {'an' if words == 'object' else 'a'} {words}?", what)
+        return Question(kind, f"how many {words[: -len(noun)]}{plural(noun)} are there?", what)
+    name = name_of(obj, scene, rng)
+    if not name:
+        return None
+    what = as_mention(obj, color=obj.color in name)
+    if kind == "place":
+        return Question(kind, f"where is the {name}?", what)
+    if kind == "color":
+        alone = sum(o.shape == obj.shape for o in objects) == 1
+        return (
+            Question(kind, f"what color is the {obj.shape}?", Mention(obj.shape)) if alone else None
+        )
+    other = rng.choice(objects)
+    second = name_of(other, scene, rng)
+    if other == obj or not second:
+        return None
+    relation = rng.choice(list(RELATIONS))
+    text = f"is the {name} {rng.choice(RELATIONS[relation])} the {second}?"
+    return Question(kind, text, what, relation, as_mention(other, color=other.color in second))
+
+
+def majority(kind, n=2000):
+    """The share of the most frequent answer among n questions of a kind: what blind guessing gets."""
+    rng = random.Random(f"majority {kind}")
+    answers = Counter(answer(q, s) for s, q in (sample_question(kind, rng) for _ in range(n)))
+    return answers.most_common(1)[0][1] / n
+
+
+# ---- training examples of Dream Engine ----------------------------------------------------------
+
+
+class Examples:
+    """Endless training examples, with the interface of `data.Manifest`: one row, another each time."""
+
+    name = identity = "rendered scenes"
+    bad_lines, total = {}, 0
+
+    def rows(self, task):
+        return np.array([1])
+
+    def ratio(self, row):
+        return 1.0
+
+    def record(self, row, task, rng):
+        if task == "edit":
+            edit = edits.sample_edit(rng.choice(edits.EDITS), rng)
+            source, target = world.render(edit.source), world.render(edit.target)
+            return {"task": task, "source": source, "instruction": edit.text, "target": target}
+        if task == "objects":
+            return reference_record(sample_reference(rng))
+        scene, prompt = world.sample_caption(rng.choice((*world.TASKS, "scene")), rng)
+        return {"task": task, "prompt": prompt.text, "target": world.render(scene)}
+
+
+def reference_record(reference):
+    """A Reference as an example of task objects."""
+    segments = [(text, [world.box(obj)] if obj else []) for text, obj in reference.segments]
+    target = world.render(reference.scene)
+    return {"task": "objects", "segments": segments, "target": target}
