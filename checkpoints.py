@@ -98,7 +98,7 @@ def read_config(folder):
     """The config.json of a diffusers folder; {} where there is none."""
     file = Path(folder, "config.json")
     config = read_json(file) if file.is_file() else {}
-    for name in (*_MMDIT_CONFIG, "norm_num_groups", "latent_channels", "layers_per_block"):
+    for name in (*MMDIT_CONFIG, "norm_num_groups", "latent_channels", "layers_per_block"):
         if type(config.get(name)) not in (int, type(None)):
             raise UserError(f"{file}: {name} must be a whole number, not {config[name]!r}")
     return config
@@ -131,14 +131,10 @@ class Layout:
     rules: list = ()
     prefix: str = ""  # of all names in the file
     swapped: str = "(?!)"  # pattern of what is stored with its halves the other way round
-    levels: int = 0  # diffusers counts those of a VAE's decoder from coarse to fine
     wrapped: frozenset[str] = frozenset()  # modules whose own tensors lie below `.base_layer`
 
     def names(self, name):
         """A tensor's names in the file."""
-        if self.levels:
-            last = self.levels - 1
-            name = re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.up.{last - int(m[1])}", name)
         for pattern, templates in self.rules:
             if match := re.fullmatch(pattern, name):
                 return [self._whole(template.format(*match.groups())) for template in templates]
@@ -184,17 +180,17 @@ class Part(NamedTuple):
         return len(numbers)
 
 
-def find_part(tensors, source, prefixes, layouts):
-    """The Part below the first prefix, in the first layout, whose mark is there; None without.
+def find_part(tensors, source, kind, prefixes, layouts):
+    """The Part below the first prefix, in the first layout, whose mark is there.
 
-    layouts: {beginning of a name in the file: Layout}.
+    layouts: {beginning of a name in the file: Layout}. Raises UserError if there is no model of the kind.
     """
     for prefix in prefixes:
         for mark, layout in layouts.items():
             if any(name.startswith(prefix + mark) for name in tensors):
                 inside = {k: x for k, x in tensors.items() if k.startswith(prefix)}
                 return Part(inside, replace(layout, prefix=prefix), source)
-    return None
+    raise UserError(f"{source}: holds no {kind}")
 
 
 def fill(model, part, device="cpu", dtype=None):
@@ -218,6 +214,17 @@ def fill(model, part, device="cpu", dtype=None):
     model.load_state_dict(filled, strict=True, assign=True)
     model.layout = part.layout
     return model.eval().requires_grad_(False)
+
+
+def stored(model, layout):
+    """A model's tensors by a layout's names in the file: the way back from `fill`."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        names = layout.names(name)
+        if re.fullmatch(layout.swapped, name):
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        tensors |= zip(names, (x.contiguous() for x in tensor.chunk(len(names))))
+    return tensors
 
 
 def _shapes(expected, stored):
@@ -250,7 +257,7 @@ def check(tensors, shapes, source):
 
 # ---- SD3's MM-DiT -------------------------------------------------------------------------------
 
-_MMDIT_DIFFUSERS = table("""
+MMDIT_DIFFUSERS = table("""
     pos_embed                            pos_embed.pos_embed
     x_embedder.proj.*                    pos_embed.proj.*
     t_embedder.mlp.0.*                   time_text_embed.timestep_embedder.linear_1.*
@@ -278,7 +285,7 @@ _MMDIT_DIFFUSERS = table("""
     final_layer.adaLN_modulation.1.*     norm_out.linear.*
     final_layer.linear.*                 proj_out.*
 """.replace("BLOCK", "transformer_blocks.#"))  # fmt: skip
-_MMDIT_CONFIG = {  # name in diffusers' config.json: that in MMDiTConfig
+MMDIT_CONFIG = {  # name in diffusers' config.json: that in MMDiTConfig
     "num_layers": "depth",
     "attention_head_dim": "head_dim",
     "patch_size": "patch",
@@ -306,24 +313,16 @@ def build_mmdit(
 
     stated: what a diffusers config.json says, to be checked; wrapped: see `Layout`.
     """
-    part, config = find_mmdit(tensors, source, stated, wrapped)
-    return fill(empty(MMDiT, source, config), part, device, dtype)
-
-
-def find_mmdit(tensors, source, stated=None, wrapped=frozenset()):
-    """The Part and the MMDiTConfig of a transformer, in the single file's names or diffusers'."""
-    layouts = {"joint_blocks.": Layout(), "transformer_blocks.": Layout(_MMDIT_DIFFUSERS)}
+    layouts = {"joint_blocks.": Layout(), "transformer_blocks.": Layout(MMDIT_DIFFUSERS)}
     layouts = {k: replace(x, wrapped=wrapped) for k, x in layouts.items()}
     prefixes = ("model.diffusion_model.", "transformer.", "dit.", "")
-    part = find_part(tensors, source, prefixes, layouts)
-    if part is None:
-        raise UserError(f"{source}: holds no SD3 or SD3.5 transformer")
+    part = find_part(tensors, source, "SD3 or SD3.5 transformer", prefixes, layouts)
     config = infer_mmdit(part, stated or {})
     if part.layout.rules:  # diffusers stores (scale, shift) where only these two exist
         last = rf"(joint_blocks\.{config.depth - 1}\.context_block|final_layer)"
         layout = replace(part.layout, swapped=last + r"\.adaLN_modulation\.1\.\w+")
         part = part._replace(layout=layout)
-    return part, config
+    return fill(empty(MMDiT, source, config), part, device, dtype)
 
 
 def infer_mmdit(part, stated):
@@ -333,6 +332,7 @@ def infer_mmdit(part, stated):
     depth = part.count(blocks)
     norm = attn.format(0, "attn.ln_q.weight")
     has_norm = part.shape(norm) is not None
+    reads = part.shape("text_head.weight") is not None  # only UniAlignment's does
     config = MMDiTConfig(
         depth=depth,
         width=part.dimension("x_embedder.proj.weight", 0),
@@ -341,16 +341,22 @@ def infer_mmdit(part, stated):
         patch=part.dimension("x_embedder.proj.weight", 3),
         positions=math.isqrt(part.dimension("pos_embed", 1)),
         context_dim=part.dimension("context_embedder.weight", 1),
-        pooled_dim=part.dimension("y_embedder.mlp.0.weight", 1),
+        pooled_dim=None if reads else part.dimension("y_embedder.mlp.0.weight", 1),
         qk_norm=has_norm,
         dual=tuple(i for i in range(depth) if part.shape(attn.format(i, "attn2.qkv.weight"))),
+        text_out=reads,
     )
     width, head = config.width, config.head_dim
     if not depth or not 0 < head <= width or width % head or config.patch not in (1, 2):
         sizes = f"{width} wide, heads of {head}, patches of {config.patch}"
         raise UserError(f"{part.source}: no transformer of SD3: {depth} blocks, {sizes}")
-    compare(part.source, stated, {k: getattr(config, name) for k, name in _MMDIT_CONFIG.items()})
+    compare(part.source, stated, mmdit_settings(config))
     return config
+
+
+def mmdit_settings(config):
+    """What diffusers' config.json says of an MMDiTConfig."""
+    return {k: x for k, name in MMDIT_CONFIG.items() if (x := getattr(config, name)) is not None}
 
 
 def compare(source, stated, found):
@@ -370,22 +376,22 @@ def empty(kind, source, *config):
 
 # ---- SD3's autoencoder --------------------------------------------------------------------------
 
-_VAE_DIFFUSERS = table("""
+VAE_DIFFUSERS = table("""
     *.norm_out.*                            *.conv_norm_out.*
     encoder.down.#.block.#.nin_shortcut.*   encoder.down_blocks.#.resnets.#.conv_shortcut.*
     encoder.down.#.block.*                  encoder.down_blocks.#.resnets.*
     encoder.down.#.downsample.*             encoder.down_blocks.#.downsamplers.0.*
-    decoder.up.#.block.#.nin_shortcut.*     decoder.up_blocks.#.resnets.#.conv_shortcut.*
-    decoder.up.#.block.*                    decoder.up_blocks.#.resnets.*
-    decoder.up.#.upsample.*                 decoder.up_blocks.#.upsamplers.0.*
     *.mid.block_1.*                         *.mid_block.resnets.0.*
     *.mid.block_2.*                         *.mid_block.resnets.1.*
     *.mid.attn_1.norm.*                     *.mid_block.attentions.0.group_norm.*
-    *.mid.attn_1.q.*                        *.mid_block.attentions.0.to_q.*
-    *.mid.attn_1.k.*                        *.mid_block.attentions.0.to_k.*
-    *.mid.attn_1.v.*                        *.mid_block.attentions.0.to_v.*
     *.mid.attn_1.proj_out.*                 *.mid_block.attentions.0.to_out.0.*
-""")
+    *.mid.attn_1.*                          *.mid_block.attentions.0.to_*
+""" + "".join(f"""
+    decoder.up.{i}.block.#.nin_shortcut.*   decoder.up_blocks.{3 - i}.resnets.#.conv_shortcut.*
+    decoder.up.{i}.block.*                  decoder.up_blocks.{3 - i}.resnets.*
+    decoder.up.{i}.upsample.*               decoder.up_blocks.{3 - i}.upsamplers.0.*
+""" for i in range(4)))  # fmt: skip
+# diffusers counts the decoder's levels from coarse to fine
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
@@ -395,14 +401,12 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     """
     folder = Path(path, "vae")
     folder = folder if folder.is_dir() else Path(path)
-    layouts = {"encoder.down.": Layout(), "encoder.down_blocks.": Layout(_VAE_DIFFUSERS)}
-    part = find_part(read(folder), path, ("first_stage_model.", "vae.", ""), layouts)
-    if part is None:
-        raise UserError(f"{path}: holds no SD3.5 autoencoder (first_stage_model.*)")
+    layouts = {"encoder.down.": Layout(), "encoder.down_blocks.": Layout(VAE_DIFFUSERS)}
+    prefixes = ("first_stage_model.", "vae.", "")
+    part = find_part(
+        read(folder), path, "SD3.5 autoencoder (first_stage_model.*)", prefixes, layouts
+    )
     config = infer_vae(part, read_config(folder) if folder.is_dir() else {})
-    if part.layout.rules:
-        layout = replace(part.layout, levels=len(config.multipliers))
-        part = part._replace(layout=layout)
     model = fill(empty(VAE, path, config), part, device, dtype)
     return model.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
 

@@ -1,12 +1,14 @@
 """Training examples: from manifests to microbatches.
 
-A manifest is a JSONL file, a line an example of one of four tasks, with paths relative to the file:
+A manifest is a JSONL file, a line an example of one of five tasks, with paths relative to the file:
 
     {"task": "t2i", "prompt": "a dog on a beach", "target": "a.jpg"}
     {"task": "i2i", "target": "a.jpg"}
     {"task": "edit", "source": "a.jpg", "instruction": "remove the dog", "target": "b.jpg"}
     {"task": "objects", "target": "a.jpg", "segments": [["a dog", [[120, 300, 480, 910]]], [" on a beach", []]]}
+    {"task": "answer", "image": "a.jpg", "question": "how many dogs are there?", "answer": "two"}
 
+UniAlignment learns t2i, edits with a "caption" of the target, and answers; Dream Engine all but these.
 A segment is a piece of the caption and the boxes, in thousandths of the target, of what it names. A
 "size": [width, height] of the target may be added; it saves opening the images for --buckets.
 `python -m tools.check_manifest FILE` shows what is in a manifest and what is wrong with it.
@@ -27,15 +29,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import masked
 from lmm import Batch
 from prompts import apply_task, crop_to, read_image, reference_prompt, to_tensor, upright_size
 from support.cli import UserError
 
-FIELDS = {  # of a manifest's line, by task, besides "task" and "target"
-    "t2i": ("prompt",),
-    "i2i": (),
-    "edit": ("source", "instruction"),
-    "objects": ("segments",),
+FIELDS = {  # of a manifest's line, by task, besides "task"
+    "t2i": ("target", "prompt"),
+    "i2i": ("target",),
+    "edit": ("target", "source", "instruction"),
+    "objects": ("target", "segments"),
+    "answer": ("image", "question", "answer"),
 }
 LONGEST = 4000  # letters of a text
 LONGEST_LINE = 2**20  # bytes
@@ -55,7 +59,8 @@ def parse_record(line):
         raise UserError("not JSON") from None
     if not isinstance(record, dict) or record.get("task") not in list(FIELDS):
         raise UserError(f'"task" must be one of {", ".join(FIELDS)}')
-    for name in ("target", *FIELDS[record["task"]]):
+    caption = ("caption",) if "caption" in record else ()  # of an edit, optional
+    for name in (*FIELDS[record["task"]], *caption):
         value = record.get(name)
         if name == "segments":
             if not isinstance(value, list) or not all(map(_is_segment, value)):
@@ -115,8 +120,10 @@ class Manifest:
         self.identity = f"{self.file.name}:{crc:08x}"
 
     def rows(self, task):
-        """Rows (n,) that serve a task: those of the task; all for i2i, as any target can be copied."""
-        return np.concatenate(list(self.by_task.values())) if task == "i2i" else self.by_task[task]
+        """Rows (n,) that serve a task: those of the task; for i2i all that have a target to copy."""
+        if task != "i2i":
+            return self.by_task[task]
+        return np.concatenate([rows for t, rows in self.by_task.items() if t != "answer"])
 
     def line(self, row):
         with self.file.open("rb") as stream:
@@ -129,8 +136,8 @@ class Manifest:
         rng: for sources that draw their examples at random; here there is nothing to draw.
         """
         record = self.line(row)
-        names = ("source", "target") if "source" in FIELDS[task] else ("target",)
-        images = {name: read_image(self.file.parent / record[name]) for name in names}
+        images = {"source", "target", "image"} & {*FIELDS[task]}
+        images = {name: read_image(self.file.parent / record[name]) for name in images}
         return record | images | {"task": task}
 
     def ratio(self, row):
@@ -140,7 +147,7 @@ class Manifest:
             if "size" in record:
                 width, height = record["size"]
             else:
-                with Image.open(self.file.parent / record["target"]) as image:
+                with Image.open(self.file.parent / record[FIELDS[record["task"]][0]]) as image:
                     width, height = upright_size(image)
             return min(max(width / height, 0.01), 100)
         except Exception:  # noqa: BLE001 - `record` will tell what is wrong
@@ -276,14 +283,20 @@ class Microbatches(torch.utils.data.Dataset):
     """Item j is the j-th microbatch of a run: a function of the seed and j, whoever asks, and when.
 
     collate: makes a Batch of prompts. size: examples in a microbatch. null: share of prompts
-    replaced by their null prompt, for guidance to know its opposite.
+    replaced by their null prompt, for guidance to know its opposite. turn: microbatches of one task,
+    before it is the next one's turn; 0: tasks come at random.
     """
 
-    def __init__(self, pools, collate, count, size, seed=0, null=0.1):
+    def __init__(self, pools, collate, count, size, seed=0, null=0.1, turn=0):
         self.pools, self.collate, self.size, self.seed, self.null = pools, collate, size, seed, null
-        shares = np.array([pool.weight for pool in pools])
+        shares, tasks = np.array([p.weight for p in pools]), np.array([p.task for p in pools])
         rng = np.random.default_rng([seed, 0])
         self.pool_of = rng.choice(len(pools), count, p=shares / shares.sum())
+        kinds = list(dict.fromkeys(tasks)) if turn else ()
+        for k, task in enumerate(kinds):
+            own = np.arange(count) // turn % len(kinds) == k
+            weights = shares * (tasks == task)
+            self.pool_of[own] = rng.choice(len(pools), own.sum(), p=weights / weights.sum())
         self.earlier = np.zeros(count, int)  # microbatches of the same pool
         for i in range(len(pools)):
             same = self.pool_of == i
@@ -299,25 +312,33 @@ class Microbatches(torch.utils.data.Dataset):
             return error  # `load` raises it: from a worker process it would come with a traceback
 
     def microbatch(self, j):
-        pool, bad_lines, prompts, targets = self.pools[self.pool_of[j]], [], [], []
+        pool, bad_lines, examples = self.pools[self.pool_of[j]], [], []
         for i in range(self.size):
             rng = random.Random(f"{self.seed} {j} {i}")
             position = int(self.earlier[j]) * self.size + i
-            task, prompt, target = self.example(pool, position, rng, bad_lines)
-            positive, null = apply_task(task, prompt)
-            prompts.append(null if rng.random() < self.null else positive)
-            targets.append(target)
-        return Microbatch(j, pool.task, self.collate(prompts), to_tensor(targets), bad_lines)
+            example = self.example(pool, position, rng, bad_lines)
+            examples.append((*example, rng.random() < self.null))
+        target = to_tensor([target for _, _, target, *_ in examples])
+        return Microbatch(j, pool.task, self.batch(examples, j), target, bad_lines)
+
+    def batch(self, examples, j):
+        """[(task, prompt, target, replaced by the null prompt?)] -> what the model gets beside targets."""
+        pairs = [(apply_task(task, prompt), null) for task, prompt, _, null in examples]
+        return self.collate([prompts[null] for prompts, null in pairs])
+
+    def read(self, record, size, rng):
+        """What is learnt from a record: (task, prompt, target); raises UserError if nothing can be."""
+        example = training_example(record, size, rng)
+        apply_task(*example[:2])  # refuses an empty prompt
+        return example
 
     def example(self, pool, position, rng, bad_lines):
-        """(task, prompt, target) at a position of a pool; skips bad lines and adds them to the list."""
+        """What `read` makes of the row at a position of a pool; bad lines are skipped and listed."""
         for attempt in range(100):
             row = pool.row(position + attempt, self.seed)
             try:
                 record = pool.source.record(row, pool.task, rng)
-                task, prompt, target = training_example(record, pool.size, rng)
-                apply_task(task, prompt)  # refuses an empty prompt
-                return task, prompt, target
+                return self.read(record, pool.size, rng)
             except (UserError, OSError) as error:
                 bad_lines.append((f"{pool.source.name}:{row}", str(error)))
         place, reason = bad_lines[-1]
@@ -342,6 +363,57 @@ class Microbatches(torch.utils.data.Dataset):
 def _ignore_signals(_):
     """Ctrl-C and other signals of the group are for the process that a worker works for."""
     os.setpgrp()
+
+
+@dataclass
+class Pairs(Batch):
+    """What both passes of UniAlignment read; the Batch, of text and target, is for its teacher."""
+
+    prompts: torch.Tensor  # (B, L) ids: what shall draw the target
+    texts: torch.Tensor  # (B, L) ids: a text about the target
+    hidden: torch.Tensor  # (B, L) the same with MASK in some slots
+    times: torch.Tensor  # (B,) t of the text
+    sources: torch.Tensor  # (B, S, 3, H, W) in [-1, 1]: what the prompt starts from
+
+
+class PairedMicrobatches(Microbatches):
+    """Examples as UniAlignment learns them, in Pairs; tokens: a `pipeline.Tokens`.
+
+    A t2i example's caption draws and is read. An edit's source and instruction draw its target, where
+    its "caption" is read. An answer is read after its question; its picture is drawn from nothing.
+    """
+
+    def __init__(self, *args, tokens, **options):
+        super().__init__(*args, **options)
+        self.tokens = tokens
+
+    def read(self, record, size, rng):
+        """(task, prompt, target, question or None, text about the target)."""
+        if record["task"] == "answer":
+            image = crop_to(record["image"], *size)
+            return "answer", [], image, record["question"], record["answer"]
+        text = record.get("prompt" if record["task"] == "t2i" else "caption")
+        if not text:
+            raise UserError('an edit without a "caption" of its target, which UniAlignment reads')
+        return *training_example(record, size, rng), None, text
+
+    def batch(self, examples, j):
+        rng = np.random.default_rng([self.seed, 1, j])
+        rows = [self.tokens.about(question, text) for *_, question, text, _ in examples]
+        ids, slots = map(torch.stack, zip(*rows))
+        uniform = torch.from_numpy(rng.random((len(ids), 1 + ids.shape[1]), dtype=np.float32))
+        times = masked.stratified_times(uniform[:, 0])
+        prompts = ["" if null else (prompt or [""])[-1] for _, prompt, *_, null in examples]
+        pictures = [to_tensor([target, *prompt[:-1]]) for _, prompt, target, *_ in examples]
+        teacher = self.collate([[text, target] for _, _, target, _, text, _ in examples])
+        return Pairs(
+            **vars(teacher),
+            prompts=self.tokens(prompts),
+            texts=ids,
+            hidden=masked.mask(ids, times, uniform[:, 1:], self.tokens.mask_id, slots),
+            times=times,
+            sources=torch.stack(pictures)[:, 1:],
+        )
 
 
 class BadLines:

@@ -21,7 +21,7 @@ import flow
 from adapter import Adapter, LoRALinear, add_lora, blend, merge_lora, wrap_lora
 from checkpoints import build_mmdit, check, fingerprint, load_mmdit, load_vae, read
 from lmm import load_lmm
-from prompts import apply_task, to_images
+from prompts import apply_task, check_drawing, to_images
 from support import fast
 from support.cli import UserError
 from support.files import whole
@@ -58,6 +58,7 @@ class DreamEngine(nn.Module):
                 f"{mmdit.config.channels}: --sd3 must be the model that the checkpoint was trained on"
             )
         self.lmm, self.adapter, self.mmdit, self.vae = lmm, adapter, mmdit, vae
+        self.parts = {}  # of the loss by name, where it has some
         self.base = {  # tells the models that an adapter was trained for
             "base": fingerprint(mmdit.final_layer.linear.weight),
             "lmm": fingerprint(lmm.language_model.norm.weight),
@@ -77,8 +78,7 @@ class DreamEngine(nn.Module):
         starts a new adapter. mrope=False counts positions as early transformers did. Raises
         FileNotFoundError or UserError, with one line that says what does not fit.
         """
-        device = fast.usable_device(device)
-        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        device, dtype = fast.device_and_dtype(device, dtype)
         trained = None if checkpoint is None else read_checkpoint(checkpoint, lora_scale)
         if trained and trained.dit:
             source, wrapped = trained.source, trained.wrapped
@@ -117,7 +117,7 @@ class DreamEngine(nn.Module):
     @property
     def default_size(self):
         """1024, or all that a smaller position table holds."""
-        return min(1024, 8 * self.mmdit.config.patch * self.mmdit.config.positions)
+        return min(1024, self.mmdit.config.largest)
 
     def condition(self, batch, r=0.0):
         """A Batch and r in [0, 1], a number or one a row -> Condition; what learns gets gradients."""
@@ -157,19 +157,10 @@ class DreamEngine(nn.Module):
         return to_images(self.vae.decode(latent))
 
     def check(self, steps, guidance, r, width, height):
-        """Raise UserError, naming what is wrong and what would be right, before any long work."""
-        if steps < 1:
-            raise UserError(f"steps must be at least 1, got {steps}")
-        if not abs(guidance) < float("inf"):
-            raise UserError(f"guidance must be a finite number, got {guidance}")
+        """Raise UserError for settings that cannot be drawn, before any long work."""
         if not 0 <= r <= 1:
             raise UserError(f"blend must lie between 0 (LMM) and 1 (ViT), got {r}")
-        largest = 8 * self.mmdit.config.patch * self.mmdit.config.positions
-        for side in (width, height):
-            if side % 16 or not 16 <= side <= largest:
-                near = min(max(round(side / 16) * 16, 16), largest)
-                limit = f"multiples of 16 up to {largest}"
-                raise UserError(f"size {width}x{height}: sides must be {limit}; nearest is {near}")
+        check_drawing(steps, guidance, width, height, self.mmdit.config.largest)
 
     # ---- training ----
 

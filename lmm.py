@@ -134,7 +134,8 @@ class Batch:
     grids: torch.Tensor  # (images, 3): 1, height and width in patches
 
     def to(self, device, **options):
-        return Batch(**{f.name: getattr(self, f.name).to(device, **options) for f in fields(self)})
+        moved = {f.name: getattr(self, f.name).to(device, **options) for f in fields(self)}
+        return type(self)(**moved)
 
 
 def mrope_positions(image_mask, grids, merge=2):
@@ -244,9 +245,8 @@ def find_lmm(folder, config, checkpoint):
     if checkpoint and checkpoint.lmm:
         source, tensors = checkpoint.source, checkpoint.lmm
         prefix, wrapped = "lmm.", checkpoint.wrapped
-    part = find_part(tensors or read(folder), source, (prefix,), _LAYOUTS)
-    if part is None:
-        raise UserError(f"{source}: holds no Qwen2-VL ({prefix}model.*)")
+    kind = f"Qwen2-VL ({prefix}model.*)"
+    part = find_part(tensors or read(folder), source, kind, (prefix,), _LAYOUTS)
     part = part._replace(layout=replace(part.layout, wrapped=wrapped))
     head = part.tensors.pop(f"{prefix}lm_head.weight", None)  # no word is ever to be predicted
     (embedding,) = part.layout.names("language_model.embed_tokens.weight")

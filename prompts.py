@@ -64,6 +64,16 @@ def crop_to(image, width, height):
     return ImageOps.fit(image, (width, height), Image.BICUBIC)
 
 
+def centre_crop(image, width, height):
+    """The same as torchvision has it (Resize of the shorter side, CenterCrop), for UniAlignment."""
+    if image.width * height <= image.height * width:
+        scaled = width, max(height, int(width * image.height / image.width))
+    else:
+        scaled = max(width, int(height * image.width / image.height)), height
+    left, top = (round((side - wanted) / 2) for side, wanted in zip(scaled, (width, height)))
+    return image.resize(scaled, Image.BICUBIC).crop((left, top, left + width, top + height))
+
+
 def to_tensor(images):
     """PIL images of one size -> (B, 3, H, W) fp32 in [-1, 1], for the VAE."""
     batch = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
@@ -74,6 +84,19 @@ def to_images(batch):
     """(B, 3, H, W), clamped to [-1, 1] -> PIL images."""
     levels = (batch.float().clamp(-1, 1) * 127.5 + 127.5).round().byte()
     return [Image.fromarray(x) for x in rearrange(levels, "B c H W -> B H W c").cpu().numpy()]
+
+
+def check_drawing(steps, guidance, width, height, largest):
+    """Raise UserError for settings that cannot be drawn, naming what is wrong and what would be right."""
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, got {steps}")
+    if not abs(guidance) < float("inf"):
+        raise UserError(f"guidance must be a finite number, got {guidance}")
+    for side in (width, height):
+        if side % 16 or not 16 <= side <= largest:
+            near = min(max(round(side / 16) * 16, 16), largest)
+            limit = f"multiples of 16 up to {largest}"
+            raise UserError(f"size {width}x{height}: sides must be {limit}; nearest is {near}")
 
 
 # ---- prompts ------------------------------------------------------------------------------------
@@ -98,6 +121,11 @@ TASKS = {
     "edit": "change an image as a text says",
     "combine": "'a dog <image>, a hat <image> the dog wears the hat': named images, then a text",
     "objects": "draw what text and images say, in any order",
+}
+
+READING = {
+    "caption": "say what each image shows",
+    "answer": "answer the prompt, a question about the image",
 }
 
 

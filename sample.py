@@ -1,8 +1,11 @@
-"""Draw pictures from prompts of text and images.
+"""Draw pictures from prompts of text and images, or read pictures.
 
     python sample.py --prompt "a red circle left of a blue star"
     python sample.py --prompt "<image> and a blue star" --image dog.png --blend 0.3
     python sample.py --task edit --image room.png --prompt "remove the chair"
+    python sample.py --task caption --image room.png       # the text goes to standard output
+    python sample.py --task answer --image room.png --prompt "how many chairs are there?"
+    python sample.py --task edit --engine unialignment --image room.png --prompt "Segment the image."
 
 Each <image> of the prompts is filled by the next --image.
 """
@@ -23,10 +26,19 @@ with one_line_errors():  # these take seconds, in which someone may press Ctrl-C
     from tqdm import tqdm
 
     from dream_engine import LMM, SD3, STAGE2, DreamEngine
-    from prompts import TASKS, apply_task, interleave, read_image
+    from prompts import READING, TASKS, apply_task, interleave, read_image
     from support import fast
     from support.files import grid, write_png
+    from unialignment import MINI, UniAlignment
 gc.enable()
+
+UNI = "unialignment"
+UNFIT = {  # options that mean nothing to an engine, or for what it does
+    "dream-engine": ("negative", "order"),
+    UNI: ("blend", "lmm", "lora_scale", "positions"),
+    "reading": ("guidance", "negative", "size", "out", "compile"),
+    "drawing": ("order",),
+}
 
 
 def size(text):
@@ -40,18 +52,21 @@ def size(text):
 
 
 def options():
-    parser = Parser(description="Draw pictures from prompts of text and images.")
+    parser = Parser(description="Draw pictures from text and images, or read pictures.")
     add = parser.add_argument
     # fmt: off
     add("--prompt", action="append", default=[],
         help="text, each <image> in it stands for the next --image; several are drawn together")
     add("--image", action="append", default=[], help="an image file; may be given several times")
-    tasks = "; ".join(f"{task}: {what}" for task, what in TASKS.items())
-    add("--task", choices=TASKS, help=f"{tasks}. Default: t2i without images, objects with")
+    tasks = "; ".join(f"{task}: {what}" for task, what in (TASKS | READING).items())
+    add("--engine", choices=("dream-engine", UNI), help="default: the second to read, else the first")
+    add("--task", choices=TASKS | READING, help=f"{tasks}. Default: t2i without images, objects with")
     add("--blend", type=number(0, 1), default=0.0, help="r: share of ViT features at images, 0 to 1")
-    add("--steps", type=whole_number(1, 10**6), default=28, help="Euler steps")
-    add("--guidance", type=number(-1000, 1000), default=4.5,
-        help="classifier-free guidance; 1 is none")
+    add("--steps", type=whole_number(1, 10**6), help="of Euler, default: 28; or to read a text")
+    add("--guidance", type=number(-1000, 1000),
+        help="classifier-free guidance, 1 is none; default: 4.5, or UniAlignment's own")
+    add("--negative", help="what guidance moves away from; default: UniAlignment's own")
+    add("--order", choices=("sampled", "confident"), help="in which words are read")
     add("--seed", type=whole_number(0, 2**63 - 1), default=0,
         help="picture i is drawn from seed + i")
     add("--size", type=size, help="WIDTHxHEIGHT or one side, multiples of 16; default: the model's")
@@ -65,7 +80,7 @@ def options():
     add("--compile", action="store_true", help="torch.compile; pays for many or large pictures")
     add("--sd3", default=SD3, help="SD3 / SD3.5: single file or diffusers folder")
     add("--lmm", default=LMM, help="Qwen2-VL: Hugging Face folder")
-    add("--checkpoint", help="file of train.py, or folder of the published DreamEngine")
+    add("--checkpoint", help="of train.py, or folder of the published DreamEngine or UniAlignment")
     add("--lora-scale", type=number(-100, 100), default=1.0,
         help="for a published checkpoint: 1 or 2")
     add("--positions", choices=("mrope", "arange"), default="mrope", help="of the LMM's tokens")
@@ -74,7 +89,22 @@ def options():
 
 
 def parse(arguments=None):
-    args = options().parse_args(arguments)
+    parser = options()
+    args = parser.parse_args(arguments)
+    work = "reading" if args.task in READING else "drawing"
+    args.engine = args.engine or (UNI if work == "reading" else "dream-engine")
+    for what in (args.engine, work):
+        for name in UNFIT[what]:
+            if getattr(args, name) != parser.get_default(name):
+                raise UserError(f"--{name.replace('_', '-')} has no effect with {what}")
+    if args.engine == UNI:
+        if args.task in ("i2i", "combine", "objects"):
+            raise UserError(f"UniAlignment knows no task {args.task}: t2i, edit, caption, answer")
+        args.sd3, args.checkpoint = args.sd3 if args.sd3 != SD3 else None, args.checkpoint or MINI
+        return args
+    if work == "reading":
+        raise UserError(f"task {args.task} needs --engine unialignment: Dream Engine reads nothing")
+    args.steps, args.guidance = args.steps or 28, 4.5 if args.guidance is None else args.guidance
     if args.checkpoint is None:
         if (args.sd3, args.lmm) != (SD3, LMM):
             raise UserError(
@@ -87,15 +117,29 @@ def parse(arguments=None):
 def read_prompts(args):
     """The interleaved prompts; tasks on one image need no placeholder for it."""
     images, prompts = [read_image(path) for path in args.image], []
-    texts = args.prompt or [""]
+    texts, uni = args.prompt or [""], args.engine == UNI
     for i, text in enumerate(texts):
-        if args.task in ("i2i", "edit") and images and "<image>" not in text:
-            text = "<image>" + text
+        if (uni or args.task in ("i2i", "edit")) and images and "<image>" not in text:
+            text = "<image>" * (len(images) if uni and len(texts) == 1 else 1) + text
         count = len(images) if i + 1 == len(texts) else text.count("<image>")
         prompts.append(interleave(text, images[:count]))
         images = images[count:]
-        apply_task(args.task, prompts[-1])  # refuses what does not fit before anything is loaded
+        if args.task or not uni:  # refuses what does not fit before anything is loaded
+            apply_task(args.task, prompts[-1])
     return prompts
+
+
+def read_questions(args):
+    """The images to read, and a question about each, or None; one image may have many questions."""
+    images, questions = [read_image(path) for path in args.image], args.prompt
+    if len(images) == 1:
+        images *= max(1, len(questions))
+    wanted = len(images) if args.task == "answer" else 0
+    if not images or len(questions) != wanted:
+        counts = f"{len(images)} images and {len(questions)} prompts were given"
+        takes = {"caption": "images and no prompt", "answer": "an image and a prompt for each"}
+        raise UserError(f"task {args.task} takes {takes[args.task]}, but {counts}")
+    return images, questions or None
 
 
 def writable(file):
@@ -113,10 +157,12 @@ def load(args):
     device, dtype = fast.usable_device(args.device), args.dtype and getattr(torch, args.dtype)
     if args.low_memory and dtype is None and device.type != "cpu":
         dtype = torch.bfloat16
-    engine = DreamEngine.load(
-        args.sd3, args.lmm, args.checkpoint, "cpu" if args.low_memory else device, dtype,
-        lora_scale=args.lora_scale, mrope=args.positions == "mrope",
-    )  # fmt: skip
+    first = "cpu" if args.low_memory else device
+    if args.engine == UNI:
+        engine = UniAlignment.load(args.checkpoint, args.sd3, first, dtype)
+    else:
+        options = {"lora_scale": args.lora_scale, "mrope": args.positions == "mrope"}
+        engine = DreamEngine.load(args.sd3, args.lmm, args.checkpoint, first, dtype, **options)
     if args.low_memory:
         fast.save_memory(engine, device)
     if args.compile:
@@ -127,18 +173,12 @@ def load(args):
 def save(args, images, out):
     """Write each picture, its prompt, settings and seed inside, and a grid of several."""
     hidden = ("prompt", "seed", "out", "num")
-    settings = {k: v for k, v in vars(args).items() if k not in hidden}
-    for name, default in (("sd3", SD3), ("lmm", LMM), ("checkpoint", STAGE2)):
-        if settings[name] == default:  # where the miniature lies is nobody's business
-            del settings[name]
+    miniature = (SD3, LMM, STAGE2, MINI)  # where it lies is nobody's business
+    settings = {k: v for k, v in vars(args).items() if k not in hidden and v not in miniature}
     settings = json.dumps(settings, default=str)
     texts = [text for text in args.prompt or [""] for _ in range(args.num)]
-    files = (
-        [out]
-        if len(images) == 1
-        else [out.with_stem(f"{out.stem}-{i}") for i in range(len(images))]
-    )
-    for i, (file, image, text) in enumerate(zip(files, images, texts)):
+    for i, (image, text) in enumerate(zip(images, texts)):
+        file = out if len(images) == 1 else out.with_stem(f"{out.stem}-{i}")
         write_png(file, image, {"prompt": text, "settings": settings, "seed": args.seed + i})
         print(file)
     if len(images) > 1:
@@ -148,17 +188,34 @@ def save(args, images, out):
         print(file)
 
 
+def read(args):
+    """Print what is read in each picture, a line for each of --num tries."""
+    images, questions = read_questions(args)
+    images = [image for image in images for _ in range(args.num)]
+    questions = questions and [question for question in questions for _ in range(args.num)]
+    texts = load(args).answer(images, questions, args.steps, args.order, seed=args.seed)
+    print(*(" ".join(text.split()) for text in texts), sep="\n")
+
+
 def main(arguments=None):
     args = parse(arguments)
+    if args.task in READING:
+        return read(args)
     prompts, out = read_prompts(args), writable(args.out)
+    prompts = [prompt for prompt in prompts for _ in range(args.num)]
     engine = load(args)
+    own = (
+        {"negative": args.negative} if args.engine == UNI else {"r": args.blend, "task": args.task}
+    )
+    if args.engine == UNI:  # what the folder says, to be noted in the picture
+        args.steps = args.steps or engine.sampling.steps
+        args.guidance = engine.sampling.guidance if args.guidance is None else args.guidance
+    own["progress"] = partial(tqdm, desc="drawing", unit="step")
     with fast.compiling() if args.compile else nullcontext():
         images = engine.generate(
-            [prompt for prompt in prompts for _ in range(args.num)],
-            args.steps, args.guidance, args.blend, args.size,
-            seed=args.seed, task=args.task, progress=partial(tqdm, desc="drawing", unit="step"),
-        )  # fmt: skip
-    save(args, images, out)
+            prompts, steps=args.steps, guidance=args.guidance, size=args.size, seed=args.seed, **own
+        )
+    return save(args, images, out)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Train Dream Engine (section 3.4 of the paper).
+"""Train Dream Engine (section 3.4 of its paper) or UniAlignment.
 
     python train.py --stage 1     # the adapter alone: text -> image and image -> image
     python train.py --stage 2     # adapter and LoRA on the MM-DiT: also editing and objects
+    python train.py --stage unialignment      # all of the MM-DiT: drawing, editing and reading
     torchrun --nproc-per-node 8 train.py --stage 2 --data edits.jsonl --sd3 ... --lmm ...
 
-Without --data the miniature learns from rendered scenes. LMM, VAE and MM-DiT stay frozen, in bf16
-on a GPU; adapter and LoRA learn in fp32. --out gets metrics, pictures, and checkpoints from which
---resume goes on. A microbatch and its noise depend on (seed, number) alone: a resumed run sees what
-an unbroken one would have seen, and N processes what one sees that takes N times as many a step.
+Without --data the miniature learns from rendered scenes. LMM, T5, VAE and, in stages 1 and 2, the
+MM-DiT stay frozen, in bf16 on a GPU; what learns is fp32. --out gets metrics, pictures, and checkpoints
+from which --resume goes on. A microbatch and its noise depend on (seed, number) alone: a resumed run
+sees what an unbroken one would have seen, and N processes what one sees that takes N times as many a
+step.
 """
 
 import argparse
@@ -29,18 +31,27 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import flow
-from data import FIELDS, BadLines, Manifest, Microbatches, make_pools
-from dream_engine import LMM, SD3, STAGE1, DreamEngine, new_adapter
-from lmm import collate
+from data import FIELDS, BadLines, Manifest, Microbatches, PairedMicrobatches, make_pools
+from dream_engine import LMM, MINI, SD3, STAGE1, DreamEngine, new_adapter
+from lmm import collate, load_lmm
+from prompts import check_drawing
 from support import runs
 from support.cli import Parser, UserError, number, one_line_errors, whole_number
-from support.fast import usable_device
+from support.fast import device_and_dtype, usable_device
+from unialignment import LOSSES, UniAlignment
 
+UNI = "unialignment"
 SHARES = {  # by stage: of each task among the microbatches
     1: {"t2i": 1, "i2i": 1},
     2: {"t2i": 3, "i2i": 1, "edit": 3, "objects": 3},
+    UNI: {"t2i": 1, "edit": 1},  # a step each, in turn
 }
-STEPS, RATES = {1: 6000, 2: 8000}, {1: 2e-3, 2: 1e-3}  # that made the miniature
+STEPS, RATES = {1: 6000, 2: 8000, UNI: 8000}, {1: 2e-3, 2: 1e-3, UNI: 8e-4}  # of the miniature
+OPTIONS = {  # that belong to some stages only
+    "2": ("rank", "lmm_lora"),
+    "1 or 2": ("alpha", "blend", "mlp_dim", "shard"),
+    UNI: ("weights", "text_encoder", "slots"),
+}
 PATIENCE = 5  # steps in a row that may fail
 
 
@@ -61,7 +72,7 @@ def train(args, sources):
         return time_loading(microbatches, args.batch)
     model = distribute(engine, learning, args.shard, world) if world > 1 else engine
     if rank == 0:
-        runs.open_folder(out, start)
+        runs.open_folder(out, start, engine)
         print(runs.memory_plan(engine, args, world), runs.mixture(data.pools), sep="\n", flush=True)
         bad_lines.report(bad_lines.scanned)
 
@@ -118,7 +129,7 @@ def train(args, sources):
             preview = runs.preview(engine, preview_examples(data))
         if rank == 0:
             with runs.writing(out):
-                runs.log(out, record | {"loss_by_t": by_t})
+                runs.log(out, record | engine.parts | {"loss_by_t": by_t})
                 if drawing:
                     runs.write_pictures(out, step + 1, preview)
                 if saving:
@@ -133,25 +144,50 @@ def train(args, sources):
     if rank == 0:
         if bad_lines.scanned or bad:
             print(f"{len(bad_lines.scanned) + bad:.0f} bad lines were skipped")
-        print(out / f"stage{args.stage}.safetensors")
+        print(out if args.stage == UNI else out / f"stage{args.stage}.safetensors")
 
 
 def load_engine(args, device):
-    """The engine to start from, its LoRA apart; without a checkpoint it gets a new adapter."""
-    engine = DreamEngine.load(args.sd3, args.lmm, args.checkpoint, device, merge=False)
+    """The engine to start from, its LoRA apart; without a checkpoint it gets what is to be learnt."""
+    torch.manual_seed(args.seed)  # of new parts
+    if args.stage == UNI:
+        engine = load_unialignment(args, device)
+    else:
+        engine = DreamEngine.load(args.sd3, args.lmm, args.checkpoint, device, merge=False)
+        torch.manual_seed(args.seed)
+        if args.checkpoint is None:
+            engine.adapter = new_adapter(engine.lmm, engine.mmdit, args.layers, args.mlp_dim)
     engine.mmdit.checkpointing = args.checkpointing
-    torch.manual_seed(args.seed)  # of the new adapter, and of new LoRA
-    if args.checkpoint is None:
-        engine.adapter = new_adapter(engine.lmm, engine.mmdit, args.layers, args.mlp_dim)
+    return engine
+
+
+def load_unialignment(args, device):
+    """With an MM-DiT in fp32, which learns, and a teacher."""
+    if args.checkpoint:
+        engine = UniAlignment.load(args.checkpoint, device=device)
+        engine.mmdit.float()
+    else:
+        size = {"slots": args.slots, "size": args.size or 512}
+        engine = UniAlignment.start(args.sd3, args.text_encoder, device, **size)
+    engine.weights = args.weights
+    engine.lmm = load_lmm(args.lmm, *device_and_dtype(device))
     return engine
 
 
 def draw(args, micro, channels):
-    """A microbatch's noise (B, C, H/8, W/8), t (B,) and r (B,), which is U(0, 1) without --blend."""
+    """A microbatch's noise (B, C, H/8, W/8), t (B,) and r (B,), which is U(0, 1) without --blend.
+
+    Of UniAlignment noise for the posteriors too, (B, 2 + S, C, H/8, W/8), and the times of the texts.
+    """
     seed = random.Random(f"{args.seed} {micro.number}").getrandbits(62)
     generator = torch.Generator().manual_seed(seed)
     n, _, height, width = micro.target.shape
-    noise = torch.randn(n, channels, height // 8, width // 8, generator=generator)
+    shape = channels, height // 8, width // 8
+    if args.stage == UNI:
+        noise = torch.randn(n, 2 + micro.batch.sources.shape[1], *shape, generator=generator)
+        t = (1000 * flow.training_sigmas(n, 1.0, generator)).ceil() / 1000  # not shifted
+        return noise, t.clamp(max=0.999), micro.batch.times
+    noise = torch.randn(n, *shape, generator=generator)
     t, r = flow.training_sigmas(n, generator=generator), torch.rand(n, generator=generator)
     return noise, t, r if args.blend is None else torch.full_like(r, args.blend)
 
@@ -173,11 +209,15 @@ def dataset(args, engine, sources, world):
     if not pools or (args.tasks and missing):
         raise UserError(f"--data holds no example of task {', '.join(sorted(missing))}")
     for pool in pools:
-        engine.check(1, 1, 0, *pool.size)
+        check_drawing(1, 1, *pool.size, engine.mmdit.config.largest)
     lmm = engine.lmm  # workers shall have the tokenizer, but no model
     batches = partial(collate, tokenizer=lmm.tokenizer, config=lmm.patches, mrope=lmm.mrope)
-    count = args.steps * args.accumulate * world
-    return Microbatches(pools, batches, count, args.batch, args.seed, args.null)
+    step = args.accumulate * world
+    count, options = args.steps * step, {"seed": args.seed, "null": args.null}
+    if args.stage == UNI:
+        options |= {"tokens": engine.tokens, "turn": 0 if args.tasks else step}
+    kind = PairedMicrobatches if args.stage == UNI else Microbatches
+    return kind(pools, batches, count, args.batch, **options)
 
 
 def preview_examples(data):
@@ -196,9 +236,10 @@ def time_loading(microbatches, batch):
 def run_settings(args, engine, pools, world):
     """What a run and the one that goes on with it must share."""
     names = ("stage", "steps", "batch", "lr", "warmup", "clip", "seed", "rank", "alpha", "lmm_lora")
-    settings = {name: getattr(args, name) for name in (*names, "loss", "blend", "null")}
+    settings = {name: getattr(args, name) for name in (*names, "loss", "blend", "null", "weights")}
     settings["microbatches a step"] = args.accumulate * world
-    settings["adapter"] = [list(p.shape) for p in engine.adapter.txt.parameters()]
+    named = engine.named_parameters()
+    settings["adapter"] = [list(p.shape) for name, p in named if "adapter." in name]
     settings["examples"] = [
         f"{p.task} {p.size[0]}x{p.size[1]} x {p.weight:.6g} from {p.source.identity}" for p in pools
     ]
@@ -278,17 +319,22 @@ def catch_signals():
 # ---- the command line ---------------------------------------------------------------------------
 
 
-def shares(text):
+def shares(text, names=FIELDS, example="t2i=1,edit=2, the tasks"):
     """'t2i=1,edit=2' -> {task: number}."""
     try:
-        result = {task: float(x) for task, x in (part.split("=") for part in text.split(","))}
-        valid = all(0 <= x <= 1e6 for x in result.values()) and any(result.values())
-        if not valid or result.keys() - FIELDS.keys():
+        result = {name: float(x) for name, x in (part.split("=") for part in text.split(","))}
+        valid = all(0 <= x <= 1e6 for x in result.values())
+        some = any(result.values()) or names is LOSSES
+        if not (valid and some) or result.keys() - names.keys():
             raise ValueError
     except ValueError:
-        expected = f"such as t2i=1,edit=2, the tasks being {', '.join(FIELDS)}"
+        expected = f"such as {example} being {', '.join(names)}"
         raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from None
     return result
+
+
+def stage(text):
+    return int(text) if text.isdecimal() else text
 
 
 def weighted_file(text):
@@ -303,24 +349,26 @@ def weighted_file(text):
 
 def options():
     """The parser: every option and its range."""
-    parser = Parser(description="Train Dream Engine's adapter (stage 1), then LoRA too (stage 2).")
+    parser = Parser(description="Train Dream Engine (adapter: 1, LoRA too: 2) or UniAlignment.")
     add, positive = parser.add_argument, partial(number, 0, exclude_low=True)
     # fmt: off
-    add("--stage", type=int, choices=SHARES, required=True)
+    add("--stage", type=stage, choices=SHARES, required=True)
     add("--data", type=weighted_file, action="append", default=[], metavar="FILE[=WEIGHT]",
         help="JSONL manifest, repeatable; WEIGHT: of its share in each of its tasks")
     add("--tasks", type=shares, help="shares of the microbatches, such as t2i=1,edit=2")
     add("--null", type=number(0, 1), default=0.1, help="share of null prompts; default: 0.1")
-    add("--loss", choices=("velocity", "x0"), default="velocity", help="x0: the official weighting")
+    add("--loss", choices=("velocity", "x0"), help="x0: the official weighting, default of UniAlignment")
+    add("--weights", type=partial(shares, names=LOSSES, example="text=1,isa=0, the losses"),
+        help="of UniAlignment's losses; default: " + ",".join(f"{k}={x:g}" for k, x in LOSSES.items()))
     add("--blend", type=number(0, 1), help="one r for all, 0: LMM, 1: ViT; default: a random one each")
     add("--layers", type=whole_number(1, 8), default=2, help="of a new adapter; default: 2")
     add("--mlp-dim", type=whole_number(1, 65536),
         help="its hidden units; default: 4096, less for a small MM-DiT")
-    add("--steps", type=whole_number(1, 10**7), help="default: 6000 in stage 1, 8000 in stage 2")
+    add("--steps", type=whole_number(1, 10**7), help="default: 6000 in stage 1, else 8000")
     add("--batch", type=whole_number(1, 4096), default=16, help="examples in a microbatch")
     add("--accumulate", type=whole_number(1, 10**4), default=1,
         help="microbatches a step, on each process")
-    add("--lr", type=positive(10), help="default: 2e-3 and 1e-3 for the miniature, else 5e-5")
+    add("--lr", type=positive(10), help="default: 2e-3, 1e-3, 8e-4 for the miniature, else 5e-5, 3e-5")
     add("--warmup", type=whole_number(1), default=100, help="steps")
     add("--clip", type=positive(1e9), default=1.0, help="largest norm of the gradient")
     add("--rank", type=whole_number(0, 4096),
@@ -343,6 +391,8 @@ def options():
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add("--sd3", type=Path, default=SD3, help="SD3 / SD3.5: single file or diffusers folder")
     add("--lmm", type=Path, default=LMM, help="Qwen2-VL: Hugging Face folder")
+    add("--text-encoder", type=Path, help="UniAlignment: SD3's T5; default: in --sd3, or the mini's")
+    add("--slots", type=whole_number(2, 512), help="of its texts; default: 256, of the miniature 24")
     add("--checkpoint", type=Path, help="to start from, or none; default: the mini's stage 1")
     # fmt: on
     return parser
@@ -352,8 +402,13 @@ def parse(arguments=None):
     """The options, with defaults that depend on others; UserError where they do not go together."""
     args = options().parse_args(arguments)
     miniature, world = args.sd3 == SD3, int(os.environ.get("WORLD_SIZE", "1"))
-    if args.stage == 1 and (args.rank or args.lmm_lora):
-        raise UserError("--rank and --lmm-lora belong to --stage 2")
+    for stages, names in OPTIONS.items():
+        if str(args.stage) not in stages and any(getattr(args, name) for name in names):
+            named = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+            raise UserError(f"{named} belong to --stage {stages}")
+    learnt = {"t2i", "edit", "answer"} if args.stage == UNI else FIELDS.keys() - {"answer"}
+    if others := (args.tasks or {}).keys() - learnt:
+        raise UserError(f"--tasks: --stage {args.stage} does not learn {min(others)}")
     if args.stage == 2:
         args.rank = (16 if miniature else 32) if args.rank is None else args.rank
         args.checkpoint = args.checkpoint or (STAGE1 if miniature else None)
@@ -364,16 +419,24 @@ def parse(arguments=None):
     if not miniature and not args.data:
         raise UserError("--data is missing: only the miniature learns from rendered scenes")
     start = args.checkpoint = None if args.checkpoint == Path("none") else args.checkpoint
-    if start and start.is_dir() and not any(start.glob("stage?.safetensors")):
+    if args.stage == UNI:
+        if start and (args.text_encoder or args.slots):
+            raise UserError("--text-encoder and --slots: the folder of --checkpoint has its own")
+        t5 = MINI / "t5-mini" if miniature else args.sd3 / "text_encoder_3"
+        args.text_encoder = args.text_encoder or t5
+        args.slots = args.slots or (24 if miniature else 256)
+        args.weights = LOSSES | (args.weights or {})
+    elif start and start.is_dir() and not any(start.glob("stage?.safetensors")):
         raise UserError(f"--checkpoint {start}: no run of train.py, which alone it can go on from")
     if args.shard and world == 1:
         raise UserError("--shard needs several processes: start with torchrun")
     args.steps = args.steps or STEPS[args.stage]
     if args.steps * args.accumulate * world > 10**8:
         raise UserError("--steps times --accumulate: over 100 million microbatches in all")
+    args.loss = args.loss or ("x0" if args.stage == UNI else "velocity")
     args.alpha = args.alpha or args.rank
-    args.lr = args.lr or (RATES[args.stage] if miniature else 5e-5)
-    args.out = args.out or f"runs/stage{args.stage}"
+    args.lr = args.lr or (RATES[args.stage] if miniature else 3e-5 if args.stage == UNI else 5e-5)
+    args.out = args.out or f"runs/{'' if args.stage == UNI else 'stage'}{args.stage}"
     if runs.latest(args.out) and not args.resume:
         raise UserError(
             f"{args.out} holds a run: --resume goes on with it, or choose another --out"

@@ -166,14 +166,16 @@ class VAE(nn.Module):
         mean, logvar = self.encoder(image).chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
-    def encode(self, image, generator=None):
+    def encode(self, image, noise=None):
         """image (B, 3, H, W) in [-1, 1] -> normalised latent (B, C, H/8, W/8).
 
-        The mean of the posterior; with a generator, a sample of it.
+        The mean of the posterior; with noise of that shape, or a generator of it, a sample.
         """
         mean, std = self.posterior(image)
-        if generator is not None:
-            mean = mean + std * torch.randn(std.shape, generator=generator).to(std)
+        if isinstance(noise, torch.Generator):
+            noise = torch.randn(std.shape, generator=noise)
+        if noise is not None:
+            mean = mean + std * noise.to(std)
         return (mean - SHIFT) * SCALE
 
     def decode(self, latent):

@@ -324,7 +324,12 @@ class Examples:
         if task == "edit":
             edit = edits.sample_edit(rng.choice(edits.EDITS), rng)
             source, target = world.render(edit.source), world.render(edit.target)
-            return {"task": task, "source": source, "instruction": edit.text, "target": target}
+            record = {"task": task, "source": source, "instruction": edit.text, "target": target}
+            return record | {"caption": world.describe(edit.target)}
+        if task == "answer":
+            scene, question = sample_question(rng.choice(QUESTIONS), rng)
+            record = {"task": task, "image": world.render(scene), "question": question.text}
+            return record | {"answer": answer(question, scene)}
         if task == "objects":
             return reference_record(sample_reference(rng))
         scene, prompt = world.sample_caption(rng.choice((*world.TASKS, "scene")), rng)

@@ -29,6 +29,12 @@ def usable_device(name=None):
         raise UserError(f"device {name}: not usable on this machine; try cpu") from error
 
 
+def device_and_dtype(device=None, dtype=None):
+    """A usable device, and the dtype of models there: fp32 on a CPU, else bf16, unless one is named."""
+    device = usable_device(device)
+    return device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
 # ---- once for many steps ------------------------------------------------------------------------
 
 CHUNK = 32  # steps whose tables lie in memory at once
@@ -47,17 +53,19 @@ class Table(nn.Module):
 
 
 @contextmanager
-def prepared(transformer, times, vec):
+def prepared(transformer, times, vec=None):
     """Within, all that depends on t and vec alone is looked up and not computed at every step.
 
     That is `t_embedder` and every `adaLN_modulation`, a third of an MMDiT's parameters. times: the
-    sampler's values of t, in order; vec (B, D). Yields a function to be called with t before each
+    sampler's values of t, in order; vec (B, D), default: zero. Yields a function to be called with t before each
     forward at that t. Sharded transformers (FSDP) are left alone: their layers are whole in their own
     forward only.
     """
     if hasattr(transformer, "reshard"):
         yield lambda t: None
         return
+    if vec is None:
+        vec = transformer.pos_embed.new_zeros(1, transformer.config.width)
     embedder = Table(transformer.t_embedder)
     sites = {
         parent: Table(parent.adaLN_modulation)
@@ -105,10 +113,10 @@ def save_memory(engine, device):
     drawn changes; what the engine cannot do any more is learn.
     """
     mmdit = engine.mmdit
-    once = [m for name, m in mmdit.named_modules() if name.endswith("adaLN_modulation")]
-    once += [mmdit.t_embedder, mmdit.y_embedder, mmdit.context_embedder]
-    once += [engine.adapter, engine.vae.encoder, engine.vae.decoder]
-    once += [part for part in engine.lmm.modules() if not list(part.children())]
+    ends = "adaLN_modulation", "t_embedder", "y_embedder", "context_embedder"
+    once = [module for name, module in mmdit.named_modules() if name.endswith(ends)]
+    others = [part for part in engine.children() if part is not mmdit]
+    once += [leaf for part in others for leaf in part.modules() if not list(leaf.children())]
     for part in once:
         on_demand(part, device)
     inside = {inner for part in once for inner in part.modules()}

@@ -2,6 +2,7 @@
 
 checkpoints/000250/     stageN.safetensors, and state.pt: optimizer, step, settings
 stageN.safetensors      the newest, for `sample.py --checkpoint`
+transformer/            instead of it, of UniAlignment, whose frozen parts lie beside
 metrics.jsonl           a line a step
 loss.png, samples-*.png
 """
@@ -34,14 +35,15 @@ def save(engine, optimizer, out, step, settings, keep=2):
     A folder without suffix is always complete: it is written and removed under another name.
     """
     folder = out / "checkpoints" / f"{step:06d}"
-    partial, weights = folder.with_suffix(".partial"), f"stage{settings['stage']}.safetensors"
+    partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     config = {name: settings[name] for name in ("stage", "rank", "alpha")}
-    engine.save(partial / weights, **config, step=step)
+    uni, name = settings["stage"] == "unialignment", f"stage{settings['stage']}.safetensors"
+    engine.save(partial / ("transformer" if uni else name), **config, step=step)
     state = {"step": step, "settings": settings, "optimizer": optimizer.state_dict()}
     torch.save(state, partial / "state.pt")
-    for written in partial.iterdir():
+    for written in filter(Path.is_file, partial.rglob("*")):
         with written.open("rb") as file:
             os.fsync(file.fileno())
     if not folder.exists():
@@ -53,10 +55,12 @@ def save(engine, optimizer, out, step, settings, keep=2):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def open_folder(out, step):
+def open_folder(out, step, engine=None):
     """Make the folder of a run, or put it in the state of the step that the run goes on from."""
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
+        if not step and hasattr(engine, "save_frozen"):
+            engine.save_frozen(out)
         kept = [record for record in read_metrics(out) if record["step"] <= step]
         write_text(out / "metrics.jsonl", "".join(map(_line, kept)))
         if step:
@@ -64,15 +68,18 @@ def open_folder(out, step):
 
 
 def publish(out):
-    """Copy the newest checkpoint's stageN.safetensors to the run's own folder."""
+    """Copy the newest checkpoint's stageN.safetensors or transformer/ to the run's own folder."""
     newest = weights_file(latest(out))
-    with whole(out / newest.name) as partial:
-        shutil.copy(newest, partial)
+    for file in sorted(newest.glob("*")) if newest.is_dir() else [newest]:
+        copy = out / file.relative_to(newest.parent)
+        copy.parent.mkdir(exist_ok=True)
+        with whole(copy) as partial:
+            shutil.copy(file, partial)
 
 
 def weights_file(folder):
-    """The one stageN.safetensors of a checkpoint."""
-    files = list(folder.glob("stage?.safetensors"))
+    """The one stageN.safetensors of a checkpoint, or its transformer/."""
+    files = [*folder.glob("stage?.safetensors"), *folder.glob("transformer")]
     if len(files) != 1:
         raise UserError(f"{folder}: holds {len(files)} files stageN.safetensors; expected one")
     return files[0]
@@ -213,11 +220,15 @@ def memory_plan(engine, args, processes):
     if args.shard:
         shared = sum(nbytes(p) for p in engine.mmdit.parameters() if not p.requires_grad)
         frozen -= shared - shared // processes
-    patches = engine.lmm.patches
-    picture = patches.max_pixels // (patches.patch * patches.merge) ** 2
-    prompt = 40 + picture  # some words and one picture
-    tokens = prompt + (args.size // 8 // engine.mmdit.config.patch) ** 2
-    parts = "adapter" + " and LoRA" * bool(args.rank) + " (also in the LMM)" * args.lmm_lora
+    image = (args.size // 8 // engine.mmdit.config.patch) ** 2
+    if args.stage == "unialignment":
+        parts, prompt = "MM-DiT", engine.sampling.slots
+        tokens = 2 * prompt + 3 * image  # both passes of an edit
+    else:
+        parts = "adapter" + " and LoRA" * bool(args.rank) + " (also in the LMM)" * args.lmm_lora
+        patches = engine.lmm.patches  # some words and one picture
+        prompt = 40 + patches.max_pixels // (patches.patch * patches.merge) ** 2
+        tokens = prompt + image
     activations = args.batch * activation_bytes(engine.mmdit, tokens, args.checkpointing)
     rows = [
         (frozen, "frozen weights" + ", here" * args.shard),
@@ -263,8 +274,19 @@ def mixture(pools):
 
 
 def preview(engine, examples):
-    """A sheet of [(task, prompt, target)]: what goes in, what the engine draws, what is right."""
+    """A sheet of [(task, prompt, target)]: what goes in, what the engine draws, what is right.
+
+    With a question and a text more, what is read in the right picture stands beside it.
+    """
     rows = []
+    for task, prompt, target, question, text in examples if len(examples[0]) == 5 else ():
+        *inputs, target = prompt_row(task, prompt, target)[0]
+        drawn = engine.generate([prompt], size=target.size) if prompt else []
+        (read,) = engine.answer([target], [question] if question else None)
+        words = "".join(part for part in prompt if isinstance(part, str)) or question
+        rows.append(([*inputs, *drawn, target], f"{task}: {words} / read: {read} / right: {text}"))
+    if rows:
+        return sheet(rows, height=128)
     for (task, size), group in groupby(examples, lambda example: (example[0], example[2].size)):
         group = list(group)
         drawn = engine.generate([prompt for _, prompt, _ in group], size=size, task=task)

@@ -123,7 +123,7 @@ def test_what_is_no_manifest_ends_in_one_line(folder):
 
 def test_examples_of_a_manifest_are_its_lines(folder):
     manifest = Manifest("a.jsonl")
-    assert manifest.total == 12 and [len(manifest.rows(t)) for t in data.FIELDS] == [3, 12, 3, 3]
+    assert manifest.total == 12 and [len(manifest.rows(t)) for t in data.FIELDS] == [3, 12, 3, 3, 0]
     record = manifest.record(7, "edit")
     assert record["instruction"] == "mirror it 1" and record["target"].size == (200, 100)
     assert record["source"].tobytes() == ImageOps.mirror(record["target"]).tobytes()

@@ -1,0 +1,290 @@
+"""UniAlignment's network, T5 and settings, and the folder that holds them as published.
+
+    transformer/  vae/  text_encoder/  tokenizer/  scheduler/
+    sampling.json      ours: how these weights are used best
+
+Beside a folder of SD3-medium transformer/ alone is enough. The VAE is read by `checkpoints.load_vae`.
+"""
+
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+from checkpoints import (
+    MMDIT_DIFFUSERS,
+    VAE_DIFFUSERS,
+    Layout,
+    compare,
+    empty,
+    fill,
+    find_part,
+    infer_mmdit,
+    mmdit_settings,
+    read,
+    read_config,
+    read_json,
+    stored,
+    table,
+)
+from mmdit import MMDiT, TimestepEmbedder, timestep_embedding
+from support.cli import UserError, reading
+from support.files import whole, write_json
+from vae import SCALE, SHIFT
+
+PARTS = {  # of a pipeline folder: where it lies in a folder of SD3-medium
+    "vae": "vae",
+    "text_encoder": "text_encoder_3",
+    "tokenizer": "tokenizer_3",
+    "scheduler": "scheduler",
+}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+MASK = "<extra_id_0>"  # the entry of T5's vocabulary that stands for a hidden token
+NEGATIVE = (
+    "low quality, blurry, low resolution, backlit, cartoon, animated, deformed, oversaturated, "
+    "undersaturated, out of frame"
+)
+
+
+# ---- the transformer ----------------------------------------------------------------------------
+
+
+class RoundedEmbedder(TimestepEmbedder):
+    """The sinusoid of t passes through float16, as where the published weights were trained."""
+
+    def forward(self, t):
+        return self.mlp(timestep_embedding(t).half().to(self.mlp[0].weight.dtype))
+
+
+class Transformer(MMDiT):
+    """SD3's MM-DiT with a head for text, and what aligns it with a teacher."""
+
+    def __init__(self, config, vocabulary, null_tokens=8, aligned=None, rounded=True):
+        """aligned: (hidden units, M) of the two adapters that only training needs, or None."""
+        super().__init__(config)
+        if rounded:
+            self.t_embedder = RoundedEmbedder(256, config.width)
+        self.text_head = nn.Linear(config.width, vocabulary)
+        self.null_image = nn.Parameter(torch.zeros(1, null_tokens, config.width))  # never used
+        if aligned:
+            self.add_adapters(*aligned)
+
+    def add_adapters(self, hidden, out):
+        """From the mean token of a stream (B, D) to the teacher's width, (B, M)."""
+        width, device = self.config.width, self.pos_embed.device
+        for name in ("image_adapter", "text_adapter"):
+            layers = nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, out), nn.SiLU()
+            self.add_module(name, nn.Sequential(*layers).to(device))
+
+    def settings(self):
+        """Its config.json, in the authors' names."""
+        config = self.config
+        return mmdit_settings(config) | {
+            "vocab_size": self.text_head.out_features,
+            "num_attention_heads": config.width // config.head_dim,
+            "caption_projection_dim": config.width,
+            "out_channels": config.channels,
+            "qk_norm": "rms_norm" if config.qk_norm else None,
+            "dual_attention_layers": list(config.dual),
+            "float16_time": isinstance(self.t_embedder, RoundedEmbedder),  # ours
+        }
+
+
+@torch.no_grad()
+def grow(base, vocabulary):
+    """SD3's MM-DiT as a Transformer, fp32: all new gates are zero, so with a vec of zero both draw the same."""
+    config = replace(base.config, pooled_dim=None, text_out=True)
+    model = Transformer(config, vocabulary, rounded=False).to(base.pos_embed.device)
+    for parameter in model.joint_blocks[-1].context_block.adaLN_modulation.parameters():
+        parameter.zero_()
+    state = model.state_dict()
+    for name, tensor in base.state_dict().items():
+        if name in state:  # of that layer SD3 has the first two of six chunks
+            state[name][: len(tensor)] = tensor
+    return model
+
+
+# As diffusers names SD3's, with a few other names. Of the layers that are stored as (scale, shift)
+# only the final one is left.
+LAYOUT = Layout(
+    table("""
+        final_layer.adaLN_modulation.1.*  image_norm_out.linear.*
+        final_layer.linear.*              image_proj_out.*
+        text_head.*                       text_proj_out.*
+        null_image                        null_image_embd
+        image_adapter.*                   siglip_adapter_img.fc.*
+        text_adapter.*                    siglip_adapter_text.fc.*
+    """)
+    + MMDIT_DIFFUSERS,
+    swapped=r"final_layer\.adaLN_modulation\.1\.\w+",
+)
+
+
+def load_transformer(path, device="cpu", dtype=torch.float32):
+    """The Transformer of a published transformer/ or of a training script's one file, strictly.
+
+    Raises FileNotFoundError, or UserError naming the tensors that do not fit.
+    """
+    stated = read_config(path) if Path(path).is_dir() else {}
+    kind = "transformer of UniAlignment (text_proj_out.weight)"
+    part = find_part(read(path), path, kind, ("",), {"text_proj_out.weight": LAYOUT})
+    aligned = None
+    if part.shape("image_adapter.0.weight"):
+        aligned = [part.dimension(f"image_adapter.{i}.weight", 0) for i in (0, 2)]
+    sizes = part.dimension("text_head.weight", 0), part.dimension("null_image", 1), aligned
+    rounded = stated.get("float16_time", True)
+    model = empty(Transformer, path, infer_mmdit(part, stated), *sizes, rounded)
+    compare(path, stated, model.settings())
+    return fill(model, part, device, dtype)
+
+
+def save_transformer(model, folder):
+    """Write config.json and the weights in the published names."""
+    write_json(folder / "config.json", model.settings())
+    with whole(folder / WEIGHTS) as partial:
+        save_file(stored(model, LAYOUT), partial)
+
+
+# ---- T5 -----------------------------------------------------------------------------------------
+
+_T5 = Layout(table("encoder.embed_tokens.weight  shared.weight"))
+
+
+def load_text_encoder(folder, device="cpu", dtype=torch.float32):
+    """The encoder of a T5, strictly; bfloat16 instead of float16, in which its states run over."""
+    with reading(folder, "the folder of a T5 encoder"):
+        config = T5Config.from_dict(read_json(Path(folder, "config.json")))
+    part = find_part(read(folder), folder, "T5 encoder", ("",), {"encoder.block.": _T5})
+    embeddings = part.tensors.pop("encoder.embed_tokens.weight", None)
+    if embeddings is not None:  # a file may keep either name, or both
+        part.tensors.setdefault("shared.weight", embeddings)
+    dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+    model = fill(empty(T5EncoderModel, folder, config), part, device, dtype)
+    model.encoder.set_input_embeddings(model.shared)  # one table again
+    return model
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a T5, with its entry for MASK."""
+    with reading(folder, f"a T5 tokenizer with {MASK}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer.get_vocab()[MASK], tokenizer.eos_token_id + 0
+    return tokenizer
+
+
+class Tokens:
+    """T5's tokenizer as UniAlignment knows it: rows of so many slots, ended and padded with EOS."""
+
+    def __init__(self, tokenizer, slots):
+        self.tokenizer, self.slots, self.end = tokenizer, slots, tokenizer.eos_token_id
+        self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
+        self.special = {self.mask_id, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+
+    def ids(self, text):
+        """Its ids as a list; the name of a special token in a text is left out."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return [i for i in ids if i not in self.special]
+
+    def padded(self, text, slots):
+        """Its ids as a list, cut to leave one EOS at least."""
+        ids = self.ids(text)[: slots - 1]
+        return ids + [self.end] * (slots - len(ids))
+
+    def __call__(self, texts):
+        """Texts -> ids (B, L)."""
+        return torch.tensor([self.padded(text, self.slots) for text in texts])
+
+    def about(self, question=None, text=None):
+        """A caption, or the answer to a question, as ids (L,), and which slots hold it, (L,) bool.
+
+        Without a text MASK stands in these slots. Raises UserError where the question leaves none.
+        """
+        asked = self.ids(f"Q: {question.strip()} A:") if question else []
+        room = self.slots - len(asked)
+        if room < 1:
+            raise UserError(
+                f"a question that fills all {self.slots} slots leaves no room to answer"
+            )
+        row = asked + ([self.mask_id] * room if text is None else self.padded(text, room))
+        return torch.tensor(row), torch.arange(self.slots) >= len(asked)
+
+    def text(self, ids):
+        """ids -> the text, without the EOS that end it and pad it."""
+        return self.tokenizer.decode(ids[ids != self.end]).strip()
+
+
+# ---- the folder ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a folder's weights are used best: its sampling.json; without one as the authors do."""
+
+    slots: int = 256  # of every text: padding is attended, so it is part of a prompt
+    size: int = 512  # side of a picture
+    steps: int = 28
+    guidance: float = 7.0
+    negative: str = NEGATIVE
+    text_steps: int = 32
+    order: str = "sampled"  # see `masked.unmask`
+    shift: float = 3.0  # of the noise levels; stands in scheduler/
+
+
+def read_sampling(folder, scheduler):
+    """The Sampling of a pipeline folder: its sampling.json, and its scheduler's shift."""
+    file, settings = Path(folder, "sampling.json"), Path(scheduler, "scheduler_config.json")
+    stated = read_json(file) if file.is_file() else {}
+    stated["shift"] = read_json(settings).get("shift", 3.0) if settings.is_file() else 3.0
+    with reading(file, "settings of sampling"):
+        kinds = {field.name: field.type for field in fields(Sampling)}
+        sampling = Sampling(**{name: kinds[name](x) for name, x in stated.items()})
+        counts = sampling.slots, sampling.steps, sampling.text_steps, sampling.size // 16
+        if min(counts) < 1 or not 0 < sampling.shift < 1000:
+            raise ValueError("slots, steps, size and the scheduler's shift must be positive")
+    return sampling
+
+
+def find_folder(folder, sd3, name):
+    """Where a part of the pipeline lies; raises UserError if neither folder has it."""
+    beside = Path(sd3, PARTS[name]) if sd3 else None
+    for found in filter(None, (Path(folder, name), beside)):
+        if found.is_dir():
+            return found
+    where = f"nor {beside}" if sd3 else "a folder of SD3-medium (--sd3) would complete it"
+    raise UserError(f"{folder}: holds no {name}/; {where}")
+
+
+def save_frozen(engine, folder):
+    """Write all parts that training does not change: settings, VAE, T5."""
+    sampling = asdict(engine.sampling)
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": sampling.pop("shift")}
+    for name in PARTS:
+        Path(folder, name).mkdir(parents=True, exist_ok=True)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "sampling.json", sampling)
+    engine.text_encoder.save_pretrained(folder / "text_encoder")
+    engine.tokens.tokenizer.save_pretrained(folder / "tokenizer")
+    config, levels = engine.vae.config, len(engine.vae.config.multipliers)
+    stated = {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [config.base * m for m in config.multipliers],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "latent_channels": config.latent_channels,
+        "layers_per_block": config.blocks,
+        "norm_num_groups": config.groups,
+        "scaling_factor": SCALE,
+        "shift_factor": SHIFT,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+    write_json(folder / "vae" / "config.json", stated)
+    tensors = stored(engine.vae, Layout(VAE_DIFFUSERS))
+    with whole(folder / "vae" / WEIGHTS) as partial:  # diffusers keeps 1x1 convolutions as matrices
+        save_file(
+            {k: x.flatten(1) if ".to_" in k and x.ndim == 4 else x for k, x in tensors.items()},
+            partial,
+        )
