@@ -44,12 +44,10 @@ def _files(path):
     if path.is_file():
         return [path]
     if indices := sorted(path.glob("*.index.json")):
-        weight_map = read_json(indices[0]).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(name, str) and Path(name).name == name for name in weight_map.values()
-        ):
-            raise UserError(f"{indices[0]}: not a weight index ('weight_map' of names of files)")
-        names = sorted(set(weight_map.values()))
+        with reading(indices[0], "a JSON object with 'weight_map', names of files"):
+            names = sorted(set(read_json(indices[0])["weight_map"].values()))
+            if any(Path(name).name != name for name in names):
+                raise ValueError("files elsewhere")
     else:  # without an index a folder holds one file, perhaps beside a variant such as x.fp16.bin
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
         names = [f.name for f in files if f.name.count(".") == 1] or [f.name for f in files]
@@ -168,15 +166,12 @@ class Part(NamedTuple):
 
     def count(self, pattern):
         """How many numbers a pattern finds in the file's names; they must be 0, 1, 2, ..."""
-        prefix = re.escape(self.layout.prefix)
-        numbers = {
-            int(m[1])
-            for k in self.tensors
-            if (m := re.match(rf"{prefix}{pattern}\.(\d{{1,9}})\.", k))
-        }
-        if numbers != set(range(len(numbers))):
-            there = ", ".join(map(str, sorted(numbers)[:40]))
-            raise UserError(f"{self.source}: {pattern} must be numbered 0, 1, 2 ...: has {there}")
+        pattern = rf"{re.escape(self.layout.prefix)}{pattern}\.(\d{{1,9}})\."
+        numbers = sorted({int(m[1]) for k in self.tensors if (m := re.match(pattern, k))})
+        if numbers != list(range(len(numbers))):
+            raise UserError(
+                f"{self.source}: {pattern} must be numbered 0, 1, 2 ...: {numbers[:40]}"
+            )
         return len(numbers)
 
 
@@ -200,17 +195,15 @@ def fill(model, part, device="cpu", dtype=None):
     the model, frozen; its attribute `layout` says how the file names it. Raises UserError naming
     what is missing, unknown or of another shape.
     """
-    expected = model.state_dict()
-    stored = {name: part.layout.names(name) for name in expected}
-    check(part.tensors, _shapes(expected, stored), part.source)
+    shapes = {name: x.shape for name, x in stored(model, part.layout).items()}
+    check(part.tensors, shapes, part.source)
     filled = {}
-    for name, names in stored.items():
-        tensor = part.tensors[names[0]]
-        if len(names) > 1:
-            tensor = torch.cat([part.tensors[k] for k in names])
+    for name, x in model.state_dict().items():
+        parts = [part.tensors[k] for k in part.layout.names(name)]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         if re.fullmatch(part.layout.swapped, name):
             tensor = torch.cat(tensor.chunk(2)[::-1])
-        filled[name] = tensor.reshape(expected[name].shape).to(device, dtype or tensor.dtype)
+        filled[name] = tensor.reshape(x.shape).to(device, dtype or tensor.dtype)
     model.load_state_dict(filled, strict=True, assign=True)
     model.layout = part.layout
     return model.eval().requires_grad_(False)
@@ -225,16 +218,6 @@ def stored(model, layout):
             tensor = torch.cat(tensor.chunk(2)[::-1])
         tensors |= zip(names, (x.contiguous() for x in tensor.chunk(len(names))))
     return tensors
-
-
-def _shapes(expected, stored):
-    """{name in the file: shape there}."""
-    shapes = {}
-    for name, names in stored.items():
-        first, *rest = expected[name].shape or (1,)
-        shape = (first // len(names), *rest) if expected[name].ndim else ()
-        shapes |= dict.fromkeys(names, shape)
-    return shapes
 
 
 def check(tensors, shapes, source):

@@ -33,7 +33,6 @@ from checkpoints import (
 from mmdit import MMDiT, TimestepEmbedder, timestep_embedding
 from support.cli import UserError, reading
 from support.files import whole, write_json
-from vae import SCALE, SHIFT
 
 PARTS = {  # of a pipeline folder: where it lies in a folder of SD3-medium
     "vae": "vae",
@@ -47,9 +46,6 @@ NEGATIVE = (
     "low quality, blurry, low resolution, backlit, cartoon, animated, deformed, oversaturated, "
     "undersaturated, out of frame"
 )
-
-
-# ---- the transformer ----------------------------------------------------------------------------
 
 
 class RoundedEmbedder(TimestepEmbedder):
@@ -78,6 +74,11 @@ class Transformer(MMDiT):
         for name in ("image_adapter", "text_adapter"):
             layers = nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, out), nn.SiLU()
             self.add_module(name, nn.Sequential(*layers).to(device))
+
+    def align(self, out):
+        """Have adapters to a teacher of width M = out, new ones where there are none of it."""
+        if not hasattr(self, "image_adapter") or self.image_adapter[2].out_features != out:
+            self.add_adapters(min(2048, 4 * self.config.width), out)
 
     def settings(self):
         """Its config.json, in the authors' names."""
@@ -109,18 +110,15 @@ def grow(base, vocabulary):
 
 # As diffusers names SD3's, with a few other names. Of the layers that are stored as (scale, shift)
 # only the final one is left.
-LAYOUT = Layout(
-    table("""
-        final_layer.adaLN_modulation.1.*  image_norm_out.linear.*
-        final_layer.linear.*              image_proj_out.*
-        text_head.*                       text_proj_out.*
-        null_image                        null_image_embd
-        image_adapter.*                   siglip_adapter_img.fc.*
-        text_adapter.*                    siglip_adapter_text.fc.*
-    """)
-    + MMDIT_DIFFUSERS,
-    swapped=r"final_layer\.adaLN_modulation\.1\.\w+",
-)
+OTHER_NAMES = table("""
+    final_layer.adaLN_modulation.1.*  image_norm_out.linear.*
+    final_layer.linear.*              image_proj_out.*
+    text_head.*                       text_proj_out.*
+    null_image                        null_image_embd
+    image_adapter.*                   siglip_adapter_img.fc.*
+    text_adapter.*                    siglip_adapter_text.fc.*
+""")
+LAYOUT = Layout(OTHER_NAMES + MMDIT_DIFFUSERS, swapped=r"final_layer\.adaLN_modulation\.1\.\w+")
 
 
 def load_transformer(path, device="cpu", dtype=torch.float32):
@@ -148,16 +146,12 @@ def save_transformer(model, folder):
         save_file(stored(model, LAYOUT), partial)
 
 
-# ---- T5 -----------------------------------------------------------------------------------------
-
-_T5 = Layout(table("encoder.embed_tokens.weight  shared.weight"))
-
-
 def load_text_encoder(folder, device="cpu", dtype=torch.float32):
     """The encoder of a T5, strictly; bfloat16 instead of float16, in which its states run over."""
     with reading(folder, "the folder of a T5 encoder"):
         config = T5Config.from_dict(read_json(Path(folder, "config.json")))
-    part = find_part(read(folder), folder, "T5 encoder", ("",), {"encoder.block.": _T5})
+    layout = Layout(table("encoder.embed_tokens.weight  shared.weight"))
+    part = find_part(read(folder), folder, "T5 encoder", ("",), {"encoder.block.": layout})
     embeddings = part.tensors.pop("encoder.embed_tokens.weight", None)
     if embeddings is not None:  # a file may keep either name, or both
         part.tensors.setdefault("shared.weight", embeddings)
@@ -205,18 +199,13 @@ class Tokens:
         asked = self.ids(f"Q: {question.strip()} A:") if question else []
         room = self.slots - len(asked)
         if room < 1:
-            raise UserError(
-                f"a question that fills all {self.slots} slots leaves no room to answer"
-            )
+            raise UserError(f"a question of all {self.slots} slots leaves no room to answer")
         row = asked + ([self.mask_id] * room if text is None else self.padded(text, room))
         return torch.tensor(row), torch.arange(self.slots) >= len(asked)
 
     def text(self, ids):
         """ids -> the text, without the EOS that end it and pad it."""
         return self.tokenizer.decode(ids[ids != self.end]).strip()
-
-
-# ---- the folder ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -258,33 +247,20 @@ def find_folder(folder, sd3, name):
 
 
 def save_frozen(engine, folder):
-    """Write all parts that training does not change: settings, VAE, T5."""
-    sampling = asdict(engine.sampling)
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": sampling.pop("shift")}
+    """Write all parts of a UniAlignment that training does not change: settings, VAE, T5."""
     for name in PARTS:
         Path(folder, name).mkdir(parents=True, exist_ok=True)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    sampling, config = asdict(engine.sampling), engine.vae.config
+    shift = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": sampling.pop("shift")}
+    write_json(folder / "scheduler" / "scheduler_config.json", shift)
     write_json(folder / "sampling.json", sampling)
     engine.text_encoder.save_pretrained(folder / "text_encoder")
     engine.tokens.tokenizer.save_pretrained(folder / "tokenizer")
-    config, levels = engine.vae.config, len(engine.vae.config.multipliers)
-    stated = {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": [config.base * m for m in config.multipliers],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "latent_channels": config.latent_channels,
-        "layers_per_block": config.blocks,
-        "norm_num_groups": config.groups,
-        "scaling_factor": SCALE,
-        "shift_factor": SHIFT,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    }
-    write_json(folder / "vae" / "config.json", stated)
+    sizes = {"latent_channels": config.latent_channels, "norm_num_groups": config.groups}
+    write_json(folder / "vae" / "config.json", {"_class_name": "AutoencoderKL", **sizes})
     tensors = stored(engine.vae, Layout(VAE_DIFFUSERS))
-    with whole(folder / "vae" / WEIGHTS) as partial:  # diffusers keeps 1x1 convolutions as matrices
-        save_file(
-            {k: x.flatten(1) if ".to_" in k and x.ndim == 4 else x for k, x in tensors.items()},
-            partial,
-        )
+    for name, x in tensors.items():
+        if ".to_" in name and x.ndim == 4:  # 1x1 convolutions, there plain matrices
+            tensors[name] = x.flatten(1)
+    with whole(folder / "vae" / WEIGHTS) as partial:
+        save_file(tensors, partial)

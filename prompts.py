@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from PIL import ExifTags, Image, ImageOps
 
-from support.cli import UserError
+from support.cli import UserError, reading
 
 # ---- images -------------------------------------------------------------------------------------
 
@@ -27,17 +27,17 @@ def read_image(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+    bomb, warning = Image.DecompressionBombError, Image.DecompressionBombWarning
+    with reading(path, "a whole PNG, JPEG or similar file"):
+        try:
+            with (
+                warnings.catch_warnings(action="error", category=warning),
+                Image.open(path) as image,
+            ):
                 return to_rgb(image)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        limit = Image.MAX_IMAGE_PIXELS // 10**6
-        raise UserError(f"{path}: image too large; at most {limit} million pixels") from None
-    except Exception as error:  # noqa: BLE001 - Pillow's decoders raise anything on damaged files
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else "damaged"
-        raise UserError(f"{path}: {reason}; expected a whole PNG, JPEG or similar file") from None
+        except (bomb, warning) as error:
+            limit = Image.MAX_IMAGE_PIXELS // 10**6
+            raise UserError(f"{path}: image too large; at most {limit} million pixels") from error
 
 
 def to_rgb(image):
@@ -62,16 +62,6 @@ def upright_size(image):
 def crop_to(image, width, height):
     """Scale and centre-crop a PIL image to exactly width x height."""
     return ImageOps.fit(image, (width, height), Image.BICUBIC)
-
-
-def centre_crop(image, width, height):
-    """The same as torchvision has it (Resize of the shorter side, CenterCrop), for UniAlignment."""
-    if image.width * height <= image.height * width:
-        scaled = width, max(height, int(width * image.height / image.width))
-    else:
-        scaled = max(width, int(height * image.width / image.height)), height
-    left, top = (round((side - wanted) / 2) for side, wanted in zip(scaled, (width, height)))
-    return image.resize(scaled, Image.BICUBIC).crop((left, top, left + width, top + height))
 
 
 def to_tensor(images):
@@ -122,11 +112,16 @@ TASKS = {
     "combine": "'a dog <image>, a hat <image> the dog wears the hat': named images, then a text",
     "objects": "draw what text and images say, in any order",
 }
-
 READING = {
     "caption": "say what each image shows",
     "answer": "answer the prompt, a question about the image",
 }
+
+
+def split_prompt(prompt):
+    """A list of strings and images as one text and the list of images."""
+    images = [part for part in prompt if not isinstance(part, str)]
+    return "".join(part for part in prompt if isinstance(part, str)), images
 
 
 def apply_task(task, prompt):
@@ -138,8 +133,7 @@ def apply_task(task, prompt):
     prompt = [prompt] if isinstance(prompt, str) else list(prompt)
     if not all(isinstance(part, str | Image.Image) for part in prompt):
         raise UserError("a prompt is a list of strings and PIL images")
-    images = [part for part in prompt if not isinstance(part, str)]
-    text = "".join(part for part in prompt if isinstance(part, str))
+    text, images = split_prompt(prompt)
     if re.search("[\ud800-\udfff]", text):  # as a terminal without UTF-8 makes of an umlaut
         raise UserError("the prompt holds half a letter (a lone surrogate): use a UTF-8 terminal")
     if task is None:
@@ -162,7 +156,8 @@ def apply_task(task, prompt):
         null = ["Edit image ", images[0], " following:"]
         return [*null, text], null
     if task == "combine":
-        *names, text = _texts_around(prompt)
+        marked = "".join(part if isinstance(part, str) else "\udfff" for part in prompt)
+        *names, text = (part.strip(" ,") for part in marked.split("\udfff"))
         objects = [part for pair in zip(names, images) for part in (", ", *pair)][1:]
         null = ["Combine the objects: ", *objects, " and generate an image following: "]
         return [*null, text], null
@@ -170,17 +165,6 @@ def apply_task(task, prompt):
     prompt[0] = prompt[0].lstrip() if isinstance(prompt[0], str) else prompt[0]
     prompt[-1] = prompt[-1].rstrip() if isinstance(prompt[-1], str) else prompt[-1]
     return ["Generate Image: ", *prompt], ["Generate Image: ", text.strip()]
-
-
-def _texts_around(prompt):
-    """The text before each image, and the text after the last; commas and spaces trimmed."""
-    texts = [""]
-    for part in prompt:
-        if isinstance(part, str):
-            texts[-1] += part
-        else:
-            texts.append("")
-    return [text.strip(" ,") for text in texts]
 
 
 def reference_prompt(segments, named):

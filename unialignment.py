@@ -22,7 +22,7 @@ import flow
 import masked
 import pipeline
 from checkpoints import check, fingerprint, load_mmdit, load_vae
-from prompts import check_drawing, crop_to, to_images, to_rgb, to_tensor
+from prompts import check_drawing, crop_to, split_prompt, to_images, to_rgb, to_tensor
 from support import fast
 from support.cli import UserError, reading
 
@@ -102,8 +102,6 @@ class UniAlignment(nn.Module):
     def default_size(self):
         return min(self.sampling.size, self.mmdit.config.largest)
 
-    # ---- the two passes ----
-
     def context(self, ids):
         """Token ids (B, L) -> the text stream (B, L, D): T5, frozen and without a mask, then a Linear."""
         with torch.no_grad():
@@ -142,8 +140,6 @@ class UniAlignment(nn.Module):
         logits = mmdit.text_head(final)
         return (logits, final, pair[0]) if features else logits
 
-    # ---- use ----
-
     def encode(self, images, size, generators):
         """PIL images -> latents (B, C, H, W), cut to size (width, height); each a posterior's sample."""
         pixels = (to_tensor([crop_to(to_rgb(image), *size)]) for image in images)
@@ -162,15 +158,15 @@ class UniAlignment(nn.Module):
         it. negative: what guidance moves away from, while the pictures stay. Image i depends on its
         prompt, its pictures and seed + i alone. Raises UserError for what cannot be drawn.
         """
-        sampling, prompts = self.sampling, [[p] if isinstance(p, str) else p for p in prompts]
-        texts = ["".join(part for part in p if isinstance(part, str)) for p in prompts]
-        pictures = [[part for part in p if not isinstance(part, str)] for p in prompts]
-        pictures = [[*a, *b] for a, b in zip(pictures, images or [[]] * len(prompts), strict=True)]
+        sampling, images = self.sampling, images or [[]] * len(prompts)
+        prompts = [[p] if isinstance(p, str) else p for p in prompts]
+        prompts = [split_prompt([*p, *more]) for p, more in zip(prompts, images, strict=True)]
+        texts, pictures = ([prompt[i] for prompt in prompts] for i in (0, 1))
         if not texts or not all(text.strip() for text in texts):
             raise UserError("empty prompt: UniAlignment draws what a text says")
-        if len(counts := {len(row) for row in pictures}) > 1 or counts - {0, 1, 3}:
-            found = " and ".join(map(str, sorted(counts)))
-            raise UserError(f"a prompt takes no image, one or three, all the same: found {found}")
+        counts = sorted({len(row) for row in pictures})
+        if counts not in ([0], [1], [3]):
+            raise UserError(f"all prompts take no image, all one or all three: found {counts}")
         steps = sampling.steps if steps is None else steps
         guidance = sampling.guidance if guidance is None else guidance
         size = size or (self.default_size, self.default_size)
@@ -212,28 +208,19 @@ class UniAlignment(nn.Module):
         ids, hidden = (torch.stack(column).to(self.device) for column in zip(*rows))
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(images))]
         latent = self.encode(images, (self.default_size, self.default_size), generators)
-        slots = sampling.slots, self.mmdit.text_head.out_features
-        draws = (
-            torch.stack([torch.rand(slots, generator=g) for g in generators]) for _ in range(steps)
-        )
+        slots, order = (sampling.slots, self.mmdit.text_head.out_features), order or sampling.order
+
+        def draws():
+            while True:
+                yield torch.stack([torch.rand(slots, generator=g) for g in generators])
 
         def logits(ids):
             return self.read(latent, self.context(ids))
 
         with fast.prepared(self.mmdit, [0.0]) as go_to:
             go_to(0.0)
-            order = order or sampling.order
-            ids = masked.unmask(logits, ids, steps, order, draws, self.tokens.mask_id)
+            ids = masked.unmask(logits, ids, steps, order, draws(), self.tokens.mask_id)
         return [self.tokens.text(row[new]) for row, new in zip(ids, hidden)]
-
-    # ---- training ----
-
-    @property
-    def base(self):
-        """Tells the models that a run goes on with."""
-        teacher = self.lmm and fingerprint(self.lmm.language_model.norm.weight)
-        base = fingerprint(self.mmdit.final_layer.linear.weight)
-        return {"base": base, "lmm": teacher, "slots": self.tokens.slots}
 
     def start_training(self, *_):
         """All of the MM-DiT learns but what is never used; returns the parameters that do, by name.
@@ -242,11 +229,13 @@ class UniAlignment(nn.Module):
         """
         self.requires_grad_(False)
         self.mmdit.requires_grad_(True).null_image.requires_grad_(False)
-        width, adapter = self.mmdit.config.width, getattr(self.mmdit, "image_adapter", None)
+        self.base = {
+            "base": fingerprint(self.mmdit.final_layer.linear.weight),
+            "slots": self.tokens.slots,
+        }
         if self.lmm:
-            out = self.lmm.config.text_config.hidden_size
-            if adapter is None or adapter[2].out_features != out:
-                self.mmdit.add_adapters(min(2048, 4 * width), out)
+            self.base["lmm"] = fingerprint(self.lmm.language_model.norm.weight)
+            self.mmdit.align(self.lmm.config.text_config.hidden_size)
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def forward(self, batch, image, noise, t, times, weighted=True):
@@ -261,11 +250,9 @@ class UniAlignment(nn.Module):
             pictures = (image, *batch.sources.unbind(1))
             x0, *sources = (self.vae.encode(x, noise=e) for x, e in zip(pictures, noises))
             teacher = self.teach(batch) if self.lmm else None
-        kind = self.device.type
+        kind, more = self.device.type, {"teacher": teacher, "weighted": weighted}
         with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-            losses = self.losses(
-                batch, times, x0, flow_noise, t, sources, teacher=teacher, weighted=weighted
-            )
+            losses = self.losses(batch, times, x0, flow_noise, t, sources, **more)
         self.parts = {name: x.mean().item() for name, x in losses.items()}
         return sum(self.weights[name] * x for name, x in losses.items())
 
@@ -302,8 +289,6 @@ class UniAlignment(nn.Module):
             "isa": isa,
         }
 
-    # ---- saving ----
-
     def save(self, folder, **_):
         """Write what training changes, the transformer/ of a pipeline folder as published."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -318,9 +303,6 @@ class UniAlignment(nn.Module):
         saved = pipeline.load_transformer(folder, self.device).state_dict()
         check(saved, {k: x.shape for k, x in self.mmdit.state_dict().items()}, folder)
         self.mmdit.load_state_dict(saved)
-
-
-# ---- losses -------------------------------------------------------------------------------------
 
 
 def contrast(image, text, ids=None, temperature=0.07):
