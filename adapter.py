@@ -48,9 +48,6 @@ class Adapter(nn.Module):
         return self.txt(hidden), self.vec(masked_mean(hidden, mask))
 
 
-# ---- LoRA (arXiv 2106.09685) --------------------------------------------------------------------
-
-
 class LoRALinear(nn.Module):
     """A frozen Linear plus scale * B A. A fused qkv has three such pairs, one for each third.
 

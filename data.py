@@ -20,7 +20,7 @@ import random
 import re
 import sys
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -72,12 +72,8 @@ def parse_record(line):
 
 
 def _is_text(value):
-    return (
-        isinstance(value, str)
-        and bool(value.strip())
-        and len(value) <= LONGEST
-        and not re.search("[\ud800-\udfff]", value)  # half of a surrogate pair
-    )
+    whole = isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # surrogates
+    return whole and bool(value.strip()) and len(value) <= LONGEST
 
 
 def _is_segment(segment):
@@ -135,21 +131,19 @@ class Manifest:
 
         rng: for sources that draw their examples at random; here there is nothing to draw.
         """
-        record = self.line(row)
-        images = {"source", "target", "image"} & {*FIELDS[task]}
-        images = {name: read_image(self.file.parent / record[name]) for name in images}
-        return record | images | {"task": task}
+        record = self.line(row) | {"task": task}
+        for name in {"source", "target", "image"} & {*FIELDS[task]}:
+            record[name] = read_image(self.file.parent / record[name])
+        return record
 
     def ratio(self, row):
         """Width over height of a row's target, from "size" if it says so, else from the image."""
         try:
             record = self.line(row)
-            if "size" in record:
-                width, height = record["size"]
-            else:
+            if not (size := record.get("size")):
                 with Image.open(self.file.parent / record[FIELDS[record["task"]][0]]) as image:
-                    width, height = upright_size(image)
-            return min(max(width / height, 0.01), 100)
+                    size = upright_size(image)
+            return min(max(size[0] / size[1], 0.01), 100)
         except Exception:  # noqa: BLE001 - `record` will tell what is wrong
             return 1.0
 
@@ -167,17 +161,13 @@ def training_example(record, size, rng):
         return task, [target], target
     if task == "edit":
         return task, [crop_to(record["source"], *size), record["instruction"]], target
-    boxes = [
-        (i, box)
-        for i, (_, thousandths) in enumerate(record["segments"])
-        for box in (visible_box(b, record["target"].size, size) for b in thousandths)
-        if box
-    ]
+    old, boxes = record["target"].size, []
+    for i, (_, thousandths) in enumerate(record["segments"]):
+        boxes += [(i, box) for b in thousandths if (box := visible_box(b, old, size))]
     chosen = sorted(rng.sample(range(len(boxes)), min(3, len(boxes))))
-    pictures = [[] for _ in record["segments"]]
+    segments = [(text, []) for text, _ in record["segments"]]
     for i, box in (boxes[k] for k in chosen):
-        pictures[i].append(target.crop(box))
-    segments = [(text, images) for (text, _), images in zip(record["segments"], pictures)]
+        segments[i][1].append(target.crop(box))
     if not chosen:
         return "t2i", ["".join(text for text, _ in segments)], target
     return *reference_prompt(segments, rng.random() < 0.5), target
@@ -189,18 +179,14 @@ def visible_box(box, old, new):
     None if it is too large, too small, too thin, or mostly cropped away.
     """
     scale = max(new[0] / old[0], new[1] / old[1])
-    edges = [
-        x / 1000 * old[i % 2] * scale - (old[i % 2] * scale - new[i % 2]) / 2
-        for i, x in enumerate(box)
-    ]
+    shifts = [(a * scale - b) / 2 for a, b in zip(old, new)]
+    edges = [x / 1000 * old[i % 2] * scale - shifts[i % 2] for i, x in enumerate(box)]
     area = (edges[2] - edges[0]) * (edges[3] - edges[1])
     x1, y1, x2, y2 = (round(min(max(x, 0), new[i % 2])) for i, x in enumerate(edges))
     width, height = x2 - x1, y2 - y1
-    if min(width, height) < max(8, max(width, height) / 200):  # 200: the most the LMM takes
-        return None
-    if not area / 2 < width * height <= new[0] * new[1] / 2:
-        return None
-    return x1, y1, x2, y2
+    large = min(width, height) >= max(8, max(width, height) / 200)  # 200: the most the LMM takes
+    fits = large and area / 2 < width * height <= new[0] * new[1] / 2
+    return (x1, y1, x2, y2) if fits else None
 
 
 # ---- mixing -------------------------------------------------------------------------------------
@@ -272,12 +258,6 @@ class Microbatch:
     target: torch.Tensor  # (B, 3, H, W) in [-1, 1]
     bad_lines: list  # (file:line, reason) of what was skipped on the way
 
-    def pin_memory(self):
-        for x in fields(self.batch):
-            setattr(self.batch, x.name, getattr(self.batch, x.name).pin_memory())
-        self.target = self.target.pin_memory()
-        return self
-
 
 class Microbatches(torch.utils.data.Dataset):
     """Item j is the j-th microbatch of a run: a function of the seed and j, whoever asks, and when.
@@ -344,17 +324,10 @@ class Microbatches(torch.utils.data.Dataset):
         place, reason = bad_lines[-1]
         raise UserError(f"100 bad lines in a row, the last one {place}: {reason}")
 
-    def load(self, numbers, workers=0, pin_memory=False):
+    def load(self, numbers, workers=0):
         """Yield the microbatches of these numbers, made by so many processes (0: by this one)."""
-        loader = torch.utils.data.DataLoader(
-            self,
-            batch_size=None,  # an item is a batch already
-            sampler=numbers,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            worker_init_fn=_ignore_signals,
-        )
-        for item in loader:
+        options = {"batch_size": None, "num_workers": workers, "worker_init_fn": _ignore_signals}
+        for item in torch.utils.data.DataLoader(self, sampler=numbers, **options):
             if isinstance(item, UserError):
                 raise item
             yield item
@@ -417,13 +390,12 @@ class PairedMicrobatches(Microbatches):
 
 
 class BadLines:
-    """The lines of manifests that were skipped; over 1 % of them end the training.
+    """The lines of manifests [(source, weight)] that were skipped; over 1 % of them end the training.
 
     scanned, read: {file:line: reason} of those found when the manifests were opened and later on.
     """
 
     def __init__(self, sources):
-        """sources: [(source, weight)]."""
         sources = [source for source, _ in sources]
         self.allowed = sum(source.total for source in sources) / 100
         self.scanned = {f"{s.name}:{row}": why for s in sources for row, why in s.bad_lines.items()}
@@ -441,13 +413,8 @@ class BadLines:
         self.read |= new
 
     def check(self, found, examples):
-        """Raise UserError if over 1 % of all lines are bad, or of the examples read so far.
-
-        found: bad lines among these examples, which all processes have read.
-        """
+        """Raise UserError if over 1 % of all lines are bad, or of the examples that all processes read."""
         bad = len(self.scanned) + found
         if bad > self.allowed or found > max(10, examples / 100):
-            first = "; ".join(
-                f"{place}: {why}" for place, why in (self.scanned | self.read).items()
-            )
-            raise UserError(f"{bad:.0f} bad lines are over 1 %: {first[:600]}")
+            lines = [f"{place}: {why}" for place, why in (self.scanned | self.read).items()]
+            raise UserError(f"{bad:.0f} bad lines are over 1 %: {'; '.join(lines)[:600]}")

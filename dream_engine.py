@@ -102,9 +102,7 @@ class DreamEngine(nn.Module):
         for part, name in (("base", "SD3"), ("lmm", "Qwen2-VL")):
             expected = trained.config.get(part)
             if expected and not math.isclose(expected, self.base[part], rel_tol=1e-3):
-                raise UserError(
-                    f"{trained.source}: was trained on another {name} than the one at hand"
-                )
+                raise UserError(f"{trained.source}: was trained on another {name} than this one")
         for name, model in (("mmdit", self.mmdit), ("lmm", self.lmm)):
             wrap_lora(model, trained.lora(name, model))
             if merge:
@@ -148,7 +146,7 @@ class DreamEngine(nn.Module):
             raise UserError("no prompt to draw")
         positives, nulls = zip(*(apply_task(task, prompt) for prompt in prompts))
         asked = (
-            [*positives, *nulls] if guidance != 1 else positives
+            positives if guidance == 1 else positives + nulls
         )  # at 1 the null prompt cancels out
         condition = self.encode(asked, r)
         shape = (self.mmdit.config.channels, height // 8, width // 8)
@@ -161,8 +159,6 @@ class DreamEngine(nn.Module):
         if not 0 <= r <= 1:
             raise UserError(f"blend must lie between 0 (LMM) and 1 (ViT), got {r}")
         check_drawing(steps, guidance, width, height, self.mmdit.config.largest)
-
-    # ---- training ----
 
     def start_training(self, rank=None, alpha=None, lmm_lora=False):
         """Let the adapter learn, with a rank also LoRA on the MM-DiT (and LMM); all else is frozen.

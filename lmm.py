@@ -41,10 +41,8 @@ class Qwen2VL(nn.Module):
             raise UserError("a prompt is empty")
         batch = collate(prompts, self.tokenizer, self.patches, self.mrope)
         limit = self.config.text_config.max_position_embeddings
-        if batch.ids.shape[1] > limit:
-            raise UserError(
-                f"a prompt of {batch.ids.shape[1]} tokens: the LMM reads {limit} at most"
-            )
+        if (length := batch.ids.shape[1]) > limit:
+            raise UserError(f"a prompt of {length} tokens: the LMM reads {limit} at most")
         return batch.to(self.language_model.embed_tokens.weight.device)
 
     def forward(self, batch):
@@ -241,13 +239,13 @@ def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=N
 
 def find_lmm(folder, config, checkpoint):
     """The Part that holds the LMM's tensors, of a folder or of a published DreamEngine."""
-    source, tensors, prefix, wrapped = folder, None, "", frozenset()
     if checkpoint and checkpoint.lmm:
-        source, tensors = checkpoint.source, checkpoint.lmm
-        prefix, wrapped = "lmm.", checkpoint.wrapped
-    kind = f"Qwen2-VL ({prefix}model.*)"
-    part = find_part(tensors or read(folder), source, kind, (prefix,), _LAYOUTS)
-    part = part._replace(layout=replace(part.layout, wrapped=wrapped))
+        source, tensors, prefix = checkpoint.source, checkpoint.lmm, "lmm."
+    else:
+        source, tensors, prefix = folder, read(folder), ""
+    part = find_part(tensors, source, f"Qwen2-VL ({prefix}model.*)", (prefix,), _LAYOUTS)
+    if prefix:
+        part = part._replace(layout=replace(part.layout, wrapped=checkpoint.wrapped))
     head = part.tensors.pop(f"{prefix}lm_head.weight", None)  # no word is ever to be predicted
     (embedding,) = part.layout.names("language_model.embed_tokens.weight")
     if head is not None and config.tie_word_embeddings:  # the file may keep either of the two names
@@ -281,16 +279,13 @@ def read_lmm_config(folder):
 def load_tokenizer(folder):
     """The tokenizer of a Qwen2-VL folder, with its vision tokens."""
     if not any(Path(folder, name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise FileNotFoundError(
-            f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)"
-        )
+        raise FileNotFoundError(f"{folder}: no tokenizer (tokenizer.json or vocab.json)")
     with reading(folder, "the tokenizer of a Qwen2-VL"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if not tokenizer.encode("a", split_special_tokens=True, add_special_tokens=False):
             raise ValueError("it reads no letters")
-        missing = [token for token in VISION_TOKENS if token not in tokenizer.get_vocab()]
-        if missing:
-            raise ValueError(f"it has no {missing[0]}")
+        if missing := set(VISION_TOKENS) - tokenizer.get_vocab().keys():
+            raise ValueError(f"it has no {min(missing)}")
     return tokenizer
 
 
@@ -302,18 +297,16 @@ def patch_config(folder, config=None):
     vision = (config or read_lmm_config(folder)).vision_config
     patches = PatchConfig(vision.patch_size, vision.spatial_merge_size)
     file = Path(folder, "preprocessor_config.json")
-    if not file.is_file():
-        return patches
-    stated = read_json(file)
+    stated = read_json(file) if file.is_file() else {}
     with reading(file, "the image sizes of a Qwen2-VL"):
-        for name, value in (("patch_size", patches.patch), ("merge_size", patches.merge)):
-            if stated.get(name, value) != value:
-                raise ValueError(f"{name} {stated[name]!r}, but {value} in the model's config.json")
+        cut = stated.get("patch_size", patches.patch), stated.get("merge_size", patches.merge)
+        if cut != (patches.patch, patches.merge):
+            raise ValueError("other patch_size or merge_size than in the model's config.json")
         size = stated.get("size") or {}  # transformers 5 calls the limits of area edges
         low = [stated.get("min_pixels"), size.get("shortest_edge"), patches.min_pixels]
         high = [stated.get("max_pixels"), size.get("longest_edge"), patches.max_pixels]
         low, high = (next(x for x in limits if x is not None) for limits in (low, high))
-        if type(low) is not int or type(high) is not int or not 0 < low <= high:
+        if not 0 < low <= high or high != int(high):
             raise ValueError(f"min_pixels {low!r} and max_pixels {high!r}")
     high = min(high, patches.max_pixels)
     return replace(patches, min_pixels=min(low, high), max_pixels=high)

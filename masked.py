@@ -14,9 +14,6 @@ import torch.nn.functional as F
 LOWEST = 1e-3  # the smallest t in training, and the share of tokens that is never hidden
 
 
-# ---- training -----------------------------------------------------------------------------------
-
-
 def stratified_times(uniform):
     """uniform (B,) in [0, 1) -> t (B,) in [0.001, 1], one in each of B equal parts of the range.
 
@@ -53,9 +50,6 @@ def without_mask(logits, mask_id=-1):
     logits = logits.to(torch.float32, copy=True)
     logits[..., mask_id] = -torch.inf
     return logits
-
-
-# ---- sampling -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -44,9 +44,6 @@ FAMILIES = {
 }
 
 
-# ---- what goes in -------------------------------------------------------------------------------
-
-
 def timestep_embedding(t, dim=256):
     """t (B,) in [0, 1] -> (B, dim) fp32: cosines, then sines, of 1000 t at geometric frequencies."""
     frequencies = torch.exp(
@@ -95,9 +92,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, latent):
         return rearrange(self.proj(latent), "B D h w -> B (h w) D").contiguous()
-
-
-# ---- a block ------------------------------------------------------------------------------------
 
 
 class Modulation(NamedTuple):
@@ -222,9 +216,6 @@ class JointBlock(nn.Module):
         (txt_mlp,) = txt_mlp
         txt = add_gated(txt, txt_attn, text.attn.proj(txt_y))
         return add_gated(txt, txt_mlp, text.mlp(modulate(txt, txt_mlp))), img
-
-
-# ---- the whole ----------------------------------------------------------------------------------
 
 
 class FinalLayer(nn.Module):

@@ -1,7 +1,6 @@
 """UniAlignment's network, T5 and settings, and the folder that holds them as published.
 
     transformer/  vae/  text_encoder/  tokenizer/  scheduler/
-    sampling.json      ours: how these weights are used best
 
 Beside a folder of SD3-medium transformer/ alone is enough. The VAE is read by `checkpoints.load_vae`.
 """
@@ -175,21 +174,17 @@ class Tokens:
     def __init__(self, tokenizer, slots):
         self.tokenizer, self.slots, self.end = tokenizer, slots, tokenizer.eos_token_id
         self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
-        self.special = {self.mask_id, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
 
-    def ids(self, text):
-        """Its ids as a list; the name of a special token in a text is left out."""
+    def ids(self, text, slots=None):
+        """As a list, special tokens left out. With slots padded, or cut to leave one EOS at least."""
+        special = {self.mask_id, *self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return [i for i in ids if i not in self.special]
-
-    def padded(self, text, slots):
-        """Its ids as a list, cut to leave one EOS at least."""
-        ids = self.ids(text)[: slots - 1]
-        return ids + [self.end] * (slots - len(ids))
+        ids = [i for i in ids if i not in special]
+        return ids if slots is None else ids[: slots - 1] + [self.end] * max(1, slots - len(ids))
 
     def __call__(self, texts):
         """Texts -> ids (B, L)."""
-        return torch.tensor([self.padded(text, self.slots) for text in texts])
+        return torch.tensor([self.ids(text, self.slots) for text in texts])
 
     def about(self, question=None, text=None):
         """A caption, or the answer to a question, as ids (L,), and which slots hold it, (L,) bool.
@@ -200,7 +195,7 @@ class Tokens:
         room = self.slots - len(asked)
         if room < 1:
             raise UserError(f"a question of all {self.slots} slots leaves no room to answer")
-        row = asked + ([self.mask_id] * room if text is None else self.padded(text, room))
+        row = asked + ([self.mask_id] * room if text is None else self.ids(text, room))
         return torch.tensor(row), torch.arange(self.slots) >= len(asked)
 
     def text(self, ids):
@@ -210,7 +205,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a folder's weights are used best: its sampling.json; without one as the authors do."""
+    """How weights are used best: what their scheduler_config.json says, else as the authors do."""
 
     slots: int = 256  # of every text: padding is attended, so it is part of a prompt
     size: int = 512  # side of a picture
@@ -219,20 +214,19 @@ class Sampling:
     negative: str = NEGATIVE
     text_steps: int = 32
     order: str = "sampled"  # see `masked.unmask`
-    shift: float = 3.0  # of the noise levels; stands in scheduler/
+    shift: float = 3.0  # of the noise levels; all that published ones say
 
 
-def read_sampling(folder, scheduler):
-    """The Sampling of a pipeline folder: its sampling.json, and its scheduler's shift."""
-    file, settings = Path(folder, "sampling.json"), Path(scheduler, "scheduler_config.json")
-    stated = read_json(file) if file.is_file() else {}
-    stated["shift"] = read_json(settings).get("shift", 3.0) if settings.is_file() else 3.0
+def read_sampling(scheduler):
+    """The Sampling of a folder's scheduler/."""
+    file = Path(scheduler, "scheduler_config.json")
     with reading(file, "settings of sampling"):
-        kinds = {field.name: field.type for field in fields(Sampling)}
-        sampling = Sampling(**{name: kinds[name](x) for name, x in stated.items()})
+        stated, kinds = read_json(file), {field.name: field.type for field in fields(Sampling)}
+        known = {name: kind(stated[name]) for name, kind in kinds.items() if name in stated}
+        sampling = Sampling(**known)
         counts = sampling.slots, sampling.steps, sampling.text_steps, sampling.size // 16
         if min(counts) < 1 or not 0 < sampling.shift < 1000:
-            raise ValueError("slots, steps, size and the scheduler's shift must be positive")
+            raise ValueError("slots, steps, size and shift must be positive")
     return sampling
 
 
@@ -250,10 +244,8 @@ def save_frozen(engine, folder):
     """Write all parts of a UniAlignment that training does not change: settings, VAE, T5."""
     for name in PARTS:
         Path(folder, name).mkdir(parents=True, exist_ok=True)
-    sampling, config = asdict(engine.sampling), engine.vae.config
-    shift = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": sampling.pop("shift")}
-    write_json(folder / "scheduler" / "scheduler_config.json", shift)
-    write_json(folder / "sampling.json", sampling)
+    config, kind = engine.vae.config, {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    write_json(folder / "scheduler" / "scheduler_config.json", kind | asdict(engine.sampling))
     engine.text_encoder.save_pretrained(folder / "text_encoder")
     engine.tokens.tokenizer.save_pretrained(folder / "tokenizer")
     sizes = {"latent_channels": config.latent_channels, "norm_num_groups": config.groups}

@@ -15,8 +15,6 @@ from PIL import ExifTags, Image, ImageOps
 
 from support.cli import UserError, reading
 
-# ---- images -------------------------------------------------------------------------------------
-
 
 def read_image(path):
     """Read an image file as a person sees it: a PIL image in RGB, turned upright.
@@ -87,9 +85,6 @@ def check_drawing(steps, guidance, width, height, largest):
             near = min(max(round(side / 16) * 16, 16), largest)
             limit = f"multiples of 16 up to {largest}"
             raise UserError(f"size {width}x{height}: sides must be {limit}; nearest is {near}")
-
-
-# ---- prompts ------------------------------------------------------------------------------------
 
 
 def interleave(text, images):

@@ -67,7 +67,7 @@ def train(args, sources):
     settings = run_settings(args, engine, data.pools, world)
     start = runs.restore(out, engine, optimizer, settings)
     numbers = range(start * args.accumulate * world + rank, len(data), world)
-    microbatches = data.load(numbers, args.workers, pin_memory=device.type == "cuda")
+    microbatches = data.load(numbers, args.workers)
     if args.only_load:
         return time_loading(microbatches, args.batch)
     model = distribute(engine, learning, args.shard, world) if world > 1 else engine
@@ -99,7 +99,9 @@ def train(args, sources):
             by_t.index_add_(1, (t * runs.BINS).long(), torch.stack([losses, torch.ones(len(t))]))
             mean += losses.mean().item() / args.accumulate / world
         totals = torch.tensor([*by_t.flatten(), mean, len(bad_lines.read), len(stopped)])
-        *by_t, loss, bad, stopping = sum_over_processes(totals, device, world)
+        if world > 1:
+            dist.all_reduce(totals := totals.to(device))
+        *by_t, loss, bad, stopping = totals.tolist()
 
         # The step, unless loss or gradient is not finite
         norm = nn.utils.clip_grad_norm_(params, args.clip).item()
@@ -275,13 +277,6 @@ def distribute(engine, learning, shard, world):
     return DistributedDataParallel(engine, gradient_as_bucket_view=True)
 
 
-def sum_over_processes(x, device, world):
-    """The sum of a tensor over the processes, as a list."""
-    if world > 1:
-        dist.all_reduce(x := x.to(device))
-    return x.tolist()
-
-
 def end(world):
     if world > 1:
         dist.barrier()  # rank 0 may still be writing
@@ -321,30 +316,19 @@ def catch_signals():
 
 def shares(text, names=FIELDS, example="t2i=1,edit=2, the tasks"):
     """'t2i=1,edit=2' -> {task: number}."""
-    try:
-        result = {name: float(x) for name, x in (part.split("=") for part in text.split(","))}
-        valid = all(0 <= x <= 1e6 for x in result.values())
-        some = any(result.values()) or names is LOSSES
-        if not (valid and some) or result.keys() - names.keys():
-            raise ValueError
-    except ValueError:
+    parts = [re.fullmatch(r"(\w+)=(\d{1,6}|\d{0,6}\.\d+)", part) for part in text.split(",")]
+    if not all(part and part[1] in names for part in parts):
         expected = f"such as {example} being {', '.join(names)}"
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from None
-    return result
-
-
-def stage(text):
-    return int(text) if text.isdecimal() else text
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
+    return {part[1]: float(part[2]) for part in parts}
 
 
 def weighted_file(text):
     """'a.jsonl' or 'a.jsonl=2' -> (file, weight)."""
     file, _, weight = text.rpartition("=")
-    try:
-        float(weight)
-    except ValueError:
-        file = ""  # the = is part of the name
-    return (file, number(0, 1e6, exclude_low=True)(weight)) if file else (text, 1.0)
+    if not file or not re.fullmatch(r"[-+.e\d]+|nan|inf", weight):  # the = is part of the name
+        return text, 1.0
+    return file, number(0, 1e6, exclude_low=True)(weight)
 
 
 def options():
@@ -352,33 +336,29 @@ def options():
     parser = Parser(description="Train Dream Engine (adapter: 1, LoRA too: 2) or UniAlignment.")
     add, positive = parser.add_argument, partial(number, 0, exclude_low=True)
     # fmt: off
-    add("--stage", type=stage, choices=SHARES, required=True)
+    add("--stage", type=lambda x: int(x) if x.isdecimal() else x, choices=SHARES, required=True)
     add("--data", type=weighted_file, action="append", default=[], metavar="FILE[=WEIGHT]",
         help="JSONL manifest, repeatable; WEIGHT: of its share in each of its tasks")
     add("--tasks", type=shares, help="shares of the microbatches, such as t2i=1,edit=2")
     add("--null", type=number(0, 1), default=0.1, help="share of null prompts; default: 0.1")
     add("--loss", choices=("velocity", "x0"), help="x0: the official weighting, default of UniAlignment")
     add("--weights", type=partial(shares, names=LOSSES, example="text=1,isa=0, the losses"),
-        help="of UniAlignment's losses; default: " + ",".join(f"{k}={x:g}" for k, x in LOSSES.items()))
+        help="of UniAlignment's losses; default: velocity=1,text=0.2,csa=0.05,isa=0.1")
     add("--blend", type=number(0, 1), help="one r for all, 0: LMM, 1: ViT; default: a random one each")
     add("--layers", type=whole_number(1, 8), default=2, help="of a new adapter; default: 2")
-    add("--mlp-dim", type=whole_number(1, 65536),
-        help="its hidden units; default: 4096, less for a small MM-DiT")
+    add("--mlp-dim", type=whole_number(1, 65536), help="its hidden units; default: up to 4096")
     add("--steps", type=whole_number(1, 10**7), help="default: 6000 in stage 1, else 8000")
     add("--batch", type=whole_number(1, 4096), default=16, help="examples in a microbatch")
-    add("--accumulate", type=whole_number(1, 10**4), default=1,
-        help="microbatches a step, on each process")
+    add("--accumulate", type=whole_number(1, 10**4), default=1, help="microbatches a step and process")
     add("--lr", type=positive(10), help="default: 2e-3, 1e-3, 8e-4 for the miniature, else 5e-5, 3e-5")
     add("--warmup", type=whole_number(1), default=100, help="steps")
     add("--clip", type=positive(1e9), default=1.0, help="largest norm of the gradient")
-    add("--rank", type=whole_number(0, 4096),
-        help="of LoRA in stage 2; default: 16 for the miniature, else 32; 0: none")
+    add("--rank", type=whole_number(0, 4096), help="of LoRA; default: of the mini 16, else 32; 0: none")
     add("--alpha", type=positive(1e6), help="of LoRA, whose scale is alpha / rank; default: rank")
     add("--lmm-lora", action="store_true", help="LoRA on the LMM's attention, too")
     add("--size", type=whole_number(16, 8192), help="of a side; default: 512, or all the model can")
     add("--buckets", action="store_true", help="about that size in the picture's own ratio")
-    add("--checkpointing", action=argparse.BooleanOptionalAction,
-        help="compute blocks twice to keep less; default: on a GPU")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     add("--shard", action="store_true", help="spread the frozen MM-DiT over the processes")
     add("--only-load", action="store_true", help="time the reading of the data for --steps steps")
     add("--workers", type=whole_number(0, 256), help="data readers; default: 4 with a GPU, else 0")
@@ -406,6 +386,8 @@ def parse(arguments=None):
         if str(args.stage) not in stages and any(getattr(args, name) for name in names):
             named = " and ".join(f"--{name.replace('_', '-')}" for name in names)
             raise UserError(f"{named} belong to --stage {stages}")
+    if args.tasks and not any(args.tasks.values()):
+        raise UserError("--tasks: all shares are 0, expected such as t2i=1,edit=2")
     learnt = {"t2i", "edit", "answer"} if args.stage == UNI else FIELDS.keys() - {"answer"}
     if others := (args.tasks or {}).keys() - learnt:
         raise UserError(f"--tasks: --stage {args.stage} does not learn {min(others)}")
@@ -439,7 +421,7 @@ def parse(arguments=None):
     args.out = args.out or f"runs/{'' if args.stage == UNI else 'stage'}{args.stage}"
     if runs.latest(args.out) and not args.resume:
         raise UserError(
-            f"{args.out} holds a run: --resume goes on with it, or choose another --out"
+            f"{args.out} holds a run: --resume goes on with it; or choose another --out"
         )
     on_gpu = usable_device(args.device).type == "cuda"
     args.workers = (4 if on_gpu else 0) if args.workers is None else args.workers

@@ -38,8 +38,8 @@ class Checkpoint:
         rest = {path for path in self.pairs if path.startswith(layout.prefix)}
         found = {}
         for path, (linear, parts) in lora_sites(model):
-            names = [k.removesuffix(".weight") for k in layout.names(f"{path}.weight")]
-            names = [k.removesuffix(".base_layer") for k in names]
+            names = layout.names(f"{path}.weight")
+            names = [re.sub(r"(\.base_layer)?\.weight$", "", name) for name in names]
             rest -= set(names)
             pairs = [self.pairs.get(k) for k in names]
             if any(pairs):
@@ -58,16 +58,11 @@ class Checkpoint:
         check(tensors, expected, self.source)
         if not rank:
             raise UserError(f"{self.source}: {min(tensors)} is a LoRA of rank 0")
-        joined = {
-            kind: torch.cat(
-                [  # one of q, k and v without LoRA has one of zeros
-                    (pair[kind][1] if pair else torch.zeros(shape)).float().view(-1, *shape)
-                    for pair in pairs
-                ]
-            )
-            for kind, shape in shapes.items()
-        }
-        return joined["A"], joined["B"], self.scale * rank if self.dit else self.config["alpha"]
+        joined = []
+        for kind, shape in shapes.items():  # one of q, k and v without LoRA has one of zeros
+            matrices = [pair[kind][1] if pair else torch.zeros(shape) for pair in pairs]
+            joined.append(torch.cat([x.float().view(-1, *shape) for x in matrices]))
+        return *joined, self.scale * rank if self.dit else self.config["alpha"]
 
 
 def read_checkpoint(path, lora_scale=1.0):

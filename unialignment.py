@@ -64,7 +64,7 @@ class UniAlignment(nn.Module):
         if not folder.exists():
             raise FileNotFoundError(f"{folder}: no such folder; expected one of UniAlignment")
         places = {name: pipeline.find_folder(folder, sd3, name) for name in pipeline.PARTS}
-        sampling = pipeline.read_sampling(folder, places["scheduler"])
+        sampling = pipeline.read_sampling(places["scheduler"])
         tokenizer = pipeline.load_tokenizer(places["tokenizer"])
         inner = folder / "transformer"
         mmdit = pipeline.load_transformer(inner if inner.is_dir() else folder, device, dtype)

@@ -180,7 +180,7 @@ def test_a_run_learns_everything_but_what_is_frozen_and_leaves_a_folder(capsys):
     total = sum(LOSSES[name] * last[name] for name in LOSSES)
     assert abs(total - last["loss"]) < 1e-4 and all(last[name] > 0 for name in LOSSES)
     assert sorted(p.name for p in Path("run").iterdir()) == [
-        "checkpoints", "metrics.jsonl", "sampling.json", "scheduler", "text_encoder", "tokenizer",
+        "checkpoints", "metrics.jsonl", "scheduler", "text_encoder", "tokenizer",
         "transformer", "vae",
     ]  # fmt: skip
     said = capsys.readouterr().out

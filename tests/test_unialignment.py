@@ -324,7 +324,7 @@ def test_a_saved_folder_comes_back(uni, tmp_path, vae_names):
     uni.save(tmp_path / "again/transformer")
     uni.save_frozen(tmp_path / "again")
     assert sorted(p.name for p in (tmp_path / "again").iterdir()) == [
-        "sampling.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae",
+        "scheduler", "text_encoder", "tokenizer", "transformer", "vae",
     ]  # fmt: skip
     again = UniAlignment.load(tmp_path / "again", device="cpu")
     assert again.sampling == uni.sampling
@@ -344,7 +344,6 @@ def test_a_transformer_alone_is_completed_by_sd3(uni, vae_names, tmp_path):
     weights = {k: x for k, x in transformer_weights().items() if "siglip" not in k}
     (tmp_path / "one").mkdir()
     save_file(weights, tmp_path / "one" / "consolidated.00-of-01.safetensors")
-    (tmp_path / "one" / "sampling.json").write_text('{"slots": 12, "size": 32}')
     for source in (tmp_path / "one", tmp_path / "one" / "consolidated.00-of-01.safetensors"):
         other = UniAlignment.load(source, sd3, device="cpu")
         assert not hasattr(other.mmdit, "image_adapter")
@@ -413,8 +412,7 @@ def remove(part):
         (edit("text_encoder/config.json", d_model=64), "has shape"),
         (lambda f: (f / "text_encoder/config.json").unlink(), "No such file.*text_encoder/config.json"),
         (edit("scheduler/scheduler_config.json", shift=0), "shift must be positive"),
-        (edit("sampling.json", slots="many"), "sampling.json: expected settings of sampling"),
-        (edit("sampling.json", mood="good"), "sampling.json: expected settings of sampling"),
+        (edit("scheduler/scheduler_config.json", slots="many"), "expected settings of sampling"),
         (remove("text_encoder"), "holds no text_encoder/; a folder of SD3-medium"),
         (remove("vae"), "holds no vae/"),
         (lambda f: (f / "tokenizer/tokenizer.json").unlink(), "expected a T5 tokenizer"),

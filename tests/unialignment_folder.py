@@ -40,6 +40,6 @@ def publish(folder, vae, case="published", *, weights=None, names=None, **sampli
     T5Config(**T5).save_pretrained(inside["text_encoder"])
     save_file(tensors(NAMES["t5"]), inside["text_encoder"] / "model.safetensors")
     t5_tokenizer().save_pretrained(inside["tokenizer"])
-    (inside["scheduler"] / "scheduler_config.json").write_text('{"shift": 3.0}')
-    (folder / "sampling.json").write_text(json.dumps({"slots": 12, "size": 32, **sampling}))
+    sampling = {"shift": 3.0, "num_train_timesteps": 1000, "slots": 12, "size": 32, **sampling}
+    (inside["scheduler"] / "scheduler_config.json").write_text(json.dumps(sampling))
     return folder
