@@ -97,10 +97,7 @@ def add_lora(model, rank=32, alpha=None):
 
 
 def wrap_lora(model, lora):
-    """Wrap attention projections in the trained LoRA {path: (A, B, alpha)}, frozen.
-
-    A is (parts, rank, in), B (parts, out / parts, rank).
-    """
+    """Wrap projections in trained LoRA {path: (A, B, alpha)}, frozen, shaped as in `LoRALinear`."""
     for path, (a, b, alpha) in lora.items():
         wrapped = LoRALinear(model.get_submodule(path), a.shape[1], alpha, len(a))
         wrapped.A.data.copy_(a)

@@ -106,10 +106,7 @@ def read_config(folder):
 
 
 def table(text):
-    """Lines of "name in the model   names in the file" as rules (pattern, templates) of a Layout.
-
-    # stands for a number, * for anything, on both sides in the same order.
-    """
+    """Lines of "name in the model  names in the file" as rules; # is a number, * is anything."""
     rules = []
     for line in filter(None, map(str.strip, text.splitlines())):
         name, *stored = line.split()
@@ -169,17 +166,13 @@ class Part(NamedTuple):
         pattern = rf"{re.escape(self.layout.prefix)}{pattern}\.(\d{{1,9}})\."
         numbers = sorted({int(m[1]) for k in self.tensors if (m := re.match(pattern, k))})
         if numbers != list(range(len(numbers))):
-            raise UserError(
-                f"{self.source}: {pattern} must be numbered 0, 1, 2 ...: {numbers[:40]}"
-            )
+            found = ", ".join(map(str, numbers[:40]))
+            raise UserError(f"{self.source}: {pattern} must be numbered 0, 1, 2 ...: has {found}")
         return len(numbers)
 
 
 def find_part(tensors, source, kind, prefixes, layouts):
-    """The Part below the first prefix, in the first layout, whose mark is there.
-
-    layouts: {beginning of a name in the file: Layout}. Raises UserError if there is no model of the kind.
-    """
+    """The Part below the first prefix, in the first of {mark: Layout}, where a name begins so."""
     for prefix in prefixes:
         for mark, layout in layouts.items():
             if any(name.startswith(prefix + mark) for name in tensors):
@@ -221,10 +214,7 @@ def stored(model, layout):
 
 
 def check(tensors, shapes, source):
-    """Raise UserError unless tensors have just the names and shapes expected, and real numbers.
-
-    A 1x1 convolution may be stored as the matrix that it is.
-    """
+    """UserError unless tensors have these names and shapes; a 1x1 convolution may be a matrix."""
     faults = [f"missing {k}" for k in shapes.keys() - tensors.keys()]
     faults += [f"unknown {k}" for k in tensors.keys() - shapes.keys()]
     for name in shapes.keys() & tensors.keys():
@@ -292,10 +282,7 @@ def load_mmdit(path, device="cpu", dtype=torch.float32):
 def build_mmdit(
     tensors, source, device="cpu", dtype=torch.float32, *, stated=None, wrapped=frozenset()
 ):
-    """The same from tensors at hand, {name in the file: tensor}.
-
-    stated: what a diffusers config.json says, to be checked; wrapped: see `Layout`.
-    """
+    """The same from {name: tensor}; stated: a config.json to check; wrapped: see `Layout`."""
     layouts = {"joint_blocks.": Layout(), "transformer_blocks.": Layout(MMDIT_DIFFUSERS)}
     layouts = {k: replace(x, wrapped=wrapped) for k, x in layouts.items()}
     prefixes = ("model.diffusion_model.", "transformer.", "dit.", "")
@@ -346,9 +333,8 @@ def compare(source, stated, found):
     """Raise UserError where a config.json and the tensors beside it disagree."""
     for name, value in found.items():
         if stated.get(name) not in (None, value):
-            raise UserError(
-                f"{source}: config.json says {name} {stated[name]!r}, its tensors say {value!r}"
-            )
+            said = f"config.json says {name} {stated[name]!r}, its tensors say {value!r}"
+            raise UserError(f"{source}: {said}")
 
 
 def empty(kind, source, *config):
@@ -386,9 +372,7 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     folder = folder if folder.is_dir() else Path(path)
     layouts = {"encoder.down.": Layout(), "encoder.down_blocks.": Layout(VAE_DIFFUSERS)}
     prefixes = ("first_stage_model.", "vae.", "")
-    part = find_part(
-        read(folder), path, "SD3.5 autoencoder (first_stage_model.*)", prefixes, layouts
-    )
+    part = find_part(read(folder), path, "SD3.5 autoencoder", prefixes, layouts)
     config = infer_vae(part, read_config(folder) if folder.is_dir() else {})
     model = fill(empty(VAE, path, config), part, device, dtype)
     return model.to(memory_format=torch.channels_last)  # a fifth faster on a CPU

@@ -49,10 +49,7 @@ LONGEST_LINE = 2**20  # bytes
 
 
 def parse_record(line):
-    """One line of a manifest as a dictionary; raises UserError naming what is wrong with it.
-
-    Only the fields that its task needs are looked at.
-    """
+    """A line of a manifest as a dictionary; UserError names what its task needs and lacks."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -127,10 +124,7 @@ class Manifest:
             return parse_record(stream.readline(LONGEST_LINE))
 
     def record(self, row, task, rng=None):
-        """The example of a row for a task, its images read; raises UserError or OSError.
-
-        rng: for sources that draw their examples at random; here there is nothing to draw.
-        """
+        """The example of a row for a task, its images read; rng: for sources that draw them."""
         record = self.line(row) | {"task": task}
         for name in {"source", "target", "image"} & {*FIELDS[task]}:
             record[name] = read_image(self.file.parent / record[name])
@@ -174,10 +168,7 @@ def training_example(record, size, rng):
 
 
 def visible_box(box, old, new):
-    """A box in thousandths of a picture of size old, in pixels of its crop to size new.
-
-    None if it is too large, too small, too thin, or mostly cropped away.
-    """
+    """A box in thousandths of size old, in pixels of its crop to size new; None if unfit."""
     scale = max(new[0] / old[0], new[1] / old[1])
     shifts = [(a * scale - b) / 2 for a, b in zip(old, new)]
     edges = [x / 1000 * old[i % 2] * scale - shifts[i % 2] for i, x in enumerate(box)]
@@ -222,11 +213,7 @@ def _shuffled(n, seed):
 
 
 def make_pools(sources, tasks, side, buckets=False, progress=iter):
-    """Pools of [(source, weight)] and {task: weight}; with buckets by the target's ratio.
-
-    A task's weight is its share of the microbatches; the sources that hold examples of it divide
-    that share by their own weights.
-    """
+    """Pools of [(source, weight)] and {task: share}, which its sources divide by their weights."""
     pools = []
     for task, share in tasks.items():
         holding = [(s, weight, rows) for s, weight in sources if len(rows := s.rows(task))]
@@ -390,10 +377,7 @@ class PairedMicrobatches(Microbatches):
 
 
 class BadLines:
-    """The lines of manifests [(source, weight)] that were skipped; over 1 % of them end the training.
-
-    scanned, read: {file:line: reason} of those found when the manifests were opened and later on.
-    """
+    """Skipped lines, {file:line: reason}: scanned as manifests were opened, or read later on."""
 
     def __init__(self, sources):
         sources = [source for source, _ in sources]

@@ -231,10 +231,7 @@ def new_adapter(lmm, mmdit, layers=2, mlp_dim=None):
 
 
 def denoise(transformer, condition, noise, steps=28, guidance=4.5, progress=iter):
-    """Noise (B, C, h, w) -> latent, by Euler's method with classifier-free guidance.
-
-    condition holds the B prompts and, unless guidance is 1, their B null prompts.
-    """
+    """Noise (B, C, h, w) -> latent; condition: of B prompts, then their B nulls or none."""
     sigmas, padding = flow.sigma_schedule(steps), condition.padding
     copies = len(condition.vec) // len(noise)
 

@@ -69,10 +69,7 @@ class Qwen2VL(nn.Module):
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """How an LMM wants its images: patch side, patches merged into a token, limits of size.
-
-    At most 512 tokens an image in the official code, whatever Qwen2-VL itself would allow.
-    """
+    """How an LMM wants its images; at most 512 tokens each, as in the official code."""
 
     patch: int = 14
     merge: int = 2
@@ -81,10 +78,7 @@ class PatchConfig:
 
 
 def smart_resize(height, width, factor=28, min_pixels=56 * 56, max_pixels=512 * 28 * 28):
-    """Qwen2-VL's choice of size: sides the multiples of factor nearest to the image's own.
-
-    Returns (height, width); raises UserError where one side is over 200 times the other.
-    """
+    """Qwen2-VL's choice of (height, width): multiples of factor near the image's own."""
     if max(height, width) > 200 * min(height, width):
         raise UserError(f"image of {width}x{height}: one side is over 200 times the other")
     h, w = round(height / factor) * factor, round(width / factor) * factor
@@ -290,10 +284,7 @@ def load_tokenizer(folder):
 
 
 def patch_config(folder, config=None):
-    """Image sizes for this LMM; never more than 512 tokens an image, as in the official code.
-
-    The model's config says how patches are cut; preprocessor_config.json, if there, the limits.
-    """
+    """Image sizes: cut as the model's config says, limits of preprocessor_config.json."""
     vision = (config or read_lmm_config(folder)).vision_config
     patches = PatchConfig(vision.patch_size, vision.spatial_merge_size)
     file = Path(folder, "preprocessor_config.json")

@@ -54,10 +54,7 @@ def timestep_embedding(t, dim=256):
 
 
 def position_table(side, width):
-    """Fixed 2-D sine-cosine table (1, side * side, width): columns first, then rows.
-
-    Only training from nothing needs it; published checkpoints carry their own.
-    """
+    """2-D sine-cosine table (1, side * side, width), columns first, to train from nothing."""
     omega = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
@@ -103,10 +100,7 @@ class Modulation(NamedTuple):
 
 
 class AdaLN(nn.Sequential):
-    """c (B, D) -> a Modulation for each three of the chunks, as wide as c, of its output.
-
-    The layer knows a gain as its difference from 1.
-    """
+    """c (B, D) -> a Modulation of each three chunks; its gain is its difference from 1."""
 
     def __init__(self, width, chunks):
         super().__init__(nn.SiLU(), nn.Linear(width, chunks * width))

@@ -13,22 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from checkpoints import (
-    MMDIT_DIFFUSERS,
-    VAE_DIFFUSERS,
-    Layout,
-    compare,
-    empty,
-    fill,
-    find_part,
-    infer_mmdit,
-    mmdit_settings,
-    read,
-    read_config,
-    read_json,
-    stored,
-    table,
-)
+import checkpoints
 from mmdit import MMDiT, TimestepEmbedder, timestep_embedding
 from support.cli import UserError, reading
 from support.files import whole, write_json
@@ -82,7 +67,7 @@ class Transformer(MMDiT):
     def settings(self):
         """Its config.json, in the authors' names."""
         config = self.config
-        return mmdit_settings(config) | {
+        return checkpoints.mmdit_settings(config) | {
             "vocab_size": self.text_head.out_features,
             "num_attention_heads": config.width // config.head_dim,
             "caption_projection_dim": config.width,
@@ -107,9 +92,9 @@ def grow(base, vocabulary):
     return model
 
 
-# As diffusers names SD3's, with a few other names. Of the layers that are stored as (scale, shift)
+# As diffusers names SD3's, with a few other names. Of the layers that are checkpoints.stored as (scale, shift)
 # only the final one is left.
-OTHER_NAMES = table("""
+OTHER_NAMES = checkpoints.table("""
     final_layer.adaLN_modulation.1.*  image_norm_out.linear.*
     final_layer.linear.*              image_proj_out.*
     text_head.*                       text_proj_out.*
@@ -117,7 +102,9 @@ OTHER_NAMES = table("""
     image_adapter.*                   siglip_adapter_img.fc.*
     text_adapter.*                    siglip_adapter_text.fc.*
 """)
-LAYOUT = Layout(OTHER_NAMES + MMDIT_DIFFUSERS, swapped=r"final_layer\.adaLN_modulation\.1\.\w+")
+LAYOUT = checkpoints.Layout(
+    OTHER_NAMES + checkpoints.MMDIT_DIFFUSERS, swapped=r"final_layer\.adaLN_modulation\.1\.\w+"
+)
 
 
 def load_transformer(path, device="cpu", dtype=torch.float32):
@@ -125,38 +112,44 @@ def load_transformer(path, device="cpu", dtype=torch.float32):
 
     Raises FileNotFoundError, or UserError naming the tensors that do not fit.
     """
-    stated = read_config(path) if Path(path).is_dir() else {}
+    stated = checkpoints.read_config(path) if Path(path).is_dir() else {}
     kind = "transformer of UniAlignment (text_proj_out.weight)"
-    part = find_part(read(path), path, kind, ("",), {"text_proj_out.weight": LAYOUT})
+    part = checkpoints.find_part(
+        checkpoints.read(path), path, kind, ("",), {"text_proj_out.weight": LAYOUT}
+    )
     aligned = None
     if part.shape("image_adapter.0.weight"):
         aligned = [part.dimension(f"image_adapter.{i}.weight", 0) for i in (0, 2)]
     sizes = part.dimension("text_head.weight", 0), part.dimension("null_image", 1), aligned
     rounded = stated.get("float16_time", True)
-    model = empty(Transformer, path, infer_mmdit(part, stated), *sizes, rounded)
-    compare(path, stated, model.settings())
-    return fill(model, part, device, dtype)
+    model = checkpoints.empty(
+        Transformer, path, checkpoints.infer_mmdit(part, stated), *sizes, rounded
+    )
+    checkpoints.compare(path, stated, model.settings())
+    return checkpoints.fill(model, part, device, dtype)
 
 
 def save_transformer(model, folder):
     """Write config.json and the weights in the published names."""
     write_json(folder / "config.json", model.settings())
     with whole(folder / WEIGHTS) as partial:
-        save_file(stored(model, LAYOUT), partial)
+        save_file(checkpoints.stored(model, LAYOUT), partial)
 
 
 def load_text_encoder(folder, device="cpu", dtype=torch.float32):
     """The encoder of a T5, strictly; bfloat16 instead of float16, in which its states run over."""
     with reading(folder, "the folder of a T5 encoder"):
-        config = T5Config.from_dict(read_json(Path(folder, "config.json")))
-    layout = Layout(table("encoder.embed_tokens.weight  shared.weight"))
-    part = find_part(read(folder), folder, "T5 encoder", ("",), {"encoder.block.": layout})
+        config = T5Config.from_dict(checkpoints.read_json(Path(folder, "config.json")))
+    layout = checkpoints.Layout(checkpoints.table("encoder.embed_tokens.weight  shared.weight"))
+    part = checkpoints.find_part(
+        checkpoints.read(folder), folder, "T5 encoder", ("",), {"encoder.block.": layout}
+    )
     embeddings = part.tensors.pop("encoder.embed_tokens.weight", None)
     if embeddings is not None:  # a file may keep either name, or both
         part.tensors.setdefault("shared.weight", embeddings)
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype
-    model = fill(empty(T5EncoderModel, folder, config), part, device, dtype)
-    model.encoder.set_input_embeddings(model.shared)  # one table again
+    model = checkpoints.fill(checkpoints.empty(T5EncoderModel, folder, config), part, device, dtype)
+    model.encoder.set_input_embeddings(model.shared)  # one checkpoints.table again
     return model
 
 
@@ -221,7 +214,10 @@ def read_sampling(scheduler):
     """The Sampling of a folder's scheduler/."""
     file = Path(scheduler, "scheduler_config.json")
     with reading(file, "settings of sampling"):
-        stated, kinds = read_json(file), {field.name: field.type for field in fields(Sampling)}
+        stated, kinds = (
+            checkpoints.read_json(file),
+            {field.name: field.type for field in fields(Sampling)},
+        )
         known = {name: kind(stated[name]) for name, kind in kinds.items() if name in stated}
         sampling = Sampling(**known)
         counts = sampling.slots, sampling.steps, sampling.text_steps, sampling.size // 16
@@ -250,7 +246,7 @@ def save_frozen(engine, folder):
     engine.tokens.tokenizer.save_pretrained(folder / "tokenizer")
     sizes = {"latent_channels": config.latent_channels, "norm_num_groups": config.groups}
     write_json(folder / "vae" / "config.json", {"_class_name": "AutoencoderKL", **sizes})
-    tensors = stored(engine.vae, Layout(VAE_DIFFUSERS))
+    tensors = checkpoints.stored(engine.vae, checkpoints.Layout(checkpoints.VAE_DIFFUSERS))
     for name, x in tensors.items():
         if ".to_" in name and x.ndim == 4:  # 1x1 convolutions, there plain matrices
             tensors[name] = x.flatten(1)

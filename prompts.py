@@ -17,11 +17,7 @@ from support.cli import UserError, reading
 
 
 def read_image(path):
-    """Read an image file as a person sees it: a PIL image in RGB, turned upright.
-
-    The first frame of an animation. Raises FileNotFoundError, or UserError for anything that is
-    not a whole image of a sane size.
-    """
+    """An image file, or the first frame of one, as upright RGB; UserError if it is not whole."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")

@@ -45,9 +45,8 @@ UNFIT = {  # options that mean nothing to an engine, or for what it does
 def size(text):
     """A side, or WIDTHxHEIGHT -> (width, height)."""
     if not re.fullmatch("[0-9]{1,5}(x[0-9]{1,5})?", text.lower()):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected a side such as 1024, or 768x1024 (expected sides below 100000)"
-        )
+        expected = "expected a side such as 1024, or 768x1024; expected sides below 100000"
+        raise argparse.ArgumentTypeError(f"{text!r}: {expected}")
     sides = text.lower().split("x")
     return int(sides[0]), int(sides[-1])
 
@@ -199,17 +198,16 @@ def main(arguments=None):
     prompts, out = read_prompts(args), writable(args.out)
     prompts = [prompt for prompt in prompts for _ in range(args.num)]
     engine = load(args)
-    own = (
-        {"negative": args.negative} if args.engine == UNI else {"r": args.blend, "task": args.task}
-    )
     if args.engine == UNI:  # what the folder says, to be noted in the picture
         args.steps = args.steps or engine.sampling.steps
         args.guidance = engine.sampling.guidance if args.guidance is None else args.guidance
-    own["progress"] = partial(tqdm, desc="drawing", unit="step")
+        options = {"negative": args.negative}
+    else:
+        options = {"r": args.blend, "task": args.task}
+    options |= {name: getattr(args, name) for name in ("steps", "guidance", "size", "seed")}
+    bar = partial(tqdm, desc="drawing", unit="step")
     with fast.compiling() if args.compile else nullcontext():
-        images = engine.generate(
-            prompts, steps=args.steps, guidance=args.guidance, size=args.size, seed=args.seed, **own
-        )
+        images = engine.generate(prompts, **options, progress=bar)
     return save(args, images, out)
 
 

@@ -420,9 +420,7 @@ def parse(arguments=None):
     args.lr = args.lr or (RATES[args.stage] if miniature else 3e-5 if args.stage == UNI else 5e-5)
     args.out = args.out or f"runs/{'' if args.stage == UNI else 'stage'}{args.stage}"
     if runs.latest(args.out) and not args.resume:
-        raise UserError(
-            f"{args.out} holds a run: --resume goes on with it; or choose another --out"
-        )
+        raise UserError(f"{args.out} holds a run: --resume goes on, or choose another --out")
     on_gpu = usable_device(args.device).type == "cuda"
     args.workers = (4 if on_gpu else 0) if args.workers is None else args.workers
     args.checkpointing = on_gpu if args.checkpointing is None else args.checkpointing

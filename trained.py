@@ -111,10 +111,8 @@ def read_published(folder, scale=1.0):
     wrapped = {k.rpartition(".base_layer.")[0] for k in tensors if ".base_layer." in k}
     wrapped |= {path for path in pairs if f"{path}.weight" not in tensors}
     heads = ("input_embeds_align_mlp.", "condition_embeds_align_mlp.")
-    dit, lmm, adapter = (
-        {k: x for k, x in tensors.items() if k.startswith(start)}
-        for start in ("dit.", "lmm.", heads)
-    )
+    starts = "dit.", "lmm.", heads
+    dit, lmm, adapter = ({k: x for k, x in tensors.items() if k.startswith(s)} for s in starts)
     if unknown := sorted(tensors.keys() - dit.keys() - lmm.keys() - adapter.keys()):
         raise UserError(f"{folder}: not a DreamEngine checkpoint: unknown {unknown[0]}")
     for name, part in (("dit", dit), ("lmm", lmm)):
@@ -147,8 +145,6 @@ def load_adapter(part, widths, device):
     mlp_dim, lmm_width = (part.dimension("txt.0.weight", i) for i in (0, 1))
     width = part.dimension(f"txt.{2 * layers - 2}.weight", 0)
     if (lmm_width, width) != widths:
-        raise UserError(
-            f"{part.source}: this adapter joins an LMM {lmm_width} wide to an MM-DiT {width} wide; "
-            f"the models at hand are {widths[0]} and {widths[1]} wide"
-        )
+        joins = f"this adapter joins an LMM {lmm_width} wide to an MM-DiT {width} wide"
+        raise UserError(f"{part.source}: {joins}, not {widths[0]} to {widths[1]}")
     return fill(empty(Adapter, part.source, *widths, mlp_dim, layers), part, device, torch.float32)

@@ -131,10 +131,8 @@ class UniAlignment(nn.Module):
         With features=k also the final text features and the text tokens after block k, (B, L, D).
         """
         mmdit = self.mmdit
-        c, img = (
-            mmdit.embed_time(0.0, len(latent)),
-            mmdit.embed_image(latent.to(mmdit.pos_embed.dtype)),
-        )
+        img = mmdit.embed_image(latent.to(mmdit.pos_embed.dtype))
+        c = mmdit.embed_time(0.0, len(latent))
         txt, _, pair = mmdit.run_blocks(context, img, c, middle=features)
         final = F.layer_norm(txt, txt.shape[-1:], eps=1e-6)
         logits = mmdit.text_head(final)
@@ -223,16 +221,11 @@ class UniAlignment(nn.Module):
         return [self.tokens.text(row[new]) for row, new in zip(ids, hidden)]
 
     def start_training(self, *_):
-        """All of the MM-DiT learns but what is never used; returns the parameters that do, by name.
-
-        The teacher is `lmm`, a Qwen2VL; without it ISA is left out.
-        """
+        """All of the MM-DiT learns, by name; without a teacher, `lmm`, no ISA."""
         self.requires_grad_(False)
         self.mmdit.requires_grad_(True).null_image.requires_grad_(False)
-        self.base = {
-            "base": fingerprint(self.mmdit.final_layer.linear.weight),
-            "slots": self.tokens.slots,
-        }
+        base = fingerprint(self.mmdit.final_layer.linear.weight)
+        self.base = {"base": base, "slots": self.tokens.slots}
         if self.lmm:
             self.base["lmm"] = fingerprint(self.lmm.language_model.norm.weight)
             self.mmdit.align(self.lmm.config.text_config.hidden_size)
@@ -274,9 +267,8 @@ class UniAlignment(nn.Module):
         """
         k = max(1, self.mmdit.config.depth // 3)  # its tokens are aligned: block 8 of 24
         context, masked_context = self.context(torch.cat([batch.prompts, batch.hidden])).chunk(2)
-        velocity, image, image_tokens = self.draw(
-            flow.add_noise(x0, noise, t), t, context, sources, k
-        )
+        z = flow.add_noise(x0, noise, t)
+        velocity, image, image_tokens = self.draw(z, t, context, sources, k)
         logits, text, text_tokens = self.read(x0, masked_context, k)
         mask_id, isa = self.tokens.mask_id, velocity.new_zeros(len(x0))
         if teacher:

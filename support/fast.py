@@ -15,10 +15,7 @@ from support.cli import UserError
 
 
 def usable_device(name=None):
-    """A device by name, checked; None means CUDA where there is a GPU, else the CPU.
-
-    Under torchrun "cuda" is the process's own GPU.
-    """
+    """A device by name, checked; default: the process's own GPU, or else the CPU."""
     name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"

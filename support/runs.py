@@ -30,10 +30,7 @@ BINS = 5  # of t, for the loss
 
 
 def save(engine, optimizer, out, step, settings, keep=2):
-    """Write checkpoints/STEP/ whole or not at all, publish it; keep the last few.
-
-    A folder without suffix is always complete: it is written and removed under another name.
-    """
+    """Write checkpoints/STEP/ whole or not at all: without a suffix it is complete. Keep a few."""
     folder = out / "checkpoints" / f"{step:06d}"
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -96,10 +93,7 @@ def latest(out):
 
 
 def restore(out, engine, optimizer, settings):
-    """Put the newest checkpoint, if any, into engine and optimizer; returns the steps it has behind it.
-
-    Raises UserError if it was trained with other settings, or a file of it is damaged.
-    """
+    """Put the newest checkpoint, if any, into engine and optimizer; returns its step, or 0."""
     if not (folder := latest(out)):
         return 0
     file = folder / "state.pt"
@@ -254,10 +248,7 @@ KEPT = 18  # tensors as wide as its tokens that a block of the MM-DiT keeps for 
 
 
 def activation_bytes(mmdit, tokens, checkpointing):
-    """What the MM-DiT keeps of one example of so many tokens for the backward pass, estimated.
-
-    With checkpointing each block keeps its input only, and one at a time all of it.
-    """
+    """What the MM-DiT keeps of one example of so many tokens for the backward pass, estimated."""
     depth = mmdit.config.depth
     one = tokens * mmdit.config.width * mmdit.pos_embed.element_size()
     return (depth + KEPT if checkpointing else depth * KEPT) * one
@@ -274,10 +265,7 @@ def mixture(pools):
 
 
 def preview(engine, examples):
-    """A sheet of [(task, prompt, target)]: what goes in, what the engine draws, what is right.
-
-    With a question and a text more, what is read in the right picture stands beside it.
-    """
+    """A sheet of what goes in, what the engine draws (or reads, of five fields), what is right."""
     rows = []
     for task, prompt, target, question, text in examples if len(examples[0]) == 5 else ():
         *inputs, target = prompt_row(task, prompt, target)[0]
