@@ -80,7 +80,7 @@ class Transformer(MMDiT):
 
 @torch.no_grad()
 def grow(base, vocabulary):
-    """SD3's MM-DiT as a Transformer, fp32: all new gates are zero, so with a vec of zero both draw the same."""
+    """SD3's MM-DiT as a Transformer in fp32, whose new gates are zero: it draws as with a zero vec."""
     config = replace(base.config, pooled_dim=None, text_out=True)
     model = Transformer(config, vocabulary, rounded=False).to(base.pos_embed.device)
     for parameter in model.joint_blocks[-1].context_block.adaLN_modulation.parameters():
@@ -92,7 +92,7 @@ def grow(base, vocabulary):
     return model
 
 
-# As diffusers names SD3's, with a few other names. Of the layers that are checkpoints.stored as (scale, shift)
+# As diffusers names SD3's, with a few other names. Of the layers that are stored as (scale, shift)
 # only the final one is left.
 OTHER_NAMES = checkpoints.table("""
     final_layer.adaLN_modulation.1.*  image_norm_out.linear.*
@@ -114,17 +114,14 @@ def load_transformer(path, device="cpu", dtype=torch.float32):
     """
     stated = checkpoints.read_config(path) if Path(path).is_dir() else {}
     kind = "transformer of UniAlignment (text_proj_out.weight)"
-    part = checkpoints.find_part(
-        checkpoints.read(path), path, kind, ("",), {"text_proj_out.weight": LAYOUT}
-    )
+    layouts = {"text_proj_out.weight": LAYOUT}
+    part = checkpoints.find_part(checkpoints.read(path), path, kind, ("",), layouts)
     aligned = None
     if part.shape("image_adapter.0.weight"):
         aligned = [part.dimension(f"image_adapter.{i}.weight", 0) for i in (0, 2)]
     sizes = part.dimension("text_head.weight", 0), part.dimension("null_image", 1), aligned
-    rounded = stated.get("float16_time", True)
-    model = checkpoints.empty(
-        Transformer, path, checkpoints.infer_mmdit(part, stated), *sizes, rounded
-    )
+    built = checkpoints.infer_mmdit(part, stated), *sizes, stated.get("float16_time", True)
+    model = checkpoints.empty(Transformer, path, *built)
     checkpoints.compare(path, stated, model.settings())
     return checkpoints.fill(model, part, device, dtype)
 
@@ -141,15 +138,14 @@ def load_text_encoder(folder, device="cpu", dtype=torch.float32):
     with reading(folder, "the folder of a T5 encoder"):
         config = T5Config.from_dict(checkpoints.read_json(Path(folder, "config.json")))
     layout = checkpoints.Layout(checkpoints.table("encoder.embed_tokens.weight  shared.weight"))
-    part = checkpoints.find_part(
-        checkpoints.read(folder), folder, "T5 encoder", ("",), {"encoder.block.": layout}
-    )
+    layouts = {"encoder.block.": layout}
+    part = checkpoints.find_part(checkpoints.read(folder), folder, "T5 encoder", ("",), layouts)
     embeddings = part.tensors.pop("encoder.embed_tokens.weight", None)
     if embeddings is not None:  # a file may keep either name, or both
         part.tensors.setdefault("shared.weight", embeddings)
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     model = checkpoints.fill(checkpoints.empty(T5EncoderModel, folder, config), part, device, dtype)
-    model.encoder.set_input_embeddings(model.shared)  # one checkpoints.table again
+    model.encoder.set_input_embeddings(model.shared)  # one table again
     return model
 
 
@@ -214,15 +210,14 @@ def read_sampling(scheduler):
     """The Sampling of a folder's scheduler/."""
     file = Path(scheduler, "scheduler_config.json")
     with reading(file, "settings of sampling"):
-        stated, kinds = (
-            checkpoints.read_json(file),
-            {field.name: field.type for field in fields(Sampling)},
-        )
-        known = {name: kind(stated[name]) for name, kind in kinds.items() if name in stated}
+        stated = checkpoints.read_json(file)
+        known = {x.name: x.type(stated[x.name]) for x in fields(Sampling) if x.name in stated}
         sampling = Sampling(**known)
         counts = sampling.slots, sampling.steps, sampling.text_steps, sampling.size // 16
         if min(counts) < 1 or not 0 < sampling.shift < 1000:
             raise ValueError("slots, steps, size and shift must be positive")
+        if sampling.order not in ("sampled", "confident"):
+            raise ValueError(f"order {sampling.order!r}")
     return sampling
 
 
