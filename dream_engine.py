@@ -53,10 +53,9 @@ class DreamEngine(nn.Module):
         """A Qwen2VL, an Adapter, an MMDiT and a VAE; raises UserError if they do not fit together."""
         super().__init__()
         if vae is not None and vae.config.latent_channels != mmdit.config.channels:
-            raise UserError(
-                f"the autoencoder has {vae.config.latent_channels} latent channels, the MM-DiT "
-                f"{mmdit.config.channels}: --sd3 must be the model that the checkpoint was trained on"
-            )
+            has = f"the autoencoder has {vae.config.latent_channels} latent channels, the MM-DiT"
+            needed = "--sd3 must be the model that the checkpoint was trained on"
+            raise UserError(f"{has} {mmdit.config.channels}: {needed}")
         self.lmm, self.adapter, self.mmdit, self.vae = lmm, adapter, mmdit, vae
         self.parts = {}  # of the loss by name, where it has some
         self.base = {  # tells the models that an adapter was trained for
@@ -145,9 +144,7 @@ class DreamEngine(nn.Module):
         if not prompts:
             raise UserError("no prompt to draw")
         positives, nulls = zip(*(apply_task(task, prompt) for prompt in prompts))
-        asked = (
-            positives if guidance == 1 else positives + nulls
-        )  # at 1 the null prompt cancels out
+        asked = positives if guidance == 1 else positives + nulls  # at 1 nulls cancel out
         condition = self.encode(asked, r)
         shape = (self.mmdit.config.channels, height // 8, width // 8)
         start = flow.noise(len(prompts), shape, seed)

@@ -126,13 +126,6 @@ def load_transformer(path, device="cpu", dtype=torch.float32):
     return checkpoints.fill(model, part, device, dtype)
 
 
-def save_transformer(model, folder):
-    """Write config.json and the weights in the published names."""
-    write_json(folder / "config.json", model.settings())
-    with whole(folder / WEIGHTS) as partial:
-        save_file(checkpoints.stored(model, LAYOUT), partial)
-
-
 def load_text_encoder(folder, device="cpu", dtype=torch.float32):
     """The encoder of a T5, strictly; bfloat16 instead of float16, in which its states run over."""
     with reading(folder, "the folder of a T5 encoder"):

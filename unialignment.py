@@ -16,15 +16,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 import flow
 import masked
 import pipeline
-from checkpoints import check, fingerprint, load_mmdit, load_vae
+from checkpoints import check, fingerprint, load_mmdit, load_vae, stored
 from prompts import check_drawing, crop_to, split_prompt, to_images, to_rgb, to_tensor
 from support import fast
 from support.cli import UserError, reading
+from support.files import whole, write_json
 
 MINI = Path(__file__).parent / "weights" / "mini" / "unialignment"
 LOSSES = {"velocity": 1.0, "text": 0.2, "csa": 0.05, "isa": 0.1}  # and their published weights
@@ -281,14 +283,14 @@ class UniAlignment(nn.Module):
             "isa": isa,
         }
 
-    def save(self, folder, **_):
-        """Write what training changes, the transformer/ of a pipeline folder as published."""
-        folder.mkdir(parents=True, exist_ok=True)
-        pipeline.save_transformer(self.mmdit, folder)
+    save_frozen = pipeline.save_frozen  # writes the rest of what `load` reads
 
-    def save_frozen(self, folder):
-        """Write all that `load` reads beside it."""
-        pipeline.save_frozen(self, folder)
+    def save(self, folder, **_):
+        """Write what training changes, the transformer/ of a pipeline folder, as published."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", self.mmdit.settings())
+        with whole(folder / pipeline.WEIGHTS) as partial:
+            save_file(stored(self.mmdit, pipeline.LAYOUT), partial)
 
     def restore(self, folder):
         """Take back what `save` wrote, into an engine that trains the same."""
