@@ -86,10 +86,7 @@ def lora_sites(model, kind=nn.Linear):
 
 
 def add_lora(model, rank=32, alpha=None):
-    """Wrap the attention projections of an MMDiT or a language model; only LoRA will train.
-
-    alpha defaults to rank, so that the scale alpha / rank is 1. Returns the new parameters by name.
-    """
+    """Wrap the attention projections; only LoRA will learn: its parameters by name."""
     model.requires_grad_(False)
     for path, (linear, parts) in lora_sites(model):
         _replace(model, path, LoRALinear(linear, rank, rank if alpha is None else alpha, parts))

@@ -270,10 +270,7 @@ MMDIT_CONFIG = {  # name in diffusers' config.json: that in MMDiTConfig
 
 
 def load_mmdit(path, device="cpu", dtype=torch.float32):
-    """Load the transformer of a single SD3 / SD3.5 file or of a diffusers folder (its `transformer/`).
-
-    Raises FileNotFoundError, or UserError naming the tensors that do not fit.
-    """
+    """The transformer of an SD3 / SD3.5 file or a diffusers folder; UserError if there is none."""
     folder = Path(path, "transformer")
     folder = folder if folder.is_dir() else Path(path)
     return build_mmdit(read(folder), path, device, dtype, stated=read_config(folder))
@@ -364,10 +361,7 @@ VAE_DIFFUSERS = table("""
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
-    """Load the autoencoder of a single SD3 / SD3.5 file or of a diffusers folder (its `vae/`).
-
-    Raises FileNotFoundError, or UserError naming the tensors that do not fit.
-    """
+    """The autoencoder of an SD3 / SD3.5 file or a diffusers folder; UserError if there is none."""
     folder = Path(path, "vae")
     folder = folder if folder.is_dir() else Path(path)
     layouts = {"encoder.down.": Layout(), "encoder.down_blocks.": Layout(VAE_DIFFUSERS)}

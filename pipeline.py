@@ -108,10 +108,7 @@ LAYOUT = checkpoints.Layout(
 
 
 def load_transformer(path, device="cpu", dtype=torch.float32):
-    """The Transformer of a published transformer/ or of a training script's one file, strictly.
-
-    Raises FileNotFoundError, or UserError naming the tensors that do not fit.
-    """
+    """The Transformer of a published transformer/ or of one file; UserError if there is none."""
     stated = checkpoints.read_config(path) if Path(path).is_dir() else {}
     kind = "transformer of UniAlignment (text_proj_out.weight)"
     layouts = {"text_proj_out.weight": LAYOUT}

@@ -85,26 +85,9 @@ OFFICIAL = {
 # ---- UniAlignment: its smallest relative, its T5, and a vocabulary ------------------------------
 
 WORDS = [
-    "a",
-    "the",
-    "red",
-    "green",
-    "blue",
-    "circle",
-    "star",
-    "ring",
-    "and",
-    "left",
-    "right",
-    "of",
-    "on",
-    "make",
-    "it",
-    "Q:",
-    "A:",
-    "how",
-    "many",
-]
+    "a", "the", "red", "green", "blue", "circle", "star", "ring", "and", "left", "right", "of", "on",
+    "make", "it", "Q:", "A:", "how", "many",
+]  # fmt: skip
 SLOTS = 12
 UNI = {"width": 128, "heads": 2, "depth": 3, "context": 48, "positions": 24, "aligned": (40, 28)}
 T5 = {

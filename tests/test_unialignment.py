@@ -16,7 +16,7 @@ from unialignment_folder import NAMES, publish, transformer_weights
 import flow
 import masked
 import mmdit
-from checkpoints import load_vae, stored
+from checkpoints import stored
 from pipeline import LAYOUT, Transformer
 from prompts import to_images
 from support import fast
@@ -316,6 +316,8 @@ def test_full_size_has_the_published_numbers():
     with torch.device("meta"):
         model = Transformer(config, 32_100, 8, (2048, 3584))
     assert len(stored(model, LAYOUT)) == 696 and len(model.state_dict()) == 504
+    assert len(NAMES["published"]) == 28 * UNI["depth"] + 24
+    assert abs(flow.sigma_schedule(28, 3.0)[-2].item() - 0.008929) < 1e-6
     assert sum(p.numel() for p in model.parameters()) == 2_123_838_884
     assert model.pos_embed.numel() == 56_623_104
 
@@ -427,33 +429,27 @@ def test_a_bad_folder_is_one_line(damage, message, vae_names, tmp_path):
         UniAlignment.load(folder, device="cpu")
 
 
-def test_parts_of_other_models_are_refused(uni, vae_names, tmp_path):
-    parts = {
-        "mmdit": uni.mmdit,
-        "text_encoder": uni.text_encoder,
-        "tokenizer": uni.tokens.tokenizer,
-    }
-    parts |= {"vae": uni.vae, "sampling": uni.sampling}
-
-    class Other:
-        def __init__(self, **config):
-            self.config = type("Config", (), config)
-
+def test_parts_of_other_models_are_refused(uni, tmp_path):
+    class Tokenizer:
         def __len__(self):
             return 9
 
-    for name, other, message in (
-        ("vae", Other(latent_channels=4), "4 latent channels of the autoencoder: .* with 16"),
-        ("text_encoder", Other(d_model=64, vocab_size=40), "64 numbers a state of T5: .* with 48"),
-        ("tokenizer", Other(), "9 entries of the tokenizer: .* with 23"),
-        ("text_encoder", Other(d_model=48, vocab_size=20), "of 23 entries, more than T5 knows"),
+    def other(**config):
+        return SimpleNamespace(config=SimpleNamespace(**config))
+
+    names = ("mmdit", "text_encoder", "tokenizer", "vae", "sampling")
+    for i, part, message in (
+        (3, other(latent_channels=4), "4 latent channels of the autoencoder: .* with 16"),
+        (1, other(d_model=64, vocab_size=40), "64 numbers a state of T5: .* with 48"),
+        (2, Tokenizer(), "9 entries of the tokenizer: .* with 23"),
+        (1, other(d_model=48, vocab_size=20), "of 23 entries, more than T5 knows"),
     ):
-        torch.nn.Module.__init__(other) if isinstance(other, torch.nn.Module) else None
+        parts = [getattr(uni, name, uni.tokens.tokenizer) for name in names]
+        parts[i] = part
         with pytest.raises(UserError, match=message):
-            UniAlignment(**{**parts, name: other})
+            UniAlignment(*parts)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         UniAlignment.load(tmp_path / "nowhere", device="cpu")
-    assert isinstance(load_vae(publish(tmp_path / "uni", vae_names)), torch.nn.Module)
 
 
 @pytest.mark.parametrize(
@@ -483,14 +479,6 @@ def test_what_cannot_be_done_is_refused(call, message, uni):
 def test_special_tokens_in_what_a_user_types_are_left_out(uni):
     ids = uni.tokens(["a </s> <extra_id_0> star", "a star", "a dog star"])
     assert torch.equal(ids[0], ids[1]) and ids[2, 1] == uni.tokens.tokenizer.unk_token_id
-
-
-def test_names_of_the_reconstruction_are_the_published_ones():
-    assert len(NAMES["published"]) == 28 * UNI["depth"] + 24
-
-
-def test_flow_has_the_noise_levels_of_the_pipeline():
-    assert abs(flow.sigma_schedule(28, 3.0)[-2].item() - 0.008929) < 1e-6
 
 
 def test_with_little_memory_everything_is_the_same(uni, uni_folder):
