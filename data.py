@@ -397,7 +397,7 @@ class BadLines:
         self.read |= new
 
     def check(self, found, examples):
-        """Raise UserError if over 1 % of all lines are bad, or of the examples that all processes read."""
+        """Raise UserError if over 1 % of all lines are bad, or of all examples read."""
         bad = len(self.scanned) + found
         if bad > self.allowed or found > max(10, examples / 100):
             lines = [f"{place}: {why}" for place, why in (self.scanned | self.read).items()]

@@ -167,7 +167,10 @@ class VAE(nn.Module):
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
     def encode(self, image, noise=None):
-        """image (B, 3, H, W) in [-1, 1] -> latent (B, C, h, w); a sample where noise, or its generator, is given."""
+        """image (B, 3, H, W) in [-1, 1] -> normalised latent (B, C, H/8, W/8).
+
+        The posterior's mean; a sample where noise like it, or a generator of noise, is given.
+        """
         mean, std = self.posterior(image)
         if isinstance(noise, torch.Generator):
             noise = torch.randn(std.shape, generator=noise)
