@@ -50,8 +50,8 @@ def options():
     add("--task", choices=TASKS, help=f"{tasks}. Default: t2i without images, objects with")
     add("--blend", type=number(0, 1), default=0.0, help="r: share of ViT features at images, 0 to 1")
     add("--steps", type=whole_number(1, 10**6), default=28, help="Euler steps")
-    add("--guidance", type=number(-1000, 1000), default=4.5,
-        help="classifier-free guidance; 1 is none")
+    add("--guidance", type=number(-1000, 1000),
+        help="classifier-free guidance; 1 is none; default: the checkpoint's own, or else 4.5")
     add("--seed", type=whole_number(0, 2**63 - 1), default=0,
         help="picture i is drawn from seed + i")
     add("--size", type=size, help="WIDTHxHEIGHT or one side, multiples of 16; default: the model's")
@@ -152,6 +152,7 @@ def main(arguments=None):
     args = parse(arguments)
     prompts, out = read_prompts(args), writable(args.out)
     engine = load(args)
+    args.guidance = engine.guidance if args.guidance is None else args.guidance
     with fast.compiling() if args.compile else nullcontext():
         images = engine.generate(
             [prompt for prompt in prompts for _ in range(args.num)],

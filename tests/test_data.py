@@ -16,7 +16,7 @@ from data import BadLines, Manifest, Microbatches, make_pools, parse_record, tra
 from dream_engine import LMM
 from lmm import collate, load_tokenizer, patch_config
 from mini import world
-from mini.world import Examples
+from mini.programs import Examples
 from support.cli import UserError
 
 BOX = [250, 400, 500, 600]  # thousandths of a 200 x 100 picture: pixels 50..100 x 40..60

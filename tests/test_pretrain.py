@@ -60,7 +60,9 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(part, tmp_path, mon
     monkeypatch.setattr(fitting, "save", save)
     train(args_of(tmp_path / "broken"), 3)
     assert same(trained(tmp_path / "whole", part), trained(tmp_path / "broken", part))
-    losses = [line["loss"] for line in map(json.loads, (tmp_path / "whole" / f"{part}.jsonl").open())]
+    losses = [
+        line["loss"] for line in map(json.loads, (tmp_path / "whole" / f"{part}.jsonl").open())
+    ]
     assert len(losses) == 3 and all(0 < loss < 100 for loss in losses)
 
 
