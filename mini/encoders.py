@@ -8,17 +8,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    Qwen2Tokenizer,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
 
 from lmm import VISION_TOKENS, PatchConfig, Qwen2VL, load_tokenizer
 from mini import lessons, scenes
@@ -48,7 +40,7 @@ def make_t5_tokenizer(folder):
     letters = [(chr(i), -6.0) for i in range(33, 127)]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     marks = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(100))]
-    tokenizer = T5Tokenizer(vocab=[*special, *words, *letters, *marks], extra_ids=100)
+    tokenizer = transformers.T5Tokenizer(vocab=[*special, *words, *letters, *marks], extra_ids=100)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -64,7 +56,7 @@ def make_lmm_tokenizer(folder):
     tokenizer.train_from_iterator(lines, trainer)
     state = json.loads(tokenizer.to_str())["model"]
     images = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
-    tokenizer = Qwen2Tokenizer(
+    tokenizer = transformers.Qwen2Tokenizer(
         vocab=state["vocab"],
         merges=[tuple(merge) for merge in state["merges"]],
         extra_special_tokens=["<|im_start|>", "<|im_end|>", *images, "<|video_pad|>"],
@@ -91,14 +83,13 @@ def noun_places(ids, tokenizer):
 # ---- the text encoder ---------------------------------------------------------------------------
 
 
-def tokenize(tokenizer, texts, length=0):
-    """Texts, each closed and padded with EOS to the longest or to a length: ids, mask (B, L)."""
-    rows = [torch.tensor(row) for row in tokenizer(texts).input_ids]
-    length = max(length, *(len(row) for row in rows))
-    ids = torch.full((len(rows), length), tokenizer.eos_token_id)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    return ids, torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+def tokenize(tokenizer, texts, pads=0):
+    """Texts, each closed and padded with EOS to so many pads more than the longest: ids, mask (B, L)."""
+    rows = tokenizer(texts).input_ids
+    lengths = [len(row) for row in rows]
+    longest = max(lengths) + pads
+    ids = [row + [tokenizer.eos_token_id] * (longest - len(row)) for row in rows]
+    return torch.tensor(ids), torch.arange(longest) < torch.tensor(lengths)[:, None]
 
 
 def t5_rows(texts, tokenizer, rng, generator):
@@ -108,10 +99,8 @@ def t5_rows(texts, tokenizer, rng, generator):
     who leave them out. masked (B, L): where it is shown <extra_id_0>; in half of the rows any share
     of the words, pads included. known (B, L), facts (B, L, 5): where facts are known, and which.
     """
-    strings = [text.prompt[0] for text in texts]
-    ids, mask = tokenize(tokenizer, strings)
-    more = rng.choice((0, 0, 1, 2, 4, 8, 16, 24))  # pads beyond the longest row
-    ids, mask = tokenize(tokenizer, strings, ids.shape[1] + more)
+    pads = rng.choice((0, 0, 1, 2, 4, 8, 16, 24))
+    ids, mask = tokenize(tokenizer, [text.prompt[0] for text in texts], pads)
     share = torch.rand(len(ids), 1, generator=generator) * 2 - 1  # half below 0: nothing masked
     masked = torch.rand(ids.shape, generator=generator) < share
     known, facts = torch.zeros_like(mask), torch.zeros(*ids.shape, len(FACTS), dtype=torch.long)
@@ -125,7 +114,7 @@ def t5_rows(texts, tokenizer, rng, generator):
 def new_t5(tokenizer):
     """The T5, and the readouts that it learns with."""
     facts = Facts(128, len(tokenizer))
-    config = T5Config(
+    config = transformers.T5Config(
         vocab_size=len(tokenizer),
         d_model=128,
         d_kv=32,
@@ -136,10 +125,8 @@ def new_t5(tokenizer):
         relative_attention_max_distance=128,
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
-    model = T5EncoderModel(config)
+    model = transformers.T5EncoderModel(config)
     bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     bias.data.copy_(leaning(config.relative_attention_num_buckets // 2))
     return nn.ModuleDict({"t5": model, "facts": facts})
@@ -198,7 +185,7 @@ def train_t5(args, steps):
 
 
 def trained_t5(args):
-    tokenizer = AutoTokenizer.from_pretrained(Path(args.out, "t5-tokenizer"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(args.out, "t5-tokenizer"))
     return tokenizer, trained("t5", new_t5(tokenizer), args)["t5"]
 
 
@@ -233,14 +220,15 @@ def labels_of(asked, batch, tokenizer):
         if labels:
             places = list(labels)
             known[i, places], facts[i, places] = True, torch.tensor(list(labels.values()))
-    alone = [(*label, word_ids[word]) for lesson in asked for word, label in lesson.alone]
+    alone = [lesson.pictures if lesson.alone is None else lesson.alone for lesson in asked]
+    alone = [(*label, word_ids[word]) for tokens in alone for word, label in tokens]
     return words, facts, known, torch.tensor(alone, dtype=torch.long).reshape(-1, len(FACTS) + 1)
 
 
 def new_lmm(tokenizer):
     """The LMM, and the readouts that it learns with."""
     start, image, end, video = tokenizer.convert_tokens_to_ids([*VISION_TOKENS, "<|video_pad|>"])
-    config = Qwen2VLConfig(
+    config = transformers.Qwen2VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
             "bos_token_id": None,
@@ -253,18 +241,13 @@ def new_lmm(tokenizer):
             "num_key_value_heads": 2,
             "rms_norm_eps": 1e-6,
             "max_position_embeddings": 512,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [4, 6, 6],
-            },
+            "rope_parameters": {"rope_theta": 1e4, "mrope_section": [4, 6, 6]},
         },
         vision_config={
             "depth": 2,
             "embed_dim": 96,
             "num_heads": 3,
             "hidden_size": 192,
-            "mlp_ratio": 4,
             "patch_size": PATCHES.patch,
         },
         image_token_id=image,
@@ -273,7 +256,7 @@ def new_lmm(tokenizer):
         video_token_id=video,
         tie_word_embeddings=True,
     )
-    model = Qwen2VLForConditionalGeneration(config)
+    model = transformers.Qwen2VLForConditionalGeneration(config)
     return nn.ModuleDict({"lmm": model, "facts": Facts(192, len(tokenizer))})
 
 

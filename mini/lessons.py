@@ -76,7 +76,7 @@ class Lesson:
     prompt: list
     nouns: list | None  # facts at each noun of the text; None: not asked
     pictures: list = ()  # tokens of all pictures, in the light of the text before them
-    alone: list = ()  # the same without that light, for the ViT
+    alone: list | None = None  # the same without that light, for the ViT, if it differs
     outcome: tuple | None = None  # facts at the last word before the last part of the prompt
 
 
@@ -92,42 +92,34 @@ def caption_text(rng, two_sided=True):
     return Lesson([prompt.text], [facts_of(*pair) for pair in pairs])
 
 
-def long_text(rng):
-    _, prompt = programs.sample_long(rng, PAIRS)
-    return Lesson([prompt.text], list(map(facts_of, prompt.mentions)))
-
-
-def semantic_text(rng):
-    _, prompt = programs.sample_semantic(rng, PAIRS)
-    return Lesson([prompt.text], list(map(facts_of, prompt.told)))
-
-
-def edit_text(rng):
-    edit = edits.sample_edit(rng.choice((*edits.EDITS, *edits.HARD_EDITS)), rng, PAIRS)
-    return Lesson([edit.text], list(map(facts_of, edit.told)))
-
-
 def sample_answer(rng):
     """A scene, and a question to it with its answer."""
     scene, question = programs.sample_question(rng.choice(programs.QUESTIONS), rng, PAIRS)
     return scene, f"Q: {question.text} A: {programs.answer(question, scene)}"
 
 
-def question_text(rng):
-    return Lesson([sample_answer(rng)[1]], None)
+def text_of(kind, rng):
+    """A Lesson of one text, of a kind of TEXTS."""
+    if kind == "caption":
+        return caption_text(rng)
+    if kind == "question":
+        return Lesson([sample_answer(rng)[1]], None)
+    if kind == "sentence":
+        return Lesson([rng.choice(SENTENCES)], [])
+    if kind == "edit":
+        edit = edits.sample_edit(rng.choice((*edits.EDITS, *edits.HARD_EDITS)), rng, PAIRS)
+        return Lesson([edit.text], list(map(facts_of, edit.told)))
+    long = kind == "long"
+    _, prompt = (programs.sample_long if long else programs.sample_semantic)(rng, PAIRS)
+    return Lesson([prompt.text], list(map(facts_of, prompt.mentions if long else prompt.told)))
 
 
-def sentence_text(rng):
-    return Lesson([rng.choice(SENTENCES)], [])
-
-
-TEXTS = {caption_text: 8, long_text: 2, semantic_text: 3, edit_text: 5, question_text: 3,
-         sentence_text: 1}  # fmt: skip
+TEXTS = {"caption": 8, "long": 2, "semantic": 3, "edit": 5, "question": 3, "sentence": 1}
 
 
 def sample_texts(n, rng):
-    """n Lessons for the T5: one text each."""
-    return [kind(rng) for kind in rng.choices(list(TEXTS), TEXTS.values(), k=n)]
+    """n Lessons of one text each, for the T5."""
+    return [text_of(kind, rng) for kind in rng.choices(list(TEXTS), TEXTS.values(), k=n)]
 
 
 # ---- texts and pictures -------------------------------------------------------------------------
@@ -152,12 +144,12 @@ def described(scene):
 
 
 def text_lesson(rng):
-    lesson = caption_text(rng, two_sided=False) if rng.random() < 0.7 else semantic_text(rng)
+    lesson = caption_text(rng, two_sided=False) if rng.random() < 0.7 else text_of("semantic", rng)
     return Lesson([rng.choice(PREFIXES[:2]) + lesson.prompt[0]], lesson.nouns)
 
 
 def long_text_lesson(rng):
-    lesson = long_text(rng)
+    lesson = text_of("long", rng)
     return Lesson([rng.choice(PREFIXES[:2]) + lesson.prompt[0]], lesson.nouns)
 
 
@@ -165,12 +157,12 @@ def picture_lesson(rng):
     scene = scenes.sample_scene(rng.choice(CAPTIONS), rng, PAIRS)
     text, nouns = described(scene)
     prompt = [rng.choice(PREFIXES), scenes.render(scene), text]
-    return Lesson(prompt, nouns, tokens_of(scene), tokens_of(scene))
+    return Lesson(prompt, nouns, tokens_of(scene))
 
 
 def question_lesson(rng):
     scene, text = sample_answer(rng)
-    return Lesson([scenes.render(scene), text], None, tokens_of(scene), tokens_of(scene))
+    return Lesson([scenes.render(scene), text], None, tokens_of(scene))
 
 
 def edit_lesson(rng):
@@ -184,16 +176,15 @@ def edit_lesson(rng):
     elif edit.after:
         nouns = [facts_of(as_mention(edit.after)), *nouns]
     outcome = facts_of(as_mention(edit.after, place=True)) if edit.after else None
-    tokens = tokens_of(edit.source)
-    return Lesson([*prompt, text], nouns, tokens, tokens, outcome)
+    return Lesson([*prompt, text], nouns, tokens_of(edit.source), outcome=outcome)
 
 
 def hard_edit_lesson(rng):
     """A hard instruction, and what the picture is then."""
     edit = edits.sample_edit(rng.choice(edits.HARD_EDITS), rng, PAIRS)
     prompt, _ = apply_task("edit", [scenes.render(edit.source), edit.text])
-    tokens = tokens_of(edit.source)
-    return Lesson([*prompt, f": {scenes.describe(edit.target)}"], None, tokens, tokens)
+    prompt.append(f": {scenes.describe(edit.target)}")
+    return Lesson(prompt, None, tokens_of(edit.source))
 
 
 def reference_lesson(rng):
@@ -232,11 +223,9 @@ def mixing_lesson(rng):
     pictures = [scenes.portrait(o, rng.choice(list(scenes.BACKGROUNDS))) for o in shown]
     prompt = [f"the {first} of ", pictures[0], f" in the {second} of ", pictures[1]]
     text = f": {scenes.phrase(result)}" if rng.random() < 0.7 else ""
-    known = facts_of(result)
-    tokens = [(first, None), (result.shape, known)]
-    nouns = [known] if text else []
+    tokens = [(first, None), (result.shape, facts_of(result))]
     prompt = [*apply_task("objects", prompt)[0], text]
-    return Lesson(prompt, nouns, tokens, portrait_tokens(shown))
+    return Lesson(prompt, [facts_of(result)] * bool(text), tokens, portrait_tokens(shown))
 
 
 LESSONS = (  # by length, as pads cost as much as words; a batch is of one of these groups

@@ -9,54 +9,50 @@ import numpy as np
 from PIL import ImageDraw
 
 from mini import scenes
-
-SIZE = scenes.SIZE
+from mini.scenes import PAIRS, SIZE
 
 
 def sample(rng):
     """A random 48x48 picture. Its scene, where it shows one, is none of the reserved eighth."""
     kinds = (drawn_scene, any_colors, outlines, stripes, gradient, blobs, noise)
     (kind,) = rng.choices(kinds, (52, 34, 5, 2, 2, 4, 1))
-    return kind(rng)
+    return scenes.picture(np.asarray(kind(rng)))
 
 
 def drawn_scene(rng):
-    drawn = scenes.sample_scene("scene", rng, scenes.PAIRS)
-    if rng.random() < 0.15 and not scenes.is_exam(scenes.segment(drawn)):
-        drawn = scenes.segment(drawn)
-    return scenes.render(drawn)
+    scene = scenes.sample_scene("scene", rng, PAIRS)
+    labels = scenes.segment(scene)
+    return scenes.render(labels if rng.random() < 0.15 and not scenes.is_exam(labels) else scene)
 
 
 def any_colors(rng):
     """Shapes of any colour on any paper, up to nine of them: flat, or on a gradient."""
     if rng.random() < 0.5:  # near the world's own, but not they: colours stay told apart finely
-        drawn = scenes.sample_scene("scene", rng, scenes.PAIRS)
-        shapes = [(o.place, o.shape, near(scenes.COLORS[o.color], rng)) for o in drawn.objects]
-        return scenes.picture(scenes.paint(near(scenes.BACKGROUNDS[drawn.background], rng), shapes))
+        scene = scenes.sample_scene("scene", rng, PAIRS)
+        shapes = [(o.place, o.shape, near(scenes.COLORS[o.color], rng)) for o in scene.objects]
+        return scenes.paint(near(scenes.BACKGROUNDS[scene.background], rng), shapes)
     places = rng.sample(range(9), rng.randint(1, 9))
     shapes = [(place, rng.choice(scenes.SHAPES), color(rng)) for place in places]
-    paper = color(rng) if rng.random() < 0.7 else ramp(rng)
-    return scenes.picture(scenes.paint(paper, shapes))
+    return scenes.paint(color(rng) if rng.random() < 0.7 else gradient(rng), shapes)
 
 
 def outlines(rng):
-    return scenes.edges(scenes.sample_scene("scene", rng, scenes.PAIRS))
+    return scenes.edges(scenes.sample_scene("scene", rng, PAIRS))
 
 
 def stripes(rng):
     """Two colours in waves of any direction and width."""
     wave = np.sin(slope(rng) * rng.uniform(2, 25) + rng.uniform(0, 7))
-    share = (wave * rng.uniform(1, 6)).clip(-1, 1) / 2 + 0.5
-    return scenes.picture(mixed(share, rng))
+    return mixed((wave * rng.uniform(1, 6)).clip(-1, 1) / 2 + 0.5, rng)
 
 
 def gradient(rng):
-    return scenes.picture(ramp(rng))
+    return mixed((slope(rng) / 2.8 + 0.5).clip(0, 1), rng)
 
 
 def blobs(rng):
     """Ellipses and polygons over each other, large and small, as things stand in photographs."""
-    image = scenes.picture(ramp(rng))
+    image = scenes.picture(gradient(rng))
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randint(4, 30)):
         x, y, r = rng.uniform(0, SIZE), rng.uniform(0, SIZE), 2 + 18 * rng.random() ** 3
@@ -66,8 +62,8 @@ def blobs(rng):
         else:
             corners = [(x + rng.uniform(-r, r), y + rng.uniform(-r, r)) for _ in range(4)]
             draw.polygon(corners, fill=color(rng))
-    pixels = np.asarray(image, dtype=np.float32)
-    return scenes.picture(pixels + np.asarray(noise(rng), dtype=np.float32) * 0.3 - 38)
+    grain = np.asarray(scenes.picture(noise(rng)), dtype=np.float32)
+    return np.asarray(image, dtype=np.float32) + grain * 0.3 - 38
 
 
 def noise(rng):
@@ -80,7 +76,7 @@ def noise(rng):
     gray = waves.mean(2, keepdims=True)
     waves = gray + (waves - gray) * rng.uniform(0, 1)  # photographs are greyer than chance
     waves = (waves - waves.mean()) / waves.std()
-    return scenes.picture(np.array(color(rng)) + waves * rng.uniform(15, 60))
+    return np.array(color(rng)) + waves * rng.uniform(15, 60)
 
 
 def color(rng):
@@ -101,8 +97,3 @@ def slope(rng):
 def mixed(share, rng):
     """(48, 48, 3): two random colours, by their share (48, 48, 1)."""
     return share * np.array(color(rng)) + (1 - share) * np.array(color(rng))
-
-
-def ramp(rng):
-    """(48, 48, 3): one colour passing into another."""
-    return mixed((slope(rng) / 2.8 + 0.5).clip(0, 1), rng)

@@ -13,6 +13,7 @@ run sees what an uninterrupted one would have seen.
 """
 
 import random
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -54,9 +55,7 @@ def train_vae(args, steps):
         moments = (z.mean((0, 2, 3)) - SHIFT) ** 2 + (z.std((0, 2, 3)) - 1 / SCALE) ** 2
         return pixel_loss(model.decoder(z), image) + 1e-4 * kl + 0.01 * moments.mean()
 
-    def preview(step):
-        return preview_vae(model, Path(args.out, "vae.png"), args.device)
-
+    preview = partial(preview_vae, model, args, "vae.png")
     return fit("vae", model, loss_of, steps, 2e-3, args, preview, decay=0.6)
 
 
@@ -76,9 +75,7 @@ def train_decoder(args, steps):
         off = 0.15 / SCALE * share * torch.randn(z.shape, generator=generator)
         return pixel_loss(model.decoder(z + off.to(args.device)), image)
 
-    def preview(step):
-        return preview_vae(model, Path(args.out, "decoder.png"), args.device)
-
+    preview = partial(preview_vae, model, args, "decoder.png")
     return fit("decoder", model.decoder, loss_of, steps, 1.5e-3, args, preview, decay=0.7)
 
 
@@ -96,17 +93,17 @@ def pixel_loss(copy, image):
 
 
 @torch.no_grad()
-def preview_vae(model, file, device):
+def preview_vae(model, args, file, step):
     """Shares of pictures read exactly, of pairs that every stage sees and of the held-out ones."""
     rng, n = random.Random("preview"), 200
     groups = (scenes.SEEN, scenes.HELD_OUT)
     drawn = [scenes.sample_scene("scene", rng, p, exam=True) for p in groups for _ in range(n)]
     images = [*map(scenes.render, drawn), *(pictures.sample(rng) for _ in range(100))]
-    latent = model.encode(to_tensor(images).to(device))
+    latent = model.encode(to_tensor(images).to(args.device))
     copies = to_images(model.decode(latent))
     right = [scenes.detect(copy) == scene for copy, scene in zip(copies, drawn)]
     shown = (slice(8), slice(n, n + 8), slice(-24, None))
-    sheet([row[part] for part in shown for row in (images, copies)], 96).save(file)
+    sheet([row[part] for part in shown for row in (images, copies)], 96).save(Path(args.out, file))
     return {
         "seen": fmean(right[:n]),
         "held_out": fmean(right[n:]),
@@ -167,15 +164,15 @@ class TextCondition:
         self.model, self.t5, self.tokenizer = model, t5, tokenizer
 
     def __call__(self, texts, pads=None, pooled=None):
-        """Texts -> Condition. pads: so many more, all attended as UniAlignment does; default: none
-        is. pooled: for each text, 1 or 0 for a vector of zeros; default: 1.
+        """Texts -> Condition.
+
+        pads: so many more than needed, and all attended, as UniAlignment does; default: none is.
+        pooled: for each text, 1 or 0 for a vector of zeros; default: 1.
         """
         device = self.model.pos_embed.device
-        ids, mask = tokenize(self.tokenizer, texts)
+        ids, mask = (x.to(device) for x in tokenize(self.tokenizer, texts, pads or 0))
         if pads is not None:
-            ids, mask = tokenize(self.tokenizer, texts, ids.shape[1] + pads)
             mask = torch.ones_like(mask)
-        ids, mask = ids.to(device), mask.to(device)
         with torch.no_grad():
             states = self.t5(input_ids=ids, attention_mask=mask).last_hidden_state
         mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -262,14 +259,10 @@ def preview_base(model, vae, condition_of, file, n=16):
     images = draw(model, vae, condition_of(texts), 12, 2.5)
     alone = draw(model, vae, condition_of(texts, 4, torch.zeros(len(texts))), 12, 2.5)
     sheet([images[i : i + n] for i in range(0, len(images), n)]).save(file)
-    right, right_alone = (
-        [scenes.matches(p, scenes.detect(x)) for p, x in zip(prompts, drawn)]
-        for drawn in (images, alone)
-    )
-    scores = {"mean": fmean(right)}
-    scores |= {task: fmean(right[i * n : (i + 1) * n]) for i, task in enumerate(cases)}
-    scores["time_alone"] = fmean(right_alone)
-    return {name: round(score, 3) for name, score in scores.items()}
+    right = [scenes.matches(p, scenes.detect(x)) for p, x in zip(prompts * 2, images + alone)]
+    scores = {"mean": right[: len(prompts)], "time_alone": right[len(prompts) :]}
+    scores |= {task: right[i * n : (i + 1) * n] for i, task in enumerate(cases)}
+    return {name: round(fmean(flags), 3) for name, flags in scores.items()}
 
 
 # ---- the published layouts ----------------------------------------------------------------------
