@@ -154,14 +154,12 @@ def test_reconstruction_measures_its_copies(monkeypatch, engine, capsys):
     reconstruct.main(["photos", "--out", "out", "--guidance", "2", "--steps", "10"])
     scores = json.loads(Path("out/metrics.json").read_text())
     assert scores["a.png"]["l2"] < 0.05 and scores["a.png"]["cosine"] > 0.95
-    assert scores["mean"]["l2"] == pytest.approx(
-        (scores["a.png"]["l2"] + scores["b.jpg"]["l2"]) / 2
-    )
+    mean = (scores["a.png"]["l2"] + scores["b.jpg"]["l2"]) / 2
+    assert scores["mean"]["l2"] == pytest.approx(mean)
     assert Image.open("out/copies.png").height == 2 * 132 + 4
     assert f"L2 {scores['mean']['l2']:.4f}" in capsys.readouterr().out
     black = lambda prompts, **options: [Image.new("RGB", (64, 64))]  # off by 51 of 255 from b.jpg
-    parts = {name: getattr(engine, name) for name in ("lmm", "default_size", "check")}
-    stub = SimpleNamespace(generate=black, **parts)
+    stub = SimpleNamespace(generate=black, lmm=engine.lmm, default_size=64)
     monkeypatch.setattr(reconstruct, "load_engine", lambda args: stub)
     reconstruct.main(["photos", "--out", "out"])
     scores = json.loads(Path("out/metrics.json").read_text())
@@ -187,12 +185,8 @@ def test_a_manifest_is_checked_and_drawn(capsys):
     assert "0 of 8 lines are bad" in said and "a.check.png" in said
     assert Image.open("a.check.png").height == 8 * 132 + 4
     Path("cut.png").write_bytes(Path("a.png").read_bytes()[:60])
-    bad = [
-        {"task": "t2i"},
-        {"task": "i2i", "target": "none.png"},
-        {"task": "i2i", "target": "cut.png"},
-    ]
-    write_jsonl("a.jsonl", lines + bad)
+    bad = [{"task": "i2i", "target": f"{name}.png"} for name in ("none", "cut")]
+    write_jsonl("a.jsonl", [*lines, {"task": "t2i"}, *bad])
     with pytest.raises(SystemExit) as end:
         check_manifest.main(["a.jsonl"])
     said = capsys.readouterr().out
