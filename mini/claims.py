@@ -19,10 +19,9 @@ from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from checkpoints import read_json
-from dream_engine import LMM, SD3, STAGE1, DreamEngine
-from mini import world
+from dream_engine import LMM, SD3, DreamEngine
 from mini.cases import STREAM, difference, draw, judge, odd_cases, score, share
-from mini.evaluate import RATIOS, Base
+from mini.evaluate import RATIOS
 from support.cli import Parser, UserError, one_line_errors, reading
 from support.files import prompt_row, sheet, table, write_json, write_png, write_text
 from support.runs import plot
@@ -153,18 +152,6 @@ def random_lmm(folder, seed):
 # ---- what is asked of the committed weights -----------------------------------------------------
 
 
-def against_base(n=600):
-    """Text -> image by the base's own text encoder, by stage 1 and by stage 2: {model: bits}."""
-    engines = {"stage 1": DreamEngine.load(checkpoint=STAGE1), "stage 2": DreamEngine.load()}
-    models = {"base": Base(engines["stage 2"].device), **engines}
-    result = {}
-    for guidance in (2.0, 4.5):
-        for name, model in models.items():
-            at = f"{name}, guidance {guidance:g}"
-            result[at] = score(model.generate, "t2i", n, STREAM, at, guidance=guidance)["exact"]
-    return result
-
-
 def blend_curve(engine, n=200):
     """{row: {r: {check: bits}}}, all of the same cases."""
     return {
@@ -198,7 +185,6 @@ def odd_ends(engine, out, n=50):
 
 
 EXTRAS = {  # of the committed weights
-    "base": lambda out: against_base(),
     "curve": lambda out: blend_curve(DreamEngine.load()),
     "odd": lambda out: odd_ends(DreamEngine.load(), out),
 }
@@ -223,30 +209,10 @@ def compared(first, second):
 
 def report(results):
     """All results as Markdown."""
-    parts = report_base(results["base"]) if "base" in results else []
-    parts += report_runs(results["runs"])
+    parts = report_runs(results["runs"])
     parts += report_curve(results["curve"]) if "curve" in results else []
     parts += report_odd(results["odd"]) if "odd" in results else []
     return "\n\n".join(parts) + "\n"
-
-
-def report_base(base):
-    n = len(next(iter(base.values()))) // len(world.TASKS)
-    scores = [
-        [model, f"**{share(text):.3f}**"]
-        + [f"{share(text[i : i + n]):.2f}" for i in range(0, len(text), n)]
-        for model, text in base.items()
-    ]
-    pairs = [
-        [a, b, *compared([base[f"{a}, guidance {g}"]], [base[f"{b}, guidance {g}"]]), g]
-        for a, b in (("base", "stage 1"), ("stage 1", "stage 2"))
-        for g in ("2", "4.5")
-    ]
-    return [
-        f"**Against the base**: text -> image, {n} prompts a task.",
-        table(["", "mean", *world.TASKS], scores),
-        table([*COMPARED, "guidance"], pairs),
-    ]
 
 
 def report_runs(runs):

@@ -120,7 +120,7 @@ def test_a_difference_is_claimed_only_beyond_its_interval(first, second, better)
 
 def test_mistakes_name_what_would_be_right():
     with pytest.raises(
-        UserError, match="unknown claim 'beauty': expected some of base, curve, odd"
+        UserError, match="unknown claim 'beauty': expected some of curve, odd, joint"
     ):
         claims.main(["beauty"])
 

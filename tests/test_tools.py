@@ -70,14 +70,14 @@ def test_geneval_draws_into_the_public_layout(monkeypatch, engine):
     assert files_in("out").keys() == {"00000/metadata.jsonl", "00000/grid.png", *samples}
     assert json.loads(Path("out/00000/metadata.jsonl").read_text()) == METADATA[0]
     pictures = [Image.open(Path("out", sample)) for sample in samples]
-    expected = engine.generate([["a red circle"]] * 3, steps=2, guidance=4.5, seed=7)
+    expected = engine.generate([["a red circle"]] * 3, steps=2, seed=7)
     for k, picture in enumerate(pictures):
         assert np.array_equal(picture, expected[k])
         assert picture.text == {"prompt": "a red circle", "seed": str(7 + k)}
     grid = np.asarray(Image.open("out/00000/grid.png"))  # 2 x 2 without gaps
-    assert grid.shape == (128, 128, 3)
-    assert np.array_equal(grid[:64, 64:], pictures[1]) and np.array_equal(
-        grid[64:, :64], pictures[2]
+    assert grid.shape == (96, 96, 3)
+    assert np.array_equal(grid[:48, 48:], pictures[1]) and np.array_equal(
+        grid[48:, :48], pictures[2]
     )
 
 

@@ -41,7 +41,7 @@ from support.files import table, write_json, write_text
 from tools.contestants import Reference, contestants, inputs_of, official, samplers
 from vae import VAE, VAEConfig
 
-MINIATURE = MMDiTConfig(6, 128, 32, 8, positions=4, context_dim=128, pooled_dim=128)
+MINIATURE = MMDiTConfig(6, 128, 32, 8, positions=3, context_dim=128, pooled_dim=128)
 GROWTH = replace(MINIATURE, positions=64)
 SIZES = [(n, 16) for n in (64, 256, 1024, 4096)] + [(64, n) for n in (64, 256, 1024, 2048)]
 MID = MMDiTConfig(12, 768, positions=32)
@@ -155,7 +155,7 @@ def sampling(config, device, tokens, steps, rounds, dtype=torch.float32):
 
 def step(device):
     """A step of sampling with guidance, in the miniature."""
-    return sampling(MINIATURE, device, (16, 14), steps=28, rounds=60)
+    return sampling(MINIATURE, device, (9, 14), steps=28, rounds=60)
 
 
 def mid(device):
