@@ -51,9 +51,10 @@ def train_vae(args, steps):
         image = to_tensor([pictures.sample(rng) for _ in range(8)]).to(args.device)
         mean, std = model.posterior(image)
         z = mean + std * torch.randn(std.shape, generator=generator).to(args.device)
+        pixels = pixel_loss(model.decoder(z), image)
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
         moments = (z.mean((0, 2, 3)) - SHIFT) ** 2 + (z.std((0, 2, 3)) - 1 / SCALE) ** 2
-        return pixel_loss(model.decoder(z), image) + 1e-4 * kl + 0.01 * moments.mean()
+        return pixels + 1e-4 * kl + 0.01 * moments.mean()
 
     preview = partial(preview_vae, model, args, "vae.png")
     return fit("vae", model, loss_of, steps, 2e-3, args, preview, decay=0.6)
