@@ -23,7 +23,7 @@ from mini import edits, programs, world
 from mini.world import HELD_OUT, SEEN, Mention, Object, Prompt, Reading, Scene
 from prompts import reference_prompt, to_images, to_tensor
 
-STREAM = "closing"  # seed of cases that were never used to choose weights or settings
+STREAM = "second edition"  # seed of cases that were never used to choose weights or settings
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import save_file
-from transformers import T5EncoderModel
+from transformers import AutoTokenizer, T5EncoderModel
 
 from checkpoints import load_mmdit, load_vae, metadata, read, read_json
 from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
-from lmm import load_lmm, load_tokenizer
+from lmm import load_lmm
 from mini import world
 from mini.cases import (
     CASES,
@@ -64,7 +64,7 @@ class Base:
     def __init__(self, device=None):
         self.mmdit, self.vae = load_mmdit(SD3, device or "cpu"), load_vae(SD3, device or "cpu")
         t5 = T5EncoderModel.from_pretrained(T5, dtype=torch.float32).eval().to(device or "cpu")
-        self.condition = TextCondition(self.mmdit, t5, load_tokenizer(T5))
+        self.condition = TextCondition(self.mmdit, t5, AutoTokenizer.from_pretrained(T5))
 
     def generate(self, prompts, *, task=None, seed=0, steps=28, guidance=4.5, alone=False):
         """alone: without the pooled vector, and with pads attended, as UniAlignment starts."""
@@ -266,8 +266,9 @@ def report(scores):
     for row, groups in scores["rows"].items():
         beside = row.removesuffix(HELD) if row.endswith(HELD) else "base"
         ratio = ""
-        if beside in total and (row.endswith(HELD) or row in ("stage 1", "t2i", ALONE)):
-            ratio = f"{share(total[row]['exact']) / max(share(total[beside]['exact']), 1e-9):.2f}"
+        if row.endswith(HELD) or row in ("stage 1", "t2i", ALONE):
+            whole_share = share(total[beside]["exact"]) if beside in total else 0
+            ratio = f"{share(total[row]['exact']) / whole_share:.2f}" if whole_share else ""
         lines.append(line(f"**{row}**", total[row], ratio))
         lines += [line(name, part) for name, part in groups.items() if len(groups) > 1]
     parts = [table(["", "n", "score", "95 %", "ratio", *CONTROLS.values()], lines)]
