@@ -49,6 +49,8 @@ class Condition:
 class DreamEngine(nn.Module):
     """Everything between a prompt and a picture. `start_training` says what learns; else nothing."""
 
+    guidance = 4.5  # or that at which a checkpoint says it draws best
+
     def __init__(self, lmm, adapter, mmdit, vae):
         """A Qwen2VL, an Adapter, an MMDiT and a VAE; raises UserError if they do not fit together."""
         super().__init__()
@@ -93,6 +95,7 @@ class DreamEngine(nn.Module):
             adapter = new_adapter(language, mmdit)
         engine = cls(language, adapter, mmdit, vae).requires_grad_(False).eval()
         if trained:
+            engine.guidance = trained.config.get("guidance", cls.guidance)
             engine.add_trained_lora(trained, merge)
         return engine
 
@@ -131,15 +134,18 @@ class DreamEngine(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self, prompts, steps=28, guidance=4.5, r=0.0, size=None, *, seed=0, task=None, progress=iter
-    ):
+        self, prompts, steps=28, guidance=None, r=0.0, size=None,
+        *, seed=0, task=None, progress=iter,
+    ):  # fmt: skip
         """Draw one PIL image for each prompt, an interleaved list of strings and PIL images.
 
-        size: (width, height) in pixels, multiples of 16. Image i is drawn from seed + i, the same
-        alone as in any batch. task: one of prompts.TASKS. r: see `adapter.blend`. progress wraps the
-        steps, tqdm for one. Raises UserError for settings that cannot be drawn.
+        guidance: default: the checkpoint's own. size: (width, height) in pixels, multiples of 16.
+        Image i is drawn from seed + i, the same alone as in any batch. task: one of prompts.TASKS.
+        r: see `adapter.blend`. progress wraps the steps, tqdm for one. Raises UserError for settings
+        that cannot be drawn.
         """
         width, height = size or (self.default_size, self.default_size)
+        guidance = self.guidance if guidance is None else guidance
         self.check(steps, guidance, r, width, height)
         if not prompts:
             raise UserError("no prompt to draw")

@@ -64,7 +64,7 @@ def options():
     add("--blend", type=number(0, 1), default=0.0, help="r: share of ViT features at images, 0 to 1")
     add("--steps", type=whole_number(1, 10**6), help="of Euler, default: 28; or to read a text")
     add("--guidance", type=number(-1000, 1000),
-        help="classifier-free guidance, 1 is none; default: 4.5, or UniAlignment's own")
+        help="classifier-free guidance, 1 is none; default: the checkpoint's own")
     add("--negative", help="what guidance moves away from; default: UniAlignment's own")
     add("--order", choices=("sampled", "confident"), help="in which words are read")
     add("--seed", type=whole_number(0, 2**63 - 1), default=0, help="picture i is of seed + i")
@@ -100,7 +100,7 @@ def parse(arguments=None):
         return args
     if work == "reading":
         raise UserError(f"task {args.task} needs --engine unialignment: Dream Engine reads nothing")
-    args.steps, args.guidance = args.steps or 28, 4.5 if args.guidance is None else args.guidance
+    args.steps = args.steps or 28
     if args.checkpoint is None:
         if (args.sd3, args.lmm) != (SD3, LMM):
             raise UserError("--checkpoint is missing: other models than the mini need their own")
@@ -198,9 +198,9 @@ def main(arguments=None):
     prompts, out = read_prompts(args), writable(args.out)
     prompts = [prompt for prompt in prompts for _ in range(args.num)]
     engine = load(args)
-    if args.engine == UNI:  # what the folder says, to be noted in the picture
+    args.guidance = engine.guidance if args.guidance is None else args.guidance
+    if args.engine == UNI:
         args.steps = args.steps or engine.sampling.steps
-        args.guidance = engine.sampling.guidance if args.guidance is None else args.guidance
         options = {"negative": args.negative}
     else:
         options = {"r": args.blend, "task": args.task}

@@ -431,7 +431,7 @@ def main(arguments=None):
     args = parse(arguments)
     sources = [(Manifest(file), weight) for file, weight in args.data]
     if not sources:
-        from mini.programs import Examples
+        from mini.world import Examples
 
         sources = [(Examples(), 1)]
     with one_line_if_a_process_dies(args.out):

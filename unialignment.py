@@ -101,6 +101,10 @@ class UniAlignment(nn.Module):
         return self.mmdit.pos_embed.device
 
     @property
+    def guidance(self):
+        return self.sampling.guidance
+
+    @property
     def default_size(self):
         return min(self.sampling.size, self.mmdit.config.largest)
 

@@ -1,6 +1,6 @@
 """The paper's claims and open questions, answered by many short trainings of the miniature.
 
-    python -m mini.evaluate claims                # all of them, or only some: claims adapter rank
+    python -m mini.claims                  # all of them, or only some: adapter rank
 
 RUNS says what is trained, COMPARISONS what is asked of it. Each run is trained with three seeds or
 five, scored on cases of that seed, and kept in --out/NAME-SEED, so that an interrupted command goes
@@ -18,17 +18,16 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from checkpoints import load_mmdit, read_json
-from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
-from mini import pretrain, world
-from mini.cases import CASES, STREAM, difference, draw, judge, odd_cases, share
-from mini.lessons import encode_text, load_text_encoder
-from support.cli import UserError, reading
+from checkpoints import read_json
+from dream_engine import LMM, SD3, DreamEngine
+from mini.cases import STREAM, difference, draw, judge, odd_cases, score, share
+from mini.evaluate import RATIOS
+from support.cli import Parser, UserError, one_line_errors, reading
 from support.files import prompt_row, sheet, table, write_json, write_png, write_text
 from support.runs import plot
 
 TRAIN = Path(__file__).parent.parent / "train.py"
-GUIDANCE = 2.0  # at which the miniature draws best
+GUIDANCE = 2.0  # of short trainings, which say none
 
 # ---- what is trained ----------------------------------------------------------------------------
 
@@ -123,7 +122,10 @@ def run(name, seed, out):
             if r and row == "t2i":  # without pictures nothing is blended
                 continue
             at = f"{row} at r = 1" if r else row
-            scores[at] = score(engine.generate, row, n, f"claims {seed}", f"{name}, {at}", r=r)
+            what = f"{name}, {at}"
+            scores[at] = score(
+                engine.generate, row, n, f"claims {seed}", what, guidance=GUIDANCE, r=r
+            )
     write_json(result, scores)
     shutil.rmtree(folder / "checkpoints")  # what was learned lies beside it
     return scores
@@ -133,12 +135,6 @@ def train(name, seed, flags):
     command = [sys.executable, str(TRAIN), *flags, "--seed", str(seed), "--resume", "--keep", "1"]
     if code := subprocess.run([*command, "--sample-every", "0"], check=False).returncode:
         raise UserError(f"{name}, seed {seed}: its training ended with code {code}")
-
-
-def score(generate, row, n, seed, what="", *, guidance=GUIDANCE, **settings):
-    """{check: bits} of n cases of a row; settings as of `DreamEngine.generate`."""
-    cases = [case for group in CASES[row](n, seed).values() for case in group]
-    return judge(cases, draw(generate, cases, what, guidance=guidance, **settings))
 
 
 def random_lmm(folder, seed):
@@ -154,28 +150,6 @@ def random_lmm(folder, seed):
 
 
 # ---- what is asked of the committed weights -----------------------------------------------------
-
-
-def against_base(n=600):
-    """Text -> image by the base's own text encoder, by stage 1 and by stage 2: {model: bits}."""
-    one, two = DreamEngine.load(checkpoint=STAGE1), DreamEngine.load(checkpoint=STAGE2)
-    base, encoder = load_mmdit(SD3, one.device), load_text_encoder(one.device)
-
-    def by_base(prompts, task, guidance, seed):
-        texts = ["".join(prompt) for prompt in prompts] + [""] * len(prompts)
-        condition = encode_text(base, encoder, one.lmm.tokenizer, texts)
-        return pretrain.draw(base, one.vae, condition, guidance=guidance, seed=seed)
-
-    models = {"base": by_base, "stage 1": one.generate, "stage 2": two.generate}
-    result = {}
-    for guidance in (2.0, 4.5):
-        for name, generate in models.items():
-            at = f"{name}, guidance {guidance:g}"
-            result[at] = score(generate, "t2i", n, STREAM, at, guidance=guidance)["exact"]
-    return result
-
-
-RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def blend_curve(engine, n=200):
@@ -203,7 +177,7 @@ def odd_ends(engine, out, n=50):
     """{what: {end: bits}}, and a sheet of pictures."""
     result, rows = {}, []
     for what, cases in odd_cases(n).items():
-        images = draw(engine.generate, cases, what, guidance=GUIDANCE)
+        images = draw(engine.generate, cases, what)
         result[what] = judge(cases, images)
         rows.append(prompt_row(what, cases[0].prompt, images[0]))
     write_png(out / "odd.png", sheet(rows, 96, letters=70))
@@ -211,7 +185,6 @@ def odd_ends(engine, out, n=50):
 
 
 EXTRAS = {  # of the committed weights
-    "base": lambda out: against_base(),
     "curve": lambda out: blend_curve(DreamEngine.load()),
     "odd": lambda out: odd_ends(DreamEngine.load(), out),
 }
@@ -236,30 +209,10 @@ def compared(first, second):
 
 def report(results):
     """All results as Markdown."""
-    parts = report_base(results["base"]) if "base" in results else []
-    parts += report_runs(results["runs"])
+    parts = report_runs(results["runs"])
     parts += report_curve(results["curve"]) if "curve" in results else []
     parts += report_odd(results["odd"]) if "odd" in results else []
     return "\n\n".join(parts) + "\n"
-
-
-def report_base(base):
-    n = len(next(iter(base.values()))) // len(world.TASKS)
-    scores = [
-        [model, f"**{share(text):.3f}**"]
-        + [f"{share(text[i : i + n]):.2f}" for i in range(0, len(text), n)]
-        for model, text in base.items()
-    ]
-    pairs = [
-        [a, b, *compared([base[f"{a}, guidance {g}"]], [base[f"{b}, guidance {g}"]]), g]
-        for a, b in (("base", "stage 1"), ("stage 1", "stage 2"))
-        for g in ("2", "4.5")
-    ]
-    return [
-        f"**Against the base**: text -> image, {n} prompts a task.",
-        table(["", "mean", *world.TASKS], scores),
-        table([*COMPARED, "guidance"], pairs),
-    ]
 
 
 def report_runs(runs):
@@ -283,7 +236,7 @@ def report_curve(curve):
     ]
     n = len(curve["copies"]["0.0"]["exact"])
     return [
-        f"**The blend** (`curve`): stage 2 at guidance {GUIDANCE:g}, {n} cases a row.",
+        f"**The blend** (`curve`): stage 2, {n} cases a row.",
         table(["", "", *(f"r = {r:g}" for r in RATIOS)], rows),
     ]
 
@@ -305,13 +258,11 @@ def report_odd(odd):
 CLAIMS = (*EXTRAS, *dict.fromkeys(c.claim for c in COMPARISONS))
 
 
-def add_options(parser):
+def main(arguments=None):
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("claims", nargs="*", metavar="claim", help=f"of {', '.join(CLAIMS)}")
     parser.add_argument("--out", default="runs/claims", help="folder of runs, scores and pictures")
-
-
-def main(args):
-    """Train, score and compare."""
+    args = parser.parse_args(arguments)
     if unknown := set(args.claims) - set(CLAIMS):
         raise UserError(f"unknown claim {unknown.pop()!r}: expected some of {', '.join(CLAIMS)}")
     chosen, out = args.claims or CLAIMS, Path(args.out)
@@ -334,3 +285,8 @@ def main(args):
     if "curve" in results:
         write_png(out / "curve.png", draw_curve(results["curve"]))
     print(text)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

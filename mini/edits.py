@@ -5,22 +5,12 @@ Easy ones name one object; hard ones tell it by another, exchange two, or ask fo
 
 from dataclasses import dataclass
 
-from mini import world
-from mini.world import (
-    BACKGROUNDS,
-    HELD_OUT,
-    PLACES,
-    RELATIONS,
-    SEEN,
-    Mention,
-    Object,
-    Scene,
-    holding,
-    is_exam,
-)
+from mini import scenes
+from mini.scenes import SEEN, Mention, Object, Scene, as_mention
 
 EDITS = ("recolor", "remove", "add", "move", "background")  # of one object that is named
 HARD_EDITS = ("reference", "swap", "several")  # told by another object; two at once; three in one
+RECOLOR = (("make", ""), ("turn", ""), ("change", "to "), ("recolor", "to "))
 
 
 @dataclass(frozen=True)
@@ -43,9 +33,11 @@ def sample_edit(kind, rng, pairs=SEEN, exam=False):
     of SEEN ones.
     """
     while True:
-        source = world.sample_scene("scene", rng, SEEN if pairs is HELD_OUT else pairs, exam)
+        source = scenes.sample_scene(
+            "scene", rng, SEEN if pairs is scenes.HELD_OUT else pairs, exam
+        )
         edit = MAKERS[kind](source, rng, pairs)
-        if edit and is_exam(edit.target) == exam and edit.target.objects:
+        if edit and scenes.is_exam(edit.target) == exam and edit.target.objects:
             return edit
 
 
@@ -57,53 +49,20 @@ def name_of(obj, scene, rng):
     return obj.shape if alone and rng.random() < 0.5 else f"{obj.color} {obj.shape}"
 
 
-def with_objects(scene, objects):
+def replaced(scene, before, after):
+    """The scene with some of its objects replaced by others."""
+    objects = [o for o in scene.objects if o not in before] + list(after)
     return Scene(scene.background, tuple(sorted(objects, key=lambda o: o.place)))
 
 
-def replaced(scene, before, after):
-    """The scene with one object (or None) in the place of another (or None)."""
-    objects = [o for o in scene.objects if o != before] + [after] * (after is not None)
-    return with_objects(scene, objects)
+def of_one(kind, source, text, before, after, *told):
+    """The Edit that puts one object (or None) in the place of another (or None)."""
+    target = replaced(source, [before], filter(None, [after]))
+    return Edit(kind, source, text, target, before, after, told)
 
 
 def free_place(scene, rng):
     return rng.choice([p for p in range(9) if p not in {o.place for o in scene.objects}])
-
-
-def as_mention(obj, count=1, color=True, place=False):
-    return Mention(obj.shape, obj.color if color else None, count, obj.place if place else None)
-
-
-def background(source, rng, pairs):
-    (paper,) = BACKGROUNDS.keys() - {source.background}
-    verb = rng.choice(("make the background", "turn the background", "change the background to"))
-    return Edit("background", source, f"{verb} {paper}", Scene(paper, source.objects))
-
-
-def add(source, rng, pairs):
-    after = Object(*rng.choice(pairs), free_place(source, rng))
-    text = f"add a {after.color} {after.shape} to the {PLACES[after.place]}"
-    if len(source.objects) < 4:
-        told = (as_mention(after, place=True),)
-        return Edit("add", source, text, replaced(source, None, after), None, after, told)
-
-
-def remove(source, rng, pairs):
-    before = rng.choice(source.objects)
-    if name := name_of(before, source, rng):
-        target = replaced(source, before, None)
-        told = (as_mention(before, 0, before.color in name),)
-        return Edit("remove", source, f"remove the {name}", target, before, None, told)
-
-
-def move(source, rng, pairs):
-    before = rng.choice(source.objects)
-    after = Object(*before.pair, free_place(source, rng))
-    if name := name_of(before, source, rng):
-        text = f"move the {name} to the {PLACES[after.place]}"
-        told = (as_mention(after, 1, before.color in name, True),)
-        return Edit("move", source, text, replaced(source, before, after), before, after, told)
 
 
 def other_color(obj, rng, pairs):
@@ -111,7 +70,33 @@ def other_color(obj, rng, pairs):
     return Object(rng.choice(colors), obj.shape, obj.place) if colors else None
 
 
-RECOLOR = (("make", ""), ("turn", ""), ("change", "to "), ("recolor", "to "))
+def background(source, rng, pairs):
+    (paper,) = scenes.BACKGROUNDS.keys() - {source.background}
+    verb = rng.choice(("make the background", "turn the background", "change the background to"))
+    return Edit("background", source, f"{verb} {paper}", Scene(paper, source.objects))
+
+
+def add(source, rng, pairs):
+    after = Object(*rng.choice(pairs), free_place(source, rng))
+    text = f"add a {after.color} {after.shape} to the {scenes.PLACES[after.place]}"
+    if len(source.objects) < 4:
+        return of_one("add", source, text, None, after, as_mention(after, place=True))
+
+
+def remove(source, rng, pairs):
+    before = rng.choice(source.objects)
+    if name := name_of(before, source, rng):
+        told = as_mention(before, 0, before.color in name)
+        return of_one("remove", source, f"remove the {name}", before, None, told)
+
+
+def move(source, rng, pairs):
+    before = rng.choice(source.objects)
+    after = Object(*before.pair, free_place(source, rng))
+    if name := name_of(before, source, rng):
+        told = as_mention(after, 1, before.color in name, place=True)
+        text = f"move the {name} to the {scenes.PLACES[after.place]}"
+        return of_one("move", source, text, before, after, told)
 
 
 def recolor(source, rng, pairs):
@@ -120,28 +105,26 @@ def recolor(source, rng, pairs):
     if after and name:
         verb, to = rng.choice(RECOLOR)
         text = f"{verb} the {name} {to}{after.color}"
-        told = (as_mention(after),)
-        return Edit("recolor", source, text, replaced(source, before, after), before, after, told)
+        return of_one("recolor", source, text, before, after, as_mention(after))
 
 
 def reference(source, rng, pairs):
     """Remove or recolor the only object that stands in a relation to another."""
-    anchor = rng.choice(source.objects)
-    relation = rng.choice(list(RELATIONS))
-    meant = [o for o in source.objects if o != anchor and relation in holding(o, anchor)]
+    anchor, relation = rng.choice(source.objects), rng.choice(list(scenes.RELATIONS))
+    meant = [o for o in source.objects if o != anchor and relation in scenes.holding(o, anchor)]
     name = name_of(anchor, source, rng)
     if len(meant) != 1 or not name:
         return None
-    (before,) = meant
-    what = f"the object {rng.choice(RELATIONS[relation])} the {name}"
-    told = (as_mention(anchor, 1, anchor.color in name),)
-    after, text = None, f"remove {what}"
+    (before,), after = meant, None
+    what = f"the object {rng.choice(scenes.RELATIONS[relation])} the {name}"
+    text = f"remove {what}"
     if rng.random() < 0.5:
         if not (after := other_color(before, rng, pairs)):
             return None
         verb, to = rng.choice(RECOLOR)
         text = f"{verb} {what} {to}{after.color}"
-    return Edit("reference", source, text, replaced(source, before, after), before, after, told)
+    told = as_mention(anchor, 1, anchor.color in name)
+    return of_one("reference", source, text, before, after, told)
 
 
 def swap(source, rng, pairs):
@@ -151,32 +134,32 @@ def swap(source, rng, pairs):
     a, b = rng.sample(source.objects, 2)
     names = name_of(a, source, rng), name_of(b, source, rng)
     if rng.random() < 0.5:
-        what, new = "colors", [Object(b.color, a.shape, a.place), Object(a.color, b.shape, b.place)]
+        what, new = "colors", (Object(b.color, a.shape, a.place), Object(a.color, b.shape, b.place))
     else:
-        what, new = "places", [Object(*a.pair, b.place), Object(*b.pair, a.place)]
+        what, new = "places", (Object(*a.pair, b.place), Object(*b.pair, a.place))
     if not all(names) or a.color == b.color or any(o.pair not in pairs for o in new):
         return None
-    rest = [o for o in source.objects if o not in (a, b)]
     text = f"swap the {what} of the {names[0]} and the {names[1]}"
-    told = tuple(as_mention(o) for o in new)
-    return Edit("swap", source, text, with_objects(source, [*rest, *new]), None, None, told)
+    target = replaced(source, (a, b), new)
+    return Edit("swap", source, text, target, told=tuple(map(as_mention, new)))
 
 
 def several(source, rng, pairs):
     """Three instructions of different kinds, one after the other; none touches what another made."""
-    scene, texts, told, touched = source, [], [], []
+    made, scene = [], source
     for kind in rng.sample(EDITS, 3):
         edit = MAKERS[kind](scene, rng, pairs)
-        if not edit or not edit.target.objects or (edit.before and edit.before in touched):
+        if not edit or not edit.target.objects:
             return None
-        touched.append(edit.after)
-        texts.append(edit.text)
-        told += edit.told
+        if edit.before and edit.before in [earlier.after for earlier in made]:
+            return None
+        made.append(edit)
         scene = edit.target
-    if sum(o in scene.objects for o in touched if o) < sum(o is not None for o in touched):
+    if any(edit.after and edit.after not in scene.objects for edit in made):
         return None
-    text = f"{texts[0]}, {texts[1]} and {texts[2]}"
-    return Edit("several", source, text, scene, None, None, tuple(told))
+    text = "{}, {} and {}".format(*(edit.text for edit in made))
+    told = tuple(mention for edit in made for mention in edit.told)
+    return Edit("several", source, text, scene, told=told)
 
 
 MAKERS = {

@@ -1,28 +1,120 @@
-"""The miniature T5 and Qwen2-VL: how large they are and what they learn."""
+"""The miniature T5 and Qwen2-VL: their words, how large they are, how they learn."""
 
+import json
 import random
+import re
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    T5Config,
-    T5EncoderModel,
+
+from lmm import VISION_TOKENS, PatchConfig, Qwen2VL, load_tokenizer
+from mini import lessons, scenes
+from mini.fitting import SEED, fit, trained
+from mini.lessons import FACTS, Facts
+
+# ---- tokenizers ---------------------------------------------------------------------------------
+
+NOUNS = tuple(noun for shape in scenes.SHAPES for noun in (shape, scenes.plural(shape)))
+TEMPLATES = (  # words that are not in texts alone
+    "Generate Image Copy Edit image following Combine the objects and generate an shape of in color"
+    " replace into with next object it them keep then bigger smaller photo picture Draw Segment"
+    " Describe"
 )
 
-from lmm import VISION_TOKENS, PatchConfig, Qwen2VL
-from mini import lessons, picture_lessons, world
-from mini.fitting import SEED, fit, trained
+
+def world_words():
+    """Every word of the world's texts, in alphabetical order."""
+    texts = lessons.sample_texts(6000, random.Random("words"))
+    texts = " ".join([TEMPLATES, *(text.prompt[0] for text in texts)])
+    return sorted({*re.findall("[^ ,.:?]+", texts), *NOUNS})
+
+
+def make_t5_tokenizer(folder):
+    """A T5 tokenizer, as published, in which every word of this world is one piece."""
+    words = [(f"▁{word}", -1.0) for word in world_words()]
+    letters = [(chr(i), -6.0) for i in range(33, 127)]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
+    marks = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(100))]
+    tokenizer = transformers.T5Tokenizer(vocab=[*special, *words, *letters, *marks], extra_ids=100)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_lmm_tokenizer(folder):
+    """A byte-level BPE as Qwen2-VL's, small, in which every word of this world is one token."""
+    lines = [part + word for word in world_words() for part in ("", " ") for _ in range(99)]
+    lines += 99 * [", ", ": ", ". ", "?"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(lines, trainer)
+    state = json.loads(tokenizer.to_str())["model"]
+    images = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab=state["vocab"],
+        merges=[tuple(merge) for merge in state["merges"]],
+        extra_special_tokens=["<|im_start|>", "<|im_end|>", *images, "<|video_pad|>"],
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@cache
+def noun_ids(tokenizer):
+    """The tokens that are nouns, at the start of a text or within it."""
+    texts = [prefix + noun for noun in NOUNS for prefix in ("", " ")]
+    rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    if bad := [text for text, row in zip(texts, rows) if len(row) != 1]:
+        raise ValueError(f"{bad[0]!r} is not one token")
+    return {row[0] for row in rows}
+
+
+def noun_places(ids, tokenizer):
+    """Where the nouns stand in a row of tokens."""
+    return [i for i, token in enumerate(ids.tolist()) if token in noun_ids(tokenizer)]
+
 
 # ---- the text encoder ---------------------------------------------------------------------------
 
 
+def tokenize(tokenizer, texts, pads=0):
+    """Texts, each closed and padded with EOS to so many pads more than the longest: ids, mask (B, L)."""
+    rows = tokenizer(texts).input_ids
+    lengths = [len(row) for row in rows]
+    longest = max(lengths) + pads
+    ids = [row + [tokenizer.eos_token_id] * (longest - len(row)) for row in rows]
+    return torch.tensor(ids), torch.arange(longest) < torch.tensor(lengths)[:, None]
+
+
+def t5_rows(texts, tokenizer, rng, generator):
+    """Lessons of one text as the T5 meets them, and what is asked of it.
+
+    ids, mask (B, L): closed and padded with EOS, before any masking; mask is False at pads, for those
+    who leave them out. masked (B, L): where it is shown <extra_id_0>; in half of the rows any share
+    of the words, pads included. known (B, L), facts (B, L, 5): where facts are known, and which.
+    """
+    pads = rng.choice((0, 0, 1, 2, 4, 8, 16, 24))
+    ids, mask = tokenize(tokenizer, [text.prompt[0] for text in texts], pads)
+    share = torch.rand(len(ids), 1, generator=generator) * 2 - 1  # half below 0: nothing masked
+    masked = torch.rand(ids.shape, generator=generator) < share
+    known, facts = torch.zeros_like(mask), torch.zeros(*ids.shape, len(FACTS), dtype=torch.long)
+    for i, text in enumerate(texts):
+        if text.nouns and not masked[i].any():
+            places = noun_places(ids[i], tokenizer)
+            known[i, places], facts[i, places] = True, torch.tensor(text.nouns)
+    return ids, mask, masked, known, facts
+
+
 def new_t5(tokenizer):
-    config = T5Config(
+    """The T5, and the readouts that it learns with."""
+    facts = Facts(128, len(tokenizer))
+    config = transformers.T5Config(
         vocab_size=len(tokenizer),
         d_model=128,
         d_kv=32,
@@ -33,13 +125,11 @@ def new_t5(tokenizer):
         relative_attention_max_distance=128,
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
-    model = T5EncoderModel(config)
+    model = transformers.T5EncoderModel(config)
     bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     bias.data.copy_(leaning(config.relative_attention_num_buckets // 2))
-    return model
+    return nn.ModuleDict({"t5": model, "facts": facts})
 
 
 def leaning(side):
@@ -59,57 +149,86 @@ def train_t5(args, steps):
     In half of the batches pads are attended, as UniAlignment has them, in half they are not.
     """
     torch.manual_seed(SEED)
-    tokenizer = lessons.make_t5_tokenizer(Path(args.out, "t5-tokenizer"))
+    tokenizer = make_t5_tokenizer(Path(args.out, "t5-tokenizer"))
     mask_id = tokenizer.convert_tokens_to_ids("<extra_id_0>")
-    nouns = lessons.noun_ids(tokenizer)
-    facts = lessons.Facts(128, len(tokenizer))
-    modules = nn.ModuleDict({"t5": new_t5(tokenizer), "facts": facts}).to(args.device)
+    modules = new_t5(tokenizer).to(args.device)
+    t5, facts = modules["t5"], modules["facts"]
 
-    def states_of(texts, rng, generator):
-        rows = lessons.t5_rows(texts, tokenizer, nouns, rng, generator).to(args.device)
-        ids = rows.ids.masked_fill(rows.masked, mask_id)
-        mask = rows.mask if rng.random() < 0.5 else torch.ones_like(rows.mask)
-        states = modules["t5"](input_ids=ids, attention_mask=mask).last_hidden_state
-        return rows, mask, states
+    def met(texts, rng, generator):
+        """Their ids, where they are attended and masked; the states and labels of their nouns."""
+        rows = t5_rows(texts, tokenizer, rng, generator)
+        ids, mask, masked, known, labels = (x.to(args.device) for x in rows)
+        attended = mask if rng.random() < 0.5 else torch.ones_like(mask)
+        shown = ids.masked_fill(masked, mask_id)
+        states = t5(input_ids=shown, attention_mask=attended).last_hidden_state
+        return ids, attended, masked, states, (states[known], labels[known])
 
     def loss_of(step, rng, generator):
         long = rng.random() < 0.25  # rows of like length together, as pads cost as much as words
-        texts = sorted(lessons.sample_texts(128, rng), key=lambda text: len(text.text))
+        texts = sorted(lessons.sample_texts(128, rng), key=lambda text: len(text.prompt[0]))
         texts = texts[96:] if long else rng.sample(texts[:96], 64)
-        rows, mask, states = states_of(texts, rng, generator)
-        words = F.cross_entropy(facts.words(states[mask]), rows.ids[mask])
-        return words + facts(states[rows.nouns], rows.facts[rows.nouns])
+        ids, mask, _, states, nouns = met(texts, rng, generator)
+        return F.cross_entropy(facts.words(states[mask]), ids[mask]) + facts(*nouns)
 
     @torch.no_grad()
     def preview(step):
         rng, generator = random.Random("preview t5"), torch.Generator().manual_seed(0)
-        rows, mask, states = states_of(lessons.sample_texts(512, rng), rng, generator)
-        scores = facts.right(states[rows.nouns], rows.facts[rows.nouns])
-        hidden, shown = rows.masked & mask, ~rows.masked & mask
-        for name, where in ("masked", hidden), ("shown", shown):
-            right = facts.words(states[where]).argmax(1) == rows.ids[where]
-            scores[name] = right.float().mean().item()
+        texts = lessons.sample_texts(512, rng)
+        ids, mask, masked, states, nouns = met(texts, rng, generator)
+        right = facts.words(states).argmax(2) == ids
+        scores = facts.right(*nouns)
+        for name, where in ("masked", masked & mask), ("shown", ~masked & mask):
+            scores[name] = right[where].float().mean().item()
         return {name: round(score, 4) for name, score in scores.items()}
 
     return fit("t5", modules, loss_of, steps, 1.5e-3, args, preview)
 
 
 def trained_t5(args):
-    tokenizer = AutoTokenizer.from_pretrained(Path(args.out, "t5-tokenizer"))
-    facts = lessons.Facts(128, len(tokenizer))
-    modules = nn.ModuleDict({"t5": new_t5(tokenizer), "facts": facts})
-    return tokenizer, trained("t5", modules, args)["t5"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(args.out, "t5-tokenizer"))
+    return tokenizer, trained("t5", new_t5(tokenizer), args)["t5"]
 
 
 # ---- the LMM: Qwen2-VL in miniature -------------------------------------------------------------
 
 CAPTION = "Copy Image: "  # after a picture alone the LMM may as well begin with a question
-PATCHES = PatchConfig(patch=8, merge=2, min_pixels=16 * 16, max_pixels=world.SIZE**2)
+PATCHES = PatchConfig(patch=8, merge=2, min_pixels=16 * 16, max_pixels=scenes.SIZE**2)
+
+
+def labels_of(asked, batch, tokenizer):
+    """What is known of a Batch of Lessons: words (B, L), facts (B, L, 5), known (B, L), alone (n, 6).
+
+    words: each token's own, and what a picture's token stands for. facts: where they are known.
+    alone: facts and words of all tokens of pictures by themselves.
+    """
+    names = (*scenes.SHAPES, *scenes.BACKGROUNDS, "shape", "color")
+    word_ids = {name: tokenizer.encode(f" {name}")[0] for name in names}
+    words, known = batch.ids.clone(), torch.zeros_like(batch.mask)
+    facts = torch.zeros(*words.shape, len(FACTS), dtype=torch.long)
+    for i, lesson in enumerate(asked):
+        labels = {}
+        if lesson.nouns is not None:
+            labels = dict(zip(noun_places(words[i], tokenizer), lesson.nouns, strict=True))
+        if lesson.outcome:
+            last = int(batch.mask[i].sum()) - len(tokenizer.encode(lesson.prompt[-1])) - 1
+            labels[last] = lesson.outcome
+        places = batch.image_mask[i].nonzero().flatten().tolist()
+        for place, (word, label) in zip(places, lesson.pictures, strict=True):
+            words[i, place] = word_ids[word]
+            if label:
+                labels[place] = label
+        if labels:
+            places = list(labels)
+            known[i, places], facts[i, places] = True, torch.tensor(list(labels.values()))
+    alone = [lesson.pictures if lesson.alone is None else lesson.alone for lesson in asked]
+    alone = [(*label, word_ids[word]) for tokens in alone for word, label in tokens]
+    return words, facts, known, torch.tensor(alone, dtype=torch.long).reshape(-1, len(FACTS) + 1)
 
 
 def new_lmm(tokenizer):
+    """The LMM, and the readouts that it learns with."""
     start, image, end, video = tokenizer.convert_tokens_to_ids([*VISION_TOKENS, "<|video_pad|>"])
-    config = Qwen2VLConfig(
+    config = transformers.Qwen2VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
             "bos_token_id": None,
@@ -122,18 +241,13 @@ def new_lmm(tokenizer):
             "num_key_value_heads": 2,
             "rms_norm_eps": 1e-6,
             "max_position_embeddings": 512,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [4, 6, 6],
-            },
+            "rope_parameters": {"rope_theta": 1e4, "mrope_section": [4, 6, 6]},
         },
         vision_config={
             "depth": 2,
             "embed_dim": 96,
             "num_heads": 3,
             "hidden_size": 192,
-            "mlp_ratio": 4,
             "patch_size": PATCHES.patch,
         },
         image_token_id=image,
@@ -142,63 +256,67 @@ def new_lmm(tokenizer):
         video_token_id=video,
         tie_word_embeddings=True,
     )
-    return Qwen2VLForConditionalGeneration(config)
+    model = transformers.Qwen2VLForConditionalGeneration(config)
+    return nn.ModuleDict({"lmm": model, "facts": Facts(192, len(tokenizer))})
+
+
+def met_by(lmm, asked):
+    """A Batch of Lessons, its labels, the LMM's states and those of its ViT."""
+    batch = lmm.collate([lesson.prompt for lesson in asked])
+    labels = labels_of(asked, batch.to("cpu"), lmm.tokenizer)
+    return batch, [x.to(batch.ids.device) for x in labels], *lmm(batch)
 
 
 def train_lmm(args, steps):
     """Next words of all that is said, and the facts at every noun and image token."""
     torch.manual_seed(SEED)
-    tokenizer = lessons.make_lmm_tokenizer(Path(args.out, "lmm-tokenizer"))
-    nouns = lessons.noun_ids(tokenizer)
-    model = new_lmm(tokenizer)
-    facts = lessons.Facts(192, len(tokenizer))
-    modules = nn.ModuleDict({"lmm": model, "facts": facts}).to(args.device)
+    tokenizer = make_lmm_tokenizer(Path(args.out, "lmm-tokenizer"))
+    modules = new_lmm(tokenizer).to(args.device)
+    model, facts = modules["lmm"], modules["facts"]
     lmm = Qwen2VL(model.model, tokenizer, PATCHES)
 
     def loss_of(step, rng, generator):
-        asked = picture_lessons.sample_lessons(64, tokenizer, rng)
-        batch = lmm.collate([lesson.prompt for lesson in asked])
-        labels = picture_lessons.labels_of(asked, batch.to("cpu"), nouns).to(args.device)
-        hidden, vit = lmm(batch)
+        batch, labels, hidden, vit = met_by(lmm, lessons.sample_lessons(64, rng))
+        words, labels, known, alone = labels
         follows = batch.mask[:, 1:] & ~batch.image_mask[:, 1:]  # words to be foretold
-        words = F.cross_entropy(model.lm_head(hidden[:, :-1][follows]), batch.ids[:, 1:][follows])
-        kept = F.cross_entropy(facts.words(hidden[batch.mask]), labels.words[batch.mask])
-        loss = words + kept + facts(hidden[labels.known], labels.facts[labels.known])
-        return loss + facts(vit, labels.alone) if len(vit) else loss
+        loss = F.cross_entropy(model.lm_head(hidden[:, :-1][follows]), batch.ids[:, 1:][follows])
+        loss = loss + F.cross_entropy(facts.words(hidden[batch.mask]), words[batch.mask])
+        loss = loss + facts(hidden[known], labels[known])
+        return loss + facts(vit, alone) if len(vit) else loss
 
     def preview(step):
-        return {} if step % 500 else preview_lmm(lmm, model.lm_head, facts, nouns)
+        return {} if step % 500 else preview_lmm(lmm, model.lm_head, facts)
 
     return fit("lmm", modules, loss_of, steps, 1.5e-3, args, preview)
 
 
+def trained_lmm(args):
+    tokenizer = load_tokenizer(Path(args.out, "lmm-tokenizer"))
+    return tokenizer, trained("lmm", new_lmm(tokenizer), args)["lmm"]
+
+
 @torch.no_grad()
-def preview_lmm(lmm, head, facts, nouns):
+def preview_lmm(lmm, head, facts):
     """Shares of pictures described exactly, of questions answered, of mixtures understood; facts."""
     rng, scores = random.Random("preview lmm"), {}
-    for name, pairs in (("captions", world.SEEN), ("held_out", world.HELD_OUT)):
-        scenes = [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(100)]
-        texts = continued(lmm, head, [[CAPTION, world.render(s)] for s in scenes], 26)
-        right = [text.startswith(world.describe(s)) for text, s in zip(texts, scenes)]
-        scores[name] = sum(right) / len(right)
-    for name, kind in (
-        ("answers", picture_lessons.question_lesson),
-        ("mixtures", picture_lessons.mixing_lesson),
-    ):
-        mark = " A:" if name == "answers" else ": a"
-        prompts = [kind(lmm.tokenizer, rng).prompt for _ in range(200)]
-        prompts = [prompt for prompt in prompts if mark in prompt[-1]]
-        cut = [prompt[-1].rpartition(mark) for prompt in prompts]
-        asked = [[*prompt[:-1], text + mark] for prompt, (text, _, _) in zip(prompts, cut)]
-        texts = continued(lmm, head, asked, 3)
-        right = [text.startswith(end) for text, (_, _, end) in zip(texts, cut)]
-        scores[name] = sum(right) / len(right)
-    kinds = [kind for group in picture_lessons.LESSONS for kind in group]
-    asked = [kind(lmm.tokenizer, rng) for kind in kinds for _ in range(30)]
-    batch = lmm.collate([lesson.prompt for lesson in asked])
-    labels = picture_lessons.labels_of(asked, batch.to("cpu"), nouns).to(batch.ids.device)
-    hidden, _ = lmm(batch)
-    scores |= facts.right(hidden[labels.known], labels.facts[labels.known])
+
+    def share(prompts, expected, length):
+        texts = continued(lmm, head, prompts, length)
+        return sum(map(str.startswith, texts, expected)) / len(texts)
+
+    for name, pairs in (("captions", scenes.SEEN), ("held_out", scenes.HELD_OUT)):
+        drawn = [scenes.sample_scene("scene", rng, pairs, exam=True) for _ in range(100)]
+        prompts = [[CAPTION, scenes.render(scene)] for scene in drawn]
+        scores[name] = share(prompts, map(scenes.describe, drawn), 26)
+    for name, mark in (("answers", " A:"), ("mixtures", ": a")):
+        kind = lessons.question_lesson if name == "answers" else lessons.mixing_lesson
+        prompts = [kind(rng).prompt for _ in range(200)]
+        cut = [(*before, *text.rpartition(mark)) for *before, text in prompts if mark in text]
+        scores[name] = share([parts[:-1] for parts in cut], [parts[-1] for parts in cut], 3)
+    kinds = [kind for group in lessons.LESSONS for kind in group]
+    asked = [kind(rng) for kind in kinds for _ in range(30)]
+    _, (_, labels, known, _), hidden, _ = met_by(lmm, asked)
+    scores |= facts.right(hidden[known], labels[known])
     return {name: round(score, 4) for name, score in scores.items()}
 
 

@@ -1,24 +1,53 @@
 """Score the miniature with the exact detector: a picture counts only if it is just what was asked.
 
-python -m mini.evaluate            # 300 cases a row; also: evaluate scores, evaluate t2i copies
-python -m mini.evaluate claims     # train, score and compare: the paper's claims and questions
+    python -m mini.evaluate                # the whole report card; or some rows of it: base edits
+    python -m mini.evaluate guidance       # find the guidance at which --checkpoint draws best; store it
+
+Cases are of the reserved eighth that no training met, from a stream that nothing was chosen on.
 """
 
-import sys
+import json
+import random
+import textwrap
+import time
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from PIL import Image, ImageDraw, ImageOps
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, T5EncoderModel
 
-from dream_engine import LMM, SD3, STAGE2, DreamEngine
-from mini import claims, world
-from mini.cases import CASES, STREAM, bits, controls, draw, interval, judge, share
-from mini.pretrain import describe_images
+from checkpoints import load_mmdit, load_vae, metadata, read, read_json
+from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
+from lmm import load_lmm
+from mini import world
+from mini.cases import (
+    CASES,
+    STREAM,
+    bits,
+    controls,
+    copies_of,
+    draw,
+    interval,
+    judge,
+    picture,
+    score,
+    share,
+)
+from mini.encoders import CAPTION, continued
+from mini.pretrain import T5, TextCondition, decibels
+from mini.pretrain import draw as draw_base
+from mini.world import HELD_OUT, SEEN
 from support.cli import Parser, UserError, number, one_line_errors, whole_number
-from support.files import sheet, table, write_json, write_png, write_text
+from support.files import prompt_row, sheet, table, whole, write_json, write_png, write_text
 
-ROWS = (*CASES, "captions")
+GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)
+STEPS = (1, 2, 4, 8, 14, 28)
+RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)  # r
+HELD = ", held-out pairs"
+ALONE = "base, by time alone"
 CONTROLS = {  # name: column of the report
     "renders": "true pictures",
     "VAE": "their VAE copies",
@@ -26,110 +55,300 @@ CONTROLS = {  # name: column of the report
     "unedited": "unedited",
 }
 
+# ---- what is scored -----------------------------------------------------------------------------
 
-def score_rows(engine, rows, n, out, **settings):
-    """Score rows, each also over held-out pairs: yields (name, {group: {check: bits}}) of each.
 
-    Sheets of the first ten pictures go to out.
-    """
-    for row in rows:
-        for held_out in (False, True):
-            name = f"{row}, held-out pairs" if held_out else row
-            groups, lines, asked = {}, [], CASES[row](n, STREAM, held_out)
-            drawn = iter(draw(engine.generate, chain(*asked.values()), name, **settings))
+class Base:
+    """The miniature SD3.5 with its own T5, drawing as `DreamEngine.generate` does."""
+
+    def __init__(self, device=None):
+        self.mmdit, self.vae = load_mmdit(SD3, device or "cpu"), load_vae(SD3, device or "cpu")
+        t5 = T5EncoderModel.from_pretrained(T5, dtype=torch.float32).eval().to(device or "cpu")
+        self.condition = TextCondition(self.mmdit, t5, AutoTokenizer.from_pretrained(T5))
+
+    def generate(self, prompts, *, task=None, seed=0, steps=28, guidance=4.5, alone=False):
+        """alone: without the pooled vector, and with pads attended, as UniAlignment starts."""
+        texts = ["".join(prompt) for prompt in prompts] + [""] * len(prompts)
+        condition = self.condition(texts, *((4, torch.zeros(len(texts))) if alone else ()))
+        return draw_base(self.mmdit, self.vae, condition, steps, guidance, seed)
+
+
+class Card:
+    """Yields rows (name, {group: {check: bits}}), by the names in ROWS and MEASURES."""
+
+    def __init__(self, n, out, checkpoint=STAGE2, device=None, guidance=None, r=0.0):
+        self.n, self.out, self.device = n, out, device
+        self.checkpoint, self.guidance, self.r = checkpoint, guidance, r
+
+    def engine(self, checkpoint=None):
+        return DreamEngine.load(SD3, LMM, checkpoint or self.checkpoint, self.device)
+
+    def drawn(self, name, generate, vae, row, **settings):
+        """A row of CASES, of the pairs that training draws and of the held-out ones; and sheets."""
+        for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD)):
+            groups, tiles, asked = {}, [], CASES[row](self.n, STREAM, pairs)
+            images = iter(draw(generate, chain(*asked.values()), name + suffix, **settings))
             for group, cases in asked.items():
-                images = list(islice(drawn, len(cases)))
-                groups[group] = judge(cases, images) | controls(engine.vae, cases, images)
-                if row != "t2i":  # there a prompt has many right pictures
-                    lines.append([case.source or world.render(case.target) for case in cases[:10]])
-                lines.append(images[:10])
-            file = out / f"{name.replace(', ', '-').replace(' ', '-')}.png"
-            write_png(file, sheet(lines, height=128))
-            yield name, groups
+                own = list(islice(images, len(cases)))
+                groups[group] = judge(cases, own) | controls(vae, cases, own)
+                right = groups[group]["exact"]
+                tiles.append([tile(*shown) for shown in zip(cases[:8], own, right)])
+            file = (name + suffix).replace(", ", "-").replace(" ", "-")
+            write_png(self.out / f"{file}.png", sheet(tiles))
+            yield name + suffix, groups
+
+    def read_back(self, name, seed, reads):
+        """The share of random pictures of which reads([scene, ...]) -> [right, ...] is right."""
+        for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD)):
+            rng = random.Random(f"{seed}{suffix} {STREAM}")
+            scenes = [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(self.n)]
+            yield name + suffix, {name: {"exact": bits(reads(scenes))}}
+
+    def vae(self):
+        def reads(scenes):
+            copies = copies_of(vae, list(map(world.render, scenes)))
+            return [world.detect(copy) == scene for copy, scene in zip(copies, scenes)]
+
+        vae = load_vae(SD3)
+        yield from self.read_back("VAE", "vae", reads)
+
+    def captions(self):
+        def reads(scenes):
+            prompts = [[CAPTION, world.render(scene)] for scene in scenes]
+            texts = continued(lmm, lambda states: states @ words.T, prompts, 26)
+            return [text.startswith(world.describe(s)) for text, s in zip(texts, scenes)]
+
+        lmm = load_lmm(LMM)
+        words = lmm.language_model.embed_tokens.weight
+        yield from self.read_back("captions", "captions", reads)
+
+    def base(self):
+        base = Base(self.device)
+        guidance = self.guidance or best_guidance(base.generate, ["t2i"], 120)
+        for name, generate in (
+            ("base", base.generate),
+            (ALONE, partial(base.generate, alone=True)),
+        ):
+            yield from self.drawn(name, generate, base.vae, "t2i", guidance=guidance)
+
+    def stage1(self):
+        engine = self.engine(STAGE1)
+        yield from self.drawn("stage 1", engine.generate, engine.vae, "t2i", guidance=self.guidance)
+
+    def stage2(self, row):
+        engine = self.engine()
+        settings = {"guidance": self.guidance, "r": self.r}
+        yield from self.drawn(row, engine.generate, engine.vae, row, **settings)
 
 
-@torch.no_grad()
-def score_captions(engine, n):
-    """How many pictures the LMM describes without a mistake."""
-    scenes, captions = [case.target for case in CASES["copies"](n, STREAM)["copy"]], []
-    for i in tqdm(range(0, n, 50), "captions", leave=False):
-        captions += describe_images(engine.lmm, [world.render(s) for s in scenes[i : i + 50]])
-    right = bits(text == world.describe(s) for text, s in zip(captions, scenes))
-    return {"caption": {"exact": right}}
+ROWS = {"vae": Card.vae, "captions": Card.captions, "base": Card.base, "stage1": Card.stage1}
+ROWS |= {row: partial(Card.stage2, row=row) for row in CASES}
+
+
+def tile(case, image, right):
+    """What went in and what came out, framed in red where it is wrong, above the words of the prompt."""
+    (*inputs, _), text = prompt_row(case.task, case.prompt, image)
+    framed = ImageOps.expand(image, 2, "white" if right == "1" else "red")
+    row = sheet([[*inputs, framed]], height=128 if not inputs else 80)
+    page = Image.new("RGB", (max(row.width, 150), row.height + 52), "white")
+    page.paste(row, (0, 0))
+    words = textwrap.fill(text.partition(": ")[2], page.width // 6)
+    ImageDraw.Draw(page).text((4, row.height), words, "black", font_size=10)
+    return page
+
+
+# ---- what is measured besides -------------------------------------------------------------------
+
+
+def photographs(card):
+    """Mean of the VAE's decibels on crops of real photographs, or None without scikit-image."""
+    try:
+        from skimage import data
+    except ImportError:
+        return None
+    photos = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket()]
+    rng, crops = random.Random("photographs"), []
+    for _ in range(card.n):
+        photo = Image.fromarray(rng.choice(photos))
+        side = rng.randint(world.SIZE, min(photo.size))
+        left, top = rng.randint(0, photo.width - side), rng.randint(0, photo.height - side)
+        box = (left, top, left + side, top + side)
+        crops.append(photo.crop(box).resize((world.SIZE,) * 2, Image.LANCZOS))
+    return decibels(crops, copies_of(load_vae(SD3), crops))
+
+
+def variety(card, prompts=20, seeds=8):
+    """{r: [distinct readings of `seeds` pictures of an open prompt, share of unclear pictures]}."""
+    engine, rng = card.engine(), random.Random(f"variety {STREAM}")
+    asked = [
+        [picture(a), " and ", picture(b)] for a, b in (rng.sample(SEEN, 2) for _ in range(prompts))
+    ]
+    result = {}
+    for r in RATIOS:
+        scenes = [
+            list(map(world.detect, engine.generate([prompt] * seeds, task="objects", r=r)))
+            for prompt in asked
+        ]
+        distinct = sum(len(set(s) - {None}) for s in scenes) / prompts
+        result[str(r)] = [distinct, sum(s.count(None) for s in scenes) / prompts / seeds]
+    return result
+
+
+def by_steps(card):
+    """{Euler steps: [share of text -> image that is right, seconds a picture]}."""
+    engine, result = card.engine(), {}
+    for steps in STEPS:
+        start = time.perf_counter()
+        exact = score(engine.generate, "t2i", card.n, STREAM, f"{steps} steps", steps=steps)[
+            "exact"
+        ]
+        result[str(steps)] = [share(exact), round((time.perf_counter() - start) / len(exact), 4)]
+    return result
+
+
+MEASURES = {"photographs": photographs, "variety": variety, "steps": by_steps}
+
+
+# ---- guidance -----------------------------------------------------------------------------------
+
+
+def best_guidance(generate, rows, n):
+    """The guidance at which n cases of each row, of a stream of their own, are drawn best."""
+    means = {}
+    for guidance in GUIDANCES:
+        what = f"guidance {guidance:g}"
+        shares = [
+            share(score(generate, row, n, "guidance", f"{row}, {what}", guidance=guidance)["exact"])
+            for row in rows
+        ]
+        means[guidance] = sum(shares) / len(shares)
+    print(table(["guidance", "score"], [[f"{g:g}", f"{m:.3f}"] for g, m in means.items()]))
+    return max(means, key=means.get)
+
+
+def store_guidance(file, n, device=None):
+    """Find it for a checkpoint, and write it there: the default of sample.py."""
+    engine, config = (
+        DreamEngine.load(SD3, LMM, file, device),
+        read_json(file, metadata(file)["config"]),
+    )
+    rows = ("t2i", "copies") if config["stage"] == 1 else ("t2i", "copies", "edits", "objects")
+    config["guidance"] = best_guidance(engine.generate, rows, n)
+    tensors = {name: tensor.clone() for name, tensor in read(file).items()}
+    with whole(file) as partial_file:
+        save_file(tensors, partial_file, {"config": json.dumps(config)})
+
+
+# ---- the report ---------------------------------------------------------------------------------
+
+
+def line(name, checks, ratio=""):
+    low, high = interval(checks["exact"])
+    cells = [f"{share(checks['exact']):.3f}", f"{low:.3f} - {high:.3f}", ratio]
+    cells += [f"{share(checks[control]):.3f}" if control in checks else "" for control in CONTROLS]
+    return [name, len(checks["exact"]), *cells]
+
+
+def totals(rows):
+    """{row: {check: bits}}, all groups of a row together."""
+    return {
+        row: {
+            check: "".join(g[check] for g in groups.values())
+            for check in next(iter(groups.values()))
+        }
+        for row, groups in rows.items()
+    }
 
 
 def report(scores):
-    """Scores as a Markdown table."""
-    rows = []
+    """Scores as Markdown tables."""
+    total, lines = totals(scores["rows"]), []
     for row, groups in scores["rows"].items():
-        checks = next(iter(groups.values()))
-        total = {name: "".join(group[name] for group in groups.values()) for name in checks}
-        parts = groups if len(groups) > 1 else {}
-        rows += [line(name, part) for name, part in {f"**{row}**": total, **parts}.items()]
-    settings = ", ".join(f"{k} {v}" for k, v in scores["settings"].items())
-    return f"{table(['', 'n', 'score', '95 %', *CONTROLS.values()], rows)}\n\n({settings})\n"
+        beside = row.removesuffix(HELD) if row.endswith(HELD) else "base"
+        ratio = ""
+        if row.endswith(HELD) or row in ("stage 1", "t2i", ALONE):
+            whole_share = share(total[beside]["exact"]) if beside in total else 0
+            ratio = f"{share(total[row]['exact']) / whole_share:.2f}" if whole_share else ""
+        lines.append(line(f"**{row}**", total[row], ratio))
+        lines += [line(name, part) for name, part in groups.items() if len(groups) > 1]
+    parts = [table(["", "n", "score", "95 %", "ratio", *CONTROLS.values()], lines)]
+    settings = [f"{k} {v}" for k, v in scores["settings"].items()]
+    if scores.get("photographs"):
+        settings.append(f"photographs through the VAE {scores['photographs']:.1f} dB")
+    parts.append(f"({', '.join(settings)})")
+    for name, title, columns in (
+        ("variety", "**Variety** (`variety`): two pictures, their places left open, 8 seeds each",
+         ["r", "distinct readings", "share unclear"]),
+        ("steps", "**Euler steps** (`steps`): text -> image", ["steps", "score", "seconds a picture"]),
+        ("parts", "**From nothing** (`parts`)", ["part", "minutes", "score"]),
+    ):  # fmt: skip
+        if scores.get(name):
+            cells = [[key, *(f"{x:.3g}" if x is not None else "" for x in row)]
+                     for key, row in scores[name].items()]  # fmt: skip
+            parts += [title, table(columns, cells)]
+    return "\n\n".join(parts) + "\n"
 
 
-def line(name, checks):
-    low, high = interval(checks["exact"])
-    score = [f"{share(checks['exact']):.3f}", f"{low:.3f} - {high:.3f}"]
-    score += [f"{share(checks[name]):.3f}" if name in checks else "" for name in CONTROLS]
-    return [name, len(checks["exact"]), *score]
+def parts_of(run, total):
+    """{part: [minutes, score or None]} of a folder of speedrun.sh; what was resumed adds up."""
+    rows = {"vae": ["VAE"], "decoder": ["VAE"], "lmm": ["captions"], "base": ["base"],
+            "stage1": ["stage 1"], "stage2": ["t2i", "copies", "edits", "objects"]}  # fmt: skip
+    result = {}
+    for text in Path(run, "minutes.txt").read_text().splitlines():
+        name, minutes = text.split()
+        shares = [share(total[row]["exact"]) for row in rows.get(name, []) if row in total]
+        if name == "t5":  # has no picture of its own: the share of masked words that it knows
+            last = Path(run, "t5.jsonl").read_text().splitlines()[-1]
+            shares = [json.loads(last)["masked"]]
+        earlier = result.get(name, [0])[0]
+        result[name] = [earlier + float(minutes), sum(shares) / len(shares) if shares else None]
+    return result | {"together": [sum(minutes for minutes, _ in result.values()), None]}
 
 
 # ---- the command line ---------------------------------------------------------------------------
 
 
-def add_options(parser):
+def options():
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; default: all")
+    add("rows", nargs="*", metavar="row",
+        help=f"of {', '.join((*ROWS, *MEASURES))}; default: all; or: guidance")  # fmt: skip
     add("--num", type=whole_number(6, 10_000), default=300, help="cases a row")
     add("--checkpoint", default=STAGE2)
-    add("--guidance", type=number(-1000, 1000), default=4.5)
+    add("--guidance", type=number(-1000, 1000), help="default: each checkpoint's own")
     add("--blend", type=number(0, 1), default=0.0, help="r")
     add("--out", default="runs/evaluate", help="folder of scores.json, scores.md and pictures")
+    add("--run", help="folder of speedrun.sh, whose minutes stand in the report")
     add("--device")
-
-
-def score(args):
-    """Score the miniature."""
-    if unknown := set(args.rows) - set(ROWS):
-        raise UserError(f"unknown row {unknown.pop()!r}: expected some of {', '.join(ROWS)}")
-    out, rows = Path(args.out), args.rows or ROWS
-    out.mkdir(parents=True, exist_ok=True)
-    engine = DreamEngine.load(SD3, LMM, args.checkpoint, args.device)
-    engine.check(28, args.guidance, args.blend, world.SIZE, world.SIZE)
-    results, drawn = {}, [row for row in rows if row in CASES]
-    settings = {"guidance": args.guidance, "r": args.blend}
-    for name, groups in score_rows(engine, drawn, args.num, out, **settings):
-        results[name] = groups
-        exact = "".join(group["exact"] for group in groups.values())
-        print(f"{name:24} {share(exact):.3f}", flush=True)
-    if "captions" in rows:
-        results["captions"] = score_captions(engine, args.num)
-    settings = {"checkpoint": Path(args.checkpoint).name, **settings}
-    settings |= {"steps": 28, "cases and noise from seed": STREAM}
-    scores = {"settings": settings, "rows": results}
-    write_json(out / "scores.json", scores)
-    write_text(out / "scores.md", report(scores))
-    print(report(scores))
+    return parser
 
 
 def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = Parser(prog="python -m mini.evaluate", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(title="commands, scores if none is named", metavar="command")
-    for name, module_options, run, what in (
-        ("scores", add_options, score, "score pictures and captions, by default 300 of each kind"),
-        ("claims", claims.add_options, claims.main, "train, score and compare for each claim"),
-    ):
-        command = commands.add_parser(name, description=f"{what.capitalize()}.", help=what)
-        module_options(command)
-        command.set_defaults(run=run)
-    if not arguments or arguments[0] not in (*commands.choices, "-h", "--help"):
-        arguments = ["scores", *arguments]
-    args = parser.parse_args(arguments)
-    args.run(args)
+    args = options().parse_args(arguments)
+    if args.rows == ["guidance"]:
+        return store_guidance(Path(args.checkpoint), args.num, args.device)
+    if unknown := set(args.rows) - {*ROWS, *MEASURES}:
+        expected = ", ".join((*ROWS, *MEASURES))
+        raise UserError(f"unknown row {unknown.pop()!r}: expected some of {expected}, or guidance")
+    out, chosen = Path(args.out), args.rows or (*ROWS, *MEASURES)
+    out.mkdir(parents=True, exist_ok=True)
+    card = Card(args.num, out, args.checkpoint, args.device, args.guidance, args.blend)
+    guidance = "each checkpoint's own" if args.guidance is None else args.guidance
+    settings = {"checkpoint": Path(args.checkpoint).name, "guidance": guidance, "r": args.blend}
+    scores = {"settings": settings | {"steps": 28, "cases and noise from seed": STREAM}, "rows": {}}
+    for name in chosen:
+        if name in MEASURES:
+            scores[name] = MEASURES[name](card)
+            continue
+        for row, groups in ROWS[name](card):
+            scores["rows"][row] = groups
+            exact = "".join(group["exact"] for group in groups.values())
+            print(f"{row:30} {share(exact):.3f}", flush=True)
+    if args.run:
+        scores["parts"] = parts_of(args.run, totals(scores["rows"]))
+    write_json(out / "scores.json", scores)
+    write_text(out / "scores.md", report(scores))
+    print(report(scores))
 
 
 if __name__ == "__main__":

@@ -25,14 +25,14 @@ def fit(name, modules, loss_of, steps, lr, args, preview=None, decay=0.3, every=
     file = Path(args.out, f"{name}.pt")
     params = [p for p in modules.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    start, seconds = 0, 0.0
+    start, seconds, average = 0, 0.0, None
     if file.exists():
         with reading(file, EARLIER):
             state = torch.load(file, map_location=args.device, weights_only=True)
             modules.load_state_dict(state["modules"])
             optimizer.load_state_dict(state["optimizer"])
             start, seconds = state["step"], state["seconds"]
-    average, clock = None, time.monotonic() - seconds
+    clock = time.monotonic() - seconds
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
     for step in bar:
         rate = lr * min(1.0, (step + 1) / 200, (steps - step) / (decay * steps))
@@ -48,26 +48,23 @@ def fit(name, modules, loss_of, steps, lr, args, preview=None, decay=0.3, every=
         if step % 10 == 0 or average is None:
             average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
             bar.set_postfix(loss=f"{average:.4f}", lr=f"{rate:.1e}")
-        if (step + 1) % every == 0 or step + 1 == steps:
-            scores = preview(step + 1) if preview else {}
-            seconds = time.monotonic() - clock
-            save(file, modules, optimizer, step + 1, seconds)
-            record = {"step": step + 1, "seconds": round(seconds, 1), "loss": round(average, 5)}
-            log(Path(args.out, f"{name}.jsonl"), record | scores)
+        if (step + 1) % every and step + 1 < steps:
+            continue
+        scores = preview(step + 1) if preview else {}
+        state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"step": step + 1, "seconds": time.monotonic() - clock}
+        with whole(file) as partial:
+            torch.save(state, partial)
+        record = {
+            "step": step + 1,
+            "seconds": round(state["seconds"], 1),
+            "loss": round(average, 5),
+        }
+        line = json.dumps(record | scores)
+        tqdm.write(line)
+        with Path(args.out, f"{name}.jsonl").open("a", encoding="utf-8") as log:
+            log.write(line + "\n")
     return modules.eval()
-
-
-def save(file, modules, optimizer, step, seconds):
-    state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict()}
-    with whole(file) as partial:
-        torch.save({**state, "step": step, "seconds": seconds}, partial)
-
-
-def log(file, record):
-    line = json.dumps(record)
-    tqdm.write(line)
-    with file.open("a", encoding="utf-8") as f:
-        f.write(line + "\n")
 
 
 def trained(name, modules, args):

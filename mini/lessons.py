@@ -1,41 +1,40 @@
-"""What the miniature's text encoders learn from: all that can be said, and what is to be known of it.
+"""What the miniature's text encoders learn from: all that can be said and shown, and what is to be
+known of it.
 
 A state that has gathered "red", "top left" and "left of the ring" at the noun tells the MM-DiT the
 whole story in one token. Encoders as small as these do not gather so by themselves. So throw-away
-linear readouts (`Facts`) ask it of them while they learn.
+linear readouts (`Facts`) ask it of them while they learn. A picture's token is such a noun, too: of
+the object that it shows, or else of its background. So the adapter meets pictures in the terms of
+words.
 """
 
-import json
-import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import Qwen2Tokenizer, T5Tokenizer
 
-from mini import edits, programs, world
-from mini.world import COLORS, PAIRS, RELATIONS, SHAPES
+from mini import edits, programs, scenes
+from mini.scenes import COLORS, PAIRS, RELATIONS, SHAPES, Mention, Object, as_mention
+from prompts import apply_task, reference_prompt
 
-CAPTIONS = (*world.TASKS, "scene")
-NOUNS = {noun: shape for shape in SHAPES for noun in (shape, world.plural(shape))}
+CAPTIONS = (*scenes.TASKS, "scene")
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 SENTENCES = ("Segment the image.", "Draw the edges.", "Describe the image.", "")
+PREFIXES = ("", "Generate Image: ", "Copy Image: ", "Edit image ")
+FACTS = {"shape": 7, "color": 7, "count": 5, "place": 10, "relation": 5}  # and how many there are
 
 
 class Facts(nn.Module):
-    """Linear readouts of what a state knows about the object that its token names.
+    """Linear readouts of what a state knows about the object that its token names, as `facts_of`.
 
-    0 stands for "not said" or "no object". The last readout is the token's own word.
+    The last readout is the token's own word.
     """
-
-    SIZES = (7, 7, 5, 10, 5)  # shape, color, count, place, relation
-    NAMES = ("shape", "color", "count", "place", "relation")
 
     def __init__(self, width, vocabulary):
         super().__init__()
-        self.readouts = nn.ModuleList(nn.Linear(width, n) for n in (*self.SIZES, vocabulary))
+        sizes = (*FACTS.values(), vocabulary)
+        self.readouts = nn.ModuleList(nn.Linear(width, size) for size in sizes)
 
     def forward(self, states, labels):
         """states (n, width), labels (n, 5 or 6) -> the mean cross-entropy, summed over the facts."""
@@ -48,180 +47,195 @@ class Facts(nn.Module):
 
     def right(self, states, labels):
         """{fact: share of states (n, width) from which it is read as in labels (n, 5)}."""
-        read = torch.stack([r(states).argmax(1) for r in self.readouts[: len(self.SIZES)]], 1)
-        return dict(zip(self.NAMES, (read == labels).float().mean(0).tolist()))
+        read = torch.stack([r(states).argmax(1) for r in self.readouts[: len(FACTS)]], 1)
+        return dict(zip(FACTS, (read == labels).float().mean(0).tolist()))
 
 
-def object_facts(shape, color=None, count=1, place=None, relation=None):
-    """What is said of one object, as the labels of `Facts`; count 0: it goes, or is denied."""
-    known = (
-        1 + SHAPES.index(shape) if shape else 0,
-        1 + list(COLORS).index(color) if color else 0,
-        count,
-        0 if place is None else 1 + place,
-        1 + list(RELATIONS).index(relation) if relation else 0,
-    )
-    return torch.tensor(known)
+def facts_of(mention, relation=None):
+    """What is said of one object, as five labels; count 0: it goes, or is denied.
+
+    Otherwise 0 stands for "not said" or "no object".
+    """
+
+    def number(names, name):
+        return 0 if name is None else 1 + list(names).index(name)
+
+    shape, color = number(SHAPES, mention.shape), number(COLORS, mention.color)
+    place = number(range(9), mention.place)
+    return shape, color, mention.count, place, number(RELATIONS, relation)
 
 
-def mention_facts(mention, relation=None):
-    return object_facts(mention.shape, mention.color, mention.count, mention.place, relation)
+@dataclass
+class Lesson:
+    """A prompt of strings and pictures, and the facts that its tokens should have gathered.
 
+    A token of a picture is (word, facts): an object's word is its shape, as its noun is in a caption;
+    any other token stands for the color of the background. Without facts, none but the word is asked.
+    """
 
-def noun_ids(tokenizer):
-    """The tokens that are nouns, at the start of a text or within it."""
-    texts = [prefix + noun for noun in NOUNS for prefix in ("", " ")]
-    rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    if bad := [text for text, row in zip(texts, rows) if len(row) != 1]:
-        raise ValueError(f"{bad[0]!r} is not one token")
-    return {row[0] for row in rows}
+    prompt: list
+    nouns: list | None  # facts at each noun of the text; None: not asked
+    pictures: list = ()  # tokens of all pictures, in the light of the text before them
+    alone: list | None = None  # the same without that light, for the ViT, if it differs
+    outcome: tuple | None = None  # facts at the last word before the last part of the prompt
 
 
 # ---- texts --------------------------------------------------------------------------------------
 
 
-@dataclass
-class Text:
-    """What can be said, and the facts (5,) at each noun of it; None where they are not asked."""
-
-    text: str
-    nouns: list | None = None
-
-
 def caption_text(rng, two_sided=True):
     """A caption. An encoder that looks both ways also knows the relation at the first noun."""
-    _, prompt = world.sample_caption(rng.choice(CAPTIONS), rng, PAIRS)
-    relations = [None, prompt.relation, None, None]
-    if two_sided and prompt.relation:
-        relations = [prompt.relation, OPPOSITE[prompt.relation]]
-    return Text(prompt.text, [mention_facts(*pair) for pair in zip(prompt.mentions, relations)])
+    _, prompt = scenes.sample_caption(rng.choice(CAPTIONS), rng, PAIRS)
+    relation = prompt.relation
+    relations = (relation, OPPOSITE.get(relation)) if two_sided else (None, relation)
+    pairs = zip(prompt.mentions, (*relations, None, None))
+    return Lesson([prompt.text], [facts_of(*pair) for pair in pairs])
 
 
-def long_text(rng):
-    _, prompt = programs.sample_long(rng, PAIRS)
-    return Text(prompt.text, [mention_facts(m) for m in prompt.mentions])
-
-
-def semantic_text(rng):
-    _, prompt = programs.sample_semantic(rng, PAIRS)
-    return Text(prompt.text, [mention_facts(m) for m in prompt.told])
-
-
-def edit_text(rng):
-    kinds = (*edits.EDITS, *edits.HARD_EDITS)
-    edit = edits.sample_edit(rng.choice(kinds), rng, PAIRS)
-    return Text(edit.text, [mention_facts(m) for m in edit.told])
-
-
-def question_text(rng):
+def sample_answer(rng):
+    """A scene, and a question to it with its answer."""
     scene, question = programs.sample_question(rng.choice(programs.QUESTIONS), rng, PAIRS)
-    return Text(f"Q: {question.text} A: {programs.answer(question, scene)}")
+    return scene, f"Q: {question.text} A: {programs.answer(question, scene)}"
 
 
-def sentence_text(rng):
-    return Text(rng.choice(SENTENCES), [])
+def text_of(kind, rng):
+    """A Lesson of one text, of a kind of TEXTS."""
+    if kind == "caption":
+        return caption_text(rng)
+    if kind == "question":
+        return Lesson([sample_answer(rng)[1]], None)
+    if kind == "sentence":
+        return Lesson([rng.choice(SENTENCES)], [])
+    if kind == "edit":
+        edit = edits.sample_edit(rng.choice((*edits.EDITS, *edits.HARD_EDITS)), rng, PAIRS)
+        return Lesson([edit.text], list(map(facts_of, edit.told)))
+    long = kind == "long"
+    _, prompt = (programs.sample_long if long else programs.sample_semantic)(rng, PAIRS)
+    return Lesson([prompt.text], list(map(facts_of, prompt.mentions if long else prompt.told)))
 
 
-TEXTS = {caption_text: 8, long_text: 2, semantic_text: 3, edit_text: 5, question_text: 3,
-         sentence_text: 1}  # fmt: skip
+TEXTS = {"caption": 8, "long": 2, "semantic": 3, "edit": 5, "question": 3, "sentence": 1}
 
 
 def sample_texts(n, rng):
-    return [kind(rng) for kind in rng.choices(list(TEXTS), TEXTS.values(), k=n)]
+    """n Lessons of one text each, for the T5."""
+    return [text_of(kind, rng) for kind in rng.choices(list(TEXTS), TEXTS.values(), k=n)]
 
 
-# ---- tokenizers ---------------------------------------------------------------------------------
+# ---- texts and pictures -------------------------------------------------------------------------
 
-TEMPLATES = (
-    "Generate Image: |Copy Image: |Edit image |following: |Combine the objects: |"
-    " and generate an image following: |, | the shape of | in the color of | the color of |"
-    " in the shape of | replace| into| with| next| object| objects| it| them| keep| then| bigger|"
-    " smaller| an| image| photo| picture| Edit| Draw| Segment| Describe| image."
+
+def tokens_of(scene):
+    """The 3 x 3 tokens of a scene's picture."""
+    tokens = [(scene.background, (0,) * len(FACTS))] * 9
+    for o in scene.objects:
+        tokens[o.place] = o.shape, facts_of(as_mention(o, place=True))
+    return tokens
+
+
+def portrait_tokens(objects):
+    """The token of each object's own picture."""
+    return [(o.shape, facts_of(as_mention(o))) for o in objects]
+
+
+def described(scene):
+    """The full description of a scene, and the facts at its nouns."""
+    return scenes.describe(scene), [facts_of(as_mention(o, place=True)) for o in scene.objects]
+
+
+def text_lesson(rng):
+    lesson = caption_text(rng, two_sided=False) if rng.random() < 0.7 else text_of("semantic", rng)
+    return Lesson([rng.choice(PREFIXES[:2]) + lesson.prompt[0]], lesson.nouns)
+
+
+def long_text_lesson(rng):
+    lesson = text_of("long", rng)
+    return Lesson([rng.choice(PREFIXES[:2]) + lesson.prompt[0]], lesson.nouns)
+
+
+def picture_lesson(rng):
+    scene = scenes.sample_scene(rng.choice(CAPTIONS), rng, PAIRS)
+    text, nouns = described(scene)
+    prompt = [rng.choice(PREFIXES), scenes.render(scene), text]
+    return Lesson(prompt, nouns, tokens_of(scene))
+
+
+def question_lesson(rng):
+    scene, text = sample_answer(rng)
+    return Lesson([scenes.render(scene), text], None, tokens_of(scene))
+
+
+def edit_lesson(rng):
+    """The noun of an instruction knows which object is meant, the last word what becomes of it."""
+    edit = edits.sample_edit(rng.choice(edits.EDITS), rng, PAIRS)
+    prompt, _ = apply_task("edit", [scenes.render(edit.source), edit.text])
+    text, nouns = described(edit.target)
+    text, nouns = (f": {text}", nouns) if rng.random() < 0.5 else ("", [])
+    if edit.before:
+        nouns = [facts_of(as_mention(edit.before, 0, place=True)), *nouns]
+    elif edit.after:
+        nouns = [facts_of(as_mention(edit.after)), *nouns]
+    outcome = facts_of(as_mention(edit.after, place=True)) if edit.after else None
+    return Lesson([*prompt, text], nouns, tokens_of(edit.source), outcome=outcome)
+
+
+def hard_edit_lesson(rng):
+    """A hard instruction, and what the picture is then."""
+    edit = edits.sample_edit(rng.choice(edits.HARD_EDITS), rng, PAIRS)
+    prompt, _ = apply_task("edit", [scenes.render(edit.source), edit.text])
+    prompt.append(f": {scenes.describe(edit.target)}")
+    return Lesson(prompt, None, tokens_of(edit.source))
+
+
+def reference_lesson(rng):
+    """A picture of an object is a noun as well, told by the words before it."""
+    made = programs.sample_reference(rng, PAIRS)
+    paper, segments = made.scene.background, made.segments
+    segments = [(text, [scenes.portrait(o, paper)] if o else []) for text, o in segments]
+    task, prompt = reference_prompt(segments, rng.random() < 0.5)
+    names = {o: text for text, o in made.segments if o}
+    alone = portrait_tokens(names)
+    nouns, pictures = [], []
+    if task == "combine":  # each picture after its name, and then the text
+        nouns, pictures = [facts_of(as_mention(o, color=False)) for o in names], list(alone)
+    for i, (o, mention) in enumerate(zip(made.objects, made.prompt.mentions)):
+        relation = made.prompt.relation if i == 1 else None
+        if task == "combine" or o not in names:
+            nouns.append(facts_of(mention, relation))
+            continue
+        if names[o]:
+            nouns.append(facts_of(replace(mention, color=None), relation))
+        pictures.append((o.shape, facts_of(mention, relation)))
+    return Lesson(apply_task(task, prompt)[0], nouns, pictures, alone)
+
+
+def mixing_lesson(rng):
+    """The shape of one picture in the color of another, and what that is.
+
+    The second picture stands for the result, as a noun does; the first is as the word before it.
+    """
+    a, b = rng.sample(PAIRS, 2)
+    if rng.random() < 0.5:
+        first, second, result = "color", "shape", Mention(b[1], a[0])
+    else:
+        first, second, result = "shape", "color", Mention(a[1], b[0])
+    shown = [Object(*pair, rng.randrange(9)) for pair in (a, b)]
+    pictures = [scenes.portrait(o, rng.choice(list(scenes.BACKGROUNDS))) for o in shown]
+    prompt = [f"the {first} of ", pictures[0], f" in the {second} of ", pictures[1]]
+    text = f": {scenes.phrase(result)}" if rng.random() < 0.7 else ""
+    tokens = [(first, None), (result.shape, facts_of(result))]
+    prompt = [*apply_task("objects", prompt)[0], text]
+    return Lesson(prompt, [facts_of(result)] * bool(text), tokens, portrait_tokens(shown))
+
+
+LESSONS = (  # by length, as pads cost as much as words; a batch is of one of these groups
+    {text_lesson: 4},
+    {picture_lesson: 3, question_lesson: 2, reference_lesson: 3, mixing_lesson: 1},
+    {edit_lesson: 4, hard_edit_lesson: 1, long_text_lesson: 0.5},
 )
 
 
-def world_words():
-    """Every word of the world's texts, in alphabetical order."""
-    rng = random.Random("words")
-    texts = [text.text for text in sample_texts(6000, rng)] + TEMPLATES.split("|")
-    spaced = " ".join(texts)
-    for mark in ",.:?":
-        spaced = spaced.replace(mark, " ")
-    return sorted({*spaced.split(), *NOUNS})
-
-
-def make_t5_tokenizer(folder):
-    """A T5 tokenizer, as published, in which every word of this world is one piece."""
-    words = [(f"▁{word}", -1.0) for word in world_words()]
-    letters = [(chr(i), -6.0) for i in range(33, 127)]
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
-    marks = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(100))]
-    tokenizer = T5Tokenizer(vocab=[*special, *words, *letters, *marks], extra_ids=100)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def make_lmm_tokenizer(folder):
-    """A byte-level BPE as Qwen2-VL's, small, in which every word of this world is one token."""
-    lines = [part + word for word in world_words() for part in ("", " ") for _ in range(99)]
-    lines += 99 * [", ", ": ", ". ", "?"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(lines, trainer)
-    state = json.loads(tokenizer.to_str())["model"]
-    images = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
-    special = ["<|im_start|>", "<|im_end|>", *images, "<|video_pad|>"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=state["vocab"],
-        merges=[tuple(merge) for merge in state["merges"]],
-        extra_special_tokens=special,
-    )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-# ---- batches for the T5 -------------------------------------------------------------------------
-
-
-@dataclass
-class Rows:
-    """Texts as the T5 meets them, closed and padded with EOS; labels for `Facts` and masked words."""
-
-    ids: torch.Tensor  # (B, L), before any masking
-    mask: torch.Tensor  # (B, L) bool, False at pads, for those who leave pads out
-    masked: torch.Tensor  # (B, L) bool, True where the T5 is shown <extra_id_0>
-    nouns: torch.Tensor  # (B, L) bool, True where facts are known
-    facts: torch.Tensor  # (B, L, 5)
-
-    def to(self, device):
-        return Rows(**{name: tensor.to(device) for name, tensor in vars(self).items()})
-
-
-def tokenize(tokenizer, texts, length=0):
-    """Texts, each closed and padded with EOS to the longest or to a length: ids, mask (B, L)."""
-    rows = [torch.tensor(row) for row in tokenizer(texts).input_ids]
-    length = max(length, *(len(row) for row in rows))
-    ids = torch.full((len(rows), length), tokenizer.eos_token_id)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    return ids, torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
-
-
-def t5_rows(texts, tokenizer, nouns, rng, generator):
-    """Texts as Rows: in half of them any share of the words, pads included, is masked."""
-    ids, mask = tokenize(tokenizer, [text.text for text in texts])
-    ids, mask = tokenize(tokenizer, [text.text for text in texts], ids.shape[1] + rng.choice(EXTRA))
-    share = torch.rand(len(ids), 1, generator=generator) * 2 - 1  # half below 0: nothing masked
-    masked = torch.rand(ids.shape, generator=generator) < share
-    known = torch.zeros_like(mask)
-    facts = torch.zeros(*ids.shape, len(Facts.SIZES), dtype=torch.long)
-    for i, text in enumerate(texts):
-        if text.nouns and not masked[i].any():
-            places = [j for j, token in enumerate(ids[i].tolist()) if token in nouns]
-            facts[i, places], known[i, places] = torch.stack(text.nouns), True
-    return Rows(ids, mask, masked, known, facts)
-
-
-EXTRA = (0, 0, 1, 2, 4, 8, 16, 24)  # pads beyond the longest row
+def sample_lessons(n, rng):
+    """n Lessons for the LMM, of one group."""
+    (group,) = rng.choices(LESSONS, [sum(group.values()) for group in LESSONS])
+    return [kind(rng) for kind in rng.choices(list(group), group.values(), k=n)]

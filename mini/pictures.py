@@ -8,55 +8,51 @@ segmentation maps, outlines, stripes, gradients and overlapping blobs with the s
 import numpy as np
 from PIL import ImageDraw
 
-from mini import world
-
-SIZE = world.SIZE
+from mini import scenes
+from mini.scenes import PAIRS, SIZE
 
 
 def sample(rng):
     """A random 48x48 picture. Its scene, where it shows one, is none of the reserved eighth."""
-    kinds = {scene: 52, any_colors: 34, outlines: 5, stripes: 2, gradient: 2, blobs: 4, noise: 1}
-    (kind,) = rng.choices(list(kinds), kinds.values())
-    return kind(rng)
+    kinds = (drawn_scene, any_colors, outlines, stripes, gradient, blobs, noise)
+    (kind,) = rng.choices(kinds, (52, 34, 5, 2, 2, 4, 1))
+    return scenes.picture(np.asarray(kind(rng)))
 
 
-def scene(rng):
-    drawn = world.sample_scene("scene", rng, world.PAIRS)
-    if rng.random() < 0.15 and not world.is_exam(world.segment(drawn)):
-        drawn = world.segment(drawn)
-    return world.render(drawn)
+def drawn_scene(rng):
+    scene = scenes.sample_scene("scene", rng, PAIRS)
+    labels = scenes.segment(scene)
+    return scenes.render(labels if rng.random() < 0.15 and not scenes.is_exam(labels) else scene)
 
 
 def any_colors(rng):
     """Shapes of any colour on any paper, up to nine of them: flat, or on a gradient."""
     if rng.random() < 0.5:  # near the world's own, but not they: colours stay told apart finely
-        drawn = world.sample_scene("scene", rng, world.PAIRS)
-        shapes = [(o.place, o.shape, near(world.COLORS[o.color], rng)) for o in drawn.objects]
-        return world.picture(world.paint(near(world.BACKGROUNDS[drawn.background], rng), shapes))
+        scene = scenes.sample_scene("scene", rng, PAIRS)
+        shapes = [(o.place, o.shape, near(scenes.COLORS[o.color], rng)) for o in scene.objects]
+        return scenes.paint(near(scenes.BACKGROUNDS[scene.background], rng), shapes)
     places = rng.sample(range(9), rng.randint(1, 9))
-    shapes = [(place, rng.choice(world.SHAPES), color(rng)) for place in places]
-    paper = color(rng) if rng.random() < 0.7 else ramp(rng)
-    return world.picture(world.paint(paper, shapes))
+    shapes = [(place, rng.choice(scenes.SHAPES), color(rng)) for place in places]
+    return scenes.paint(color(rng) if rng.random() < 0.7 else gradient(rng), shapes)
 
 
 def outlines(rng):
-    return world.edges(world.sample_scene("scene", rng, world.PAIRS))
+    return scenes.edges(scenes.sample_scene("scene", rng, PAIRS))
 
 
 def stripes(rng):
     """Two colours in waves of any direction and width."""
-    x, y = coordinates(rng)
-    wave = np.sin((x + y) * rng.uniform(2, 25) + rng.uniform(0, 7))
+    wave = np.sin(slope(rng) * rng.uniform(2, 25) + rng.uniform(0, 7))
     return mixed((wave * rng.uniform(1, 6)).clip(-1, 1) / 2 + 0.5, rng)
 
 
 def gradient(rng):
-    return world.picture(ramp(rng))
+    return mixed((slope(rng) / 2.8 + 0.5).clip(0, 1), rng)
 
 
 def blobs(rng):
     """Ellipses and polygons over each other, large and small, as things stand in photographs."""
-    image = world.picture(ramp(rng))
+    image = scenes.picture(gradient(rng))
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randint(4, 30)):
         x, y, r = rng.uniform(0, SIZE), rng.uniform(0, SIZE), 2 + 18 * rng.random() ** 3
@@ -66,8 +62,8 @@ def blobs(rng):
         else:
             corners = [(x + rng.uniform(-r, r), y + rng.uniform(-r, r)) for _ in range(4)]
             draw.polygon(corners, fill=color(rng))
-    pixels = np.asarray(image, dtype=np.float32)
-    return world.picture(pixels + np.asarray(noise(rng), dtype=np.float32) * 0.3 - 38)
+    grain = np.asarray(scenes.picture(noise(rng)), dtype=np.float32)
+    return np.asarray(image, dtype=np.float32) + grain * 0.3 - 38
 
 
 def noise(rng):
@@ -80,7 +76,7 @@ def noise(rng):
     gray = waves.mean(2, keepdims=True)
     waves = gray + (waves - gray) * rng.uniform(0, 1)  # photographs are greyer than chance
     waves = (waves - waves.mean()) / waves.std()
-    return world.picture(np.array(color(rng)) + waves * rng.uniform(15, 60))
+    return np.array(color(rng)) + waves * rng.uniform(15, 60)
 
 
 def color(rng):
@@ -91,20 +87,13 @@ def near(rgb, rng, far=50):
     return tuple(min(255, max(0, x + rng.randint(-far, far))) for x in rgb)
 
 
-def coordinates(rng):
-    """x and y (48, 48, 1) in [-1, 1], turned by any angle and weighed against each other."""
+def slope(rng):
+    """(48, 48, 1), rising evenly along a random direction, from about -1.4 to 1.4."""
     angle = rng.uniform(0, 2 * np.pi)
     line = np.linspace(-1, 1, SIZE, dtype=np.float32)
-    return np.cos(angle) * line[None, :, None], np.sin(angle) * line[:, None, None]
+    return np.cos(angle) * line[None, :, None] + np.sin(angle) * line[:, None, None]
 
 
 def mixed(share, rng):
-    """Two colours, by their share (48, 48, 1)."""
-    return world.picture(share * np.array(color(rng)) + (1 - share) * np.array(color(rng)))
-
-
-def ramp(rng):
-    """(48, 48, 3): one colour passing into another."""
-    x, y = coordinates(rng)
-    share = ((x + y) / 2.8 + 0.5).clip(0, 1)
+    """(48, 48, 3): two random colours, by their share (48, 48, 1)."""
     return share * np.array(color(rng)) + (1 - share) * np.array(color(rng))

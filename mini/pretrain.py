@@ -13,7 +13,9 @@ run sees what an uninterrupted one would have seen.
 """
 
 import random
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from safetensors.torch import save_file
@@ -22,9 +24,8 @@ from tqdm import tqdm
 
 import flow
 from dream_engine import LMM, MINI, SD3, Condition, denoise
-from lmm import load_tokenizer
-from mini import lessons, pictures, world
-from mini.encoders import PATCHES, new_lmm, train_lmm, train_t5, trained_t5
+from mini import pictures, scenes
+from mini.encoders import PATCHES, tokenize, train_lmm, train_t5, trained_lmm, trained_t5
 from mini.fitting import EARLIER, SEED, fit, trained
 from mmdit import MMDiT, MMDiTConfig, position_table
 from prompts import to_images, to_tensor
@@ -33,12 +34,11 @@ from support.fast import usable_device
 from support.files import sheet, whole, write_json
 from vae import SCALE, SHIFT, VAE, VAEConfig
 
-STEPS = {"vae": 4_000, "t5": 3_000, "base": 8_500, "lmm": 2_000, "decoder": 3_000}  # at scale 1
 T5 = MINI / "t5-mini"
-VAE_CONFIG = VAEConfig(latent_channels=8, base=16, blocks=1)
-
 
 # ---- the autoencoder ----------------------------------------------------------------------------
+
+VAE_CONFIG = VAEConfig(latent_channels=8, base=16, blocks=1)
 
 
 def train_vae(args, steps):
@@ -51,14 +51,12 @@ def train_vae(args, steps):
         image = to_tensor([pictures.sample(rng) for _ in range(8)]).to(args.device)
         mean, std = model.posterior(image)
         z = mean + std * torch.randn(std.shape, generator=generator).to(args.device)
-        error = model.decoder(z) - image
+        pixels = pixel_loss(model.decoder(z), image)
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
         moments = (z.mean((0, 2, 3)) - SHIFT) ** 2 + (z.std((0, 2, 3)) - 1 / SCALE) ** 2
-        return error.square().mean() + 0.5 * error.abs().mean() + 1e-4 * kl + 0.01 * moments.mean()
+        return pixels + 1e-4 * kl + 0.01 * moments.mean()
 
-    def preview(step):
-        return preview_vae(model, Path(args.out, "vae.png"), args.device)
-
+    preview = partial(preview_vae, model, args, "vae.png")
     return fit("vae", model, loss_of, steps, 2e-3, args, preview, decay=0.6)
 
 
@@ -76,33 +74,42 @@ def train_decoder(args, steps):
             z, _ = model.posterior(image)
         share = torch.rand(len(z), 1, 1, 1, generator=generator)
         off = 0.15 / SCALE * share * torch.randn(z.shape, generator=generator)
-        error = model.decoder(z + off.to(args.device)) - image
-        return error.square().mean() + 0.5 * error.abs().mean()
+        return pixel_loss(model.decoder(z + off.to(args.device)), image)
 
-    def preview(step):
-        return preview_vae(model, Path(args.out, "decoder.png"), args.device)
-
+    preview = partial(preview_vae, model, args, "decoder.png")
     return fit("decoder", model.decoder, loss_of, steps, 1.5e-3, args, preview, decay=0.7)
 
 
+def trained_vae(args):
+    """The autoencoder, with the better decoder once there is one."""
+    model = trained("vae", VAE(VAE_CONFIG), args).to(memory_format=torch.channels_last)
+    if Path(args.out, "decoder.pt").exists():
+        trained("decoder", model.decoder, args)
+    return model
+
+
+def pixel_loss(copy, image):
+    error = copy - image
+    return error.square().mean() + 0.5 * error.abs().mean()
+
+
 @torch.no_grad()
-def preview_vae(model, file, device):
+def preview_vae(model, args, file, step):
     """Shares of pictures read exactly, of pairs that every stage sees and of the held-out ones."""
-    rng = random.Random("preview")
-    pairs = (world.SEEN, world.HELD_OUT)
-    scenes = [world.sample_scene("scene", rng, p, exam=True) for p in pairs for _ in range(200)]
-    others = [pictures.sample(rng) for _ in range(100)]
-    images = [*map(world.render, scenes), *others]
-    latent = model.encode(to_tensor(images).to(device))
+    rng, n = random.Random("preview"), 200
+    groups = (scenes.SEEN, scenes.HELD_OUT)
+    drawn = [scenes.sample_scene("scene", rng, p, exam=True) for p in groups for _ in range(n)]
+    images = [*map(scenes.render, drawn), *(pictures.sample(rng) for _ in range(100))]
+    latent = model.encode(to_tensor(images).to(args.device))
     copies = to_images(model.decode(latent))
-    right = [world.detect(copy) == scene for copy, scene in zip(copies, scenes)]
-    sheet([images[:8], copies[:8], images[200:208], copies[200:208], images[-24:], copies[-24:]],
-          96).save(file)  # fmt: skip
+    right = [scenes.detect(copy) == scene for copy, scene in zip(copies, drawn)]
+    shown = (slice(8), slice(n, n + 8), slice(-24, None))
+    sheet([row[part] for part in shown for row in (images, copies)], 96).save(Path(args.out, file))
     return {
-        "seen": sum(right[:200]) / 200,
-        "held_out": sum(right[200:]) / 200,
-        "db": round(decibels(images[:400], copies[:400]), 2),
-        "db_others": round(decibels(others, copies[400:]), 2),
+        "seen": fmean(right[:n]),
+        "held_out": fmean(right[n:]),
+        "db": round(decibels(images[: 2 * n], copies[: 2 * n]), 2),
+        "db_others": round(decibels(images[2 * n :], copies[2 * n :]), 2),
         "mean": round(latent.mean().item(), 3),
         "std": round(latent.std().item(), 3),
     }
@@ -118,19 +125,15 @@ def decibels(images, copies):
 BASE_CONFIG = MMDiTConfig(
     6, 128, head_dim=32, channels=8, positions=16, context_dim=128, pooled_dim=128
 )
-# captions -> the kind of scene they describe, and their shares among short captions
-KINDS = {"single": "single", "colors": "single", "counting": "counting", "scene": "scene"}
-SHARES = {"single": 2, "colors": 2, "two": 4, "counting": 5, "position": 6, "attribution": 6}
-LATE_SHARES = {"single": 2, "colors": 1, "two": 6, "counting": 9, "position": 5, "attribution": 3}
-POOL = {"single": 3_000, "two": 14_000, "counting": 9_000, "scene": 14_000}
-
-
-def trained_vae(args):
-    """The autoencoder, with the better decoder once there is one."""
-    model = trained("vae", VAE(VAE_CONFIG), args).to(memory_format=torch.channels_last)
-    if Path(args.out, "decoder.pt").exists():
-        trained("decoder", model.decoder, args)
-    return model
+POOL = {"single": 3_000, "two": 14_000, "counting": 9_000, "scene": 14_000}  # scenes of each kind
+SHORT = {  # captions: of which kind of scenes, and their shares at first and later
+    "single": ("single", 2, 2),
+    "colors": ("single", 2, 1),
+    "two": ("two", 4, 6),
+    "counting": ("counting", 5, 9),
+    "position": ("two", 6, 5),
+    "attribution": ("two", 6, 3),
+}
 
 
 @torch.no_grad()
@@ -139,19 +142,20 @@ def latent_pool(vae, args):
     file = Path(args.out, "latents.pt")
     with reading(file, EARLIER):
         latents = torch.load(file, weights_only=True) if file.exists() else {}
-    scenes = {}
+    pool = {}
     for kind, size in POOL.items():
         rng = random.Random(f"{SEED} pool {kind}")
-        scenes[kind] = [world.sample_scene(kind, rng, world.PAIRS) for _ in range(size)]
+        drawn = [scenes.sample_scene(kind, rng, scenes.PAIRS) for _ in range(size)]
         if kind not in latents:
             parts = []
             for i in tqdm(range(0, size, 100), desc=f"latents of {kind}"):
-                image = to_tensor([world.render(s) for s in scenes[kind][i : i + 100]])
+                image = to_tensor([scenes.render(scene) for scene in drawn[i : i + 100]])
                 parts.append(vae.encode(image.to(args.device)).cpu())
             latents[kind] = torch.cat(parts)
             with whole(file) as partial:
                 torch.save(latents, partial)
-    return {kind: (scenes[kind], latents[kind]) for kind in POOL}
+        pool[kind] = drawn, latents[kind]
+    return pool
 
 
 class TextCondition:
@@ -161,15 +165,15 @@ class TextCondition:
         self.model, self.t5, self.tokenizer = model, t5, tokenizer
 
     def __call__(self, texts, pads=None, pooled=None):
-        """Texts -> Condition. pads: so many more, all attended as UniAlignment does; default: none
-        is. pooled: for each text, 1 or 0 for a vector of zeros; default: 1.
+        """Texts -> Condition.
+
+        pads: so many more than needed, and all attended, as UniAlignment does; default: none is.
+        pooled: for each text, 1 or 0 for a vector of zeros; default: 1.
         """
         device = self.model.pos_embed.device
-        ids, mask = lessons.tokenize(self.tokenizer, texts)
+        ids, mask = (x.to(device) for x in tokenize(self.tokenizer, texts, pads or 0))
         if pads is not None:
-            ids, mask = lessons.tokenize(self.tokenizer, texts, ids.shape[1] + pads)
             mask = torch.ones_like(mask)
-        ids, mask = ids.to(device), mask.to(device)
         with torch.no_grad():
             states = self.t5(input_ids=ids, attention_mask=mask).last_hidden_state
         mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -197,15 +201,15 @@ def base_batch(pool, step, steps, rng):
     learnt last, counting above all, is asked more often later.
     """
     full = rng.random() < (0.35 if step < 0.21 * steps else 0.1)
-    shares = SHARES if step < 0.43 * steps else LATE_SHARES
+    shares = [early if step < 0.43 * steps else late for _, early, late in SHORT.values()]
     texts, latents = [], []
     for _ in range(64):
-        task = "scene" if full else rng.choices(list(shares), shares.values())[0]
-        scenes, encoded = pool[KINDS.get(task, "two")]
-        i = rng.randrange(len(scenes))
-        prompt = world.caption(scenes[i], task, rng)
+        task = "scene" if full else rng.choices(list(SHORT), shares)[0]
+        drawn, encoded = pool["scene" if full else SHORT[task][0]]
+        i = rng.randrange(len(drawn))
+        prompt = scenes.caption(drawn[i], task, rng)
         latents.append(encoded[i])
-        texts.append("" if rng.random() < 0.1 or world.is_exam(prompt) else prompt.text)
+        texts.append("" if rng.random() < 0.1 or scenes.is_exam(prompt) else prompt.text)
     return texts, torch.stack(latents)
 
 
@@ -243,31 +247,23 @@ def train_base(args, steps):
 @torch.no_grad()
 def draw(model, vae, condition, steps, guidance, seed=0):
     """One picture for each text of a condition, whose second half is the null prompts."""
-    shape = (model.config.channels, world.SIZE // 8, world.SIZE // 8)
+    shape = (model.config.channels, scenes.SIZE // 8, scenes.SIZE // 8)
     start = flow.noise(len(condition.vec) // 2, shape, seed)
     return to_images(vae.decode(denoise(model, condition, start, steps, guidance)))
 
 
 def preview_base(model, vae, condition_of, file, n=16):
     """The six tasks of the reserved eighth, as SD3 draws, and as UniAlignment will."""
-    prompts = world.benchmark(n, seed="preview", pairs=world.PAIRS)
-    prompts = {task: [p for _, p in pairs] for task, pairs in prompts.items()}
-    texts = [p.text for ps in prompts.values() for p in ps]
-    texts += [""] * len(texts)
+    cases = scenes.benchmark(n, seed="preview", pairs=scenes.PAIRS)
+    prompts = [prompt for pairs in cases.values() for _, prompt in pairs]
+    texts = [prompt.text for prompt in prompts] + [""] * len(prompts)
     images = draw(model, vae, condition_of(texts), 12, 2.5)
     alone = draw(model, vae, condition_of(texts, 4, torch.zeros(len(texts))), 12, 2.5)
-    scores = {"mean": 0.0}
-    for i, (task, asked) in enumerate(prompts.items()):
-        pictures_of = images[i * n : (i + 1) * n]
-        scores[task] = (
-            sum(world.matches(p, world.detect(x)) for p, x in zip(asked, pictures_of)) / n
-        )
-    scores["mean"] = sum(scores.values()) / len(prompts)
-    asked = [p for ps in prompts.values() for p in ps]
-    right = [world.matches(p, world.detect(x)) for p, x in zip(asked, alone)]
-    scores["time_alone"] = sum(right) / len(right)
     sheet([images[i : i + n] for i in range(0, len(images), n)]).save(file)
-    return {name: round(score, 3) for name, score in scores.items()}
+    right = [scenes.matches(p, scenes.detect(x)) for p, x in zip(prompts * 2, images + alone)]
+    scores = {"mean": right[: len(prompts)], "time_alone": right[len(prompts) :]}
+    scores |= {task: right[i * n : (i + 1) * n] for i, task in enumerate(cases)}
+    return {name: round(fmean(flags), 3) for name, flags in scores.items()}
 
 
 # ---- the published layouts ----------------------------------------------------------------------
@@ -279,18 +275,13 @@ def export(args):
     model = trained("base", MMDiT(BASE_CONFIG), args)
     tensors = {f"model.diffusion_model.{k}": v for k, v in model.state_dict().items()}
     # It has seen one size only: the middle of the table, which larger pictures would run past.
-    side = world.SIZE // 16
+    side = scenes.SIZE // 16
     tensors["model.diffusion_model.pos_embed"] = model.positions(side, side)
     tensors |= {f"first_stage_model.{k}": v for k, v in trained_vae(args).state_dict().items()}
-    save_file(half(tensors), SD3)
-    tokenizer, t5 = trained_t5(args)
-    t5.half().save_pretrained(T5)
-    tokenizer.save_pretrained(T5)
-
-    tokenizer = load_tokenizer(Path(args.out, "lmm-tokenizer"))
-    parts = {"lmm": new_lmm(tokenizer), "facts": lessons.Facts(192, len(tokenizer))}
-    trained("lmm", nn.ModuleDict(parts), args)["lmm"].half().save_pretrained(LMM)
-    tokenizer.save_pretrained(LMM)
+    save_file({name: x.half().contiguous().cpu() for name, x in tensors.items()}, SD3)
+    for folder, (tokenizer, encoder) in ((T5, trained_t5(args)), (LMM, trained_lmm(args))):
+        encoder.half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     images = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "patch_size": PATCHES.patch,
@@ -303,16 +294,12 @@ def export(args):
     print(MINI)
 
 
-def half(tensors):
-    return {name: tensor.half().contiguous().cpu() for name, tensor in tensors.items()}
-
-
-PARTS = {
-    "vae": train_vae,
-    "t5": train_t5,
-    "base": train_base,
-    "lmm": train_lmm,
-    "decoder": train_decoder,
+PARTS = {  # and their steps at scale 1
+    "vae": (train_vae, 4_000),
+    "t5": (train_t5, 3_000),
+    "base": (train_base, 8_500),
+    "lmm": (train_lmm, 2_000),
+    "decoder": (train_decoder, 3_000),
 }
 
 
@@ -329,8 +316,8 @@ def main():
     Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.part == "export":
         return export(args)
-    steps = args.steps or max(1, round(args.scale * STEPS[args.part]))
-    PARTS[args.part](args, steps)
+    train, steps = PARTS[args.part]
+    train(args, args.steps or max(1, round(args.scale * steps)))
 
 
 if __name__ == "__main__":

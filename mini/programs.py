@@ -9,29 +9,22 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
-
-from mini import edits, world
-from mini.edits import as_mention, name_of
-from mini.world import (
-    BACKGROUNDS,
-    COLORS,
-    PLACES,
-    RELATIONS,
-    SEEN,
-    SHAPES,
-    Mention,
-    Object,
-    Prompt,
-    Scene,
-    holding,
-    is_exam,
-    phrase,
-    plural,
-)
+from mini import scenes
+from mini.edits import name_of
+from mini.scenes import COLORS, SEEN, Mention, Object, Prompt, Scene, as_mention, holding, phrase
 
 NUMBERS = ("zero", "one", "two", "three", "four")
-QUESTIONS = ("total", "count", "color", "place", "at", "exists", "relation", "background")
+ANSWERS = {  # to each kind of question, as they are drawn: each as often as any other
+    "total": NUMBERS[1:],
+    "count": NUMBERS[:4],
+    "color": tuple(COLORS),
+    "place": scenes.PLACES,
+    "at": ("nothing", *("something",) * 5),
+    "exists": ("yes", "no"),
+    "relation": ("yes", "no"),
+    "background": tuple(scenes.BACKGROUNDS),
+}
+QUESTIONS = tuple(ANSWERS)
 
 
 @dataclass(frozen=True)
@@ -56,12 +49,8 @@ class Claim:
         fitting = [o for o in scene.objects if self.what.fits(o)]
         if self.relation is None:
             return len(fitting) == self.what.count
-        return any(
-            self.relation in holding(first, second)
-            for first in fitting
-            for second in scene.objects
-            if self.other.fits(second) and second != first
-        )
+        others = [o for o in scene.objects if self.other.fits(o)]
+        return any(self.relation in holding(a, b) for a in fitting for b in others if a != b)
 
 
 @dataclass(frozen=True)
@@ -95,76 +84,85 @@ def sample_reference(rng, pairs=SEEN, exam=False, count=None):
 
     With a count, so many, and all of them shown.
     """
-    while is_exam((made := _any_reference(rng, pairs, exam, count)).prompt) != exam:
+    while scenes.is_exam((made := _any_reference(rng, pairs, exam, count)).prompt) != exam:
         pass
     return made
 
 
 def _any_reference(rng, pairs, exam, count):
     task = "scene" if count else rng.choice(("single", "two", "position", "scene"))
-    scene = world.sample_scene(task, rng, pairs, exam)
+    scene = scenes.sample_scene(task, rng, pairs, exam)
     while not (len(scene.objects) == count if count else len(scene.objects) <= 3):
-        scene = world.sample_scene(task, rng, pairs, exam)
-    said = world.caption(scene, task, rng)
-    objects, mentions, segments, rest = [], [], [], said.text
+        scene = scenes.sample_scene(task, rng, pairs, exam)
+    said = scenes.caption(scene, task, rng)
+    objects, segments, rest = [], [], said.text
     shown = rng.sample(range(len(said.mentions)), count or rng.randint(1, len(said.mentions)))
     for i, m in enumerate(said.mentions):
-        key = m.shape if m.place is None else m.place  # either tells the objects apart
-        (obj,) = [o for o in scene.objects if key in (o.shape, o.place)]
-        words = f"{m.color} {m.shape}" if task == "scene" else phrase(m)
+        (obj,) = filter(m.fits, scene.objects)
         article = "" if task == "scene" else "a "
+        words = f"{m.color} {m.shape}" if task == "scene" else phrase(m)
         before, _, rest = rest.partition(words)
         name = article + obj.shape
         if said.text != words:  # else no word would be left
             name = rng.choice(("", name))
-        words, shown_object = (
-            (name, obj) if i in shown else (f"{article}{' '.join(obj.pair)}", None)
-        )
-        segments += [(before, None), (words, shown_object)]
+        told = (name, obj) if i in shown else (article + " ".join(obj.pair), None)
+        segments += [(before, None), told]
         objects.append(obj)
-        mentions.append(Mention(obj.shape, obj.color, 1, m.place))
     segments = tuple(s for s in (*segments, (rest, None)) if s != ("", None))
     text = "".join(words + "<image>" * (shown is not None) for words, shown in segments)
-    prompt = Prompt(text, tuple(mentions), said.relation, said.background)
+    mentions = tuple(as_mention(o, place=task == "scene") for o in objects)
+    prompt = Prompt(text, mentions, said.relation, said.background)
     return Reference(scene, segments, tuple(objects), prompt)
+
+
+def reference_record(reference):
+    """A Reference as a training example of task objects."""
+    segments = [(text, [scenes.box(obj)] if obj else []) for text, obj in reference.segments]
+    return {"task": "objects", "segments": segments, "target": scenes.render(reference.scene)}
 
 
 def sample_long(rng, pairs=SEEN, exam=False):
     """A Scene of four objects, and a Prompt of sentences that tell all of it."""
     while True:
-        scene = world.sample_scene("scene", rng, pairs, exam)
+        scene = scenes.sample_scene("scene", rng, pairs, exam)
         if len(scene.objects) < 4:
             continue
         objects = rng.sample(scene.objects, 4)
-        forms = rng.choice((("a {o.color} {o.shape} is at the {place}", ", "),
-                            ("at the {place} there is a {o.color} {o.shape}", ". "),
-                            ("the {o.shape} at the {place} is {o.color}", ", ")))  # fmt: skip
-        parts = [forms[0].format(o=o, place=PLACES[o.place]) for o in objects]
-        text = forms[1].join([*parts, f"the background is {scene.background}"])
+        form, mark = rng.choice(
+            (
+                ("a {o.color} {o.shape} is at the {place}", ", "),
+                ("at the {place} there is a {o.color} {o.shape}", ". "),
+                ("the {o.shape} at the {place} is {o.color}", ", "),
+            )
+        )
+        parts = [form.format(o=o, place=scenes.PLACES[o.place]) for o in objects]
+        text = mark.join([*parts, f"the background is {scene.background}"])
         mentions = tuple(as_mention(o, place=True) for o in objects)
         prompt = Prompt(text, mentions, None, scene.background)
-        if is_exam(prompt) == exam:
+        if scenes.is_exam(prompt) == exam:
             return scene, prompt
 
 
 def sample_semantic(rng, pairs=SEEN, exam=False):
     """A Scene, and a Semantic prompt that is true of it."""
     while True:
-        scene = world.sample_scene("scene", rng, pairs, exam)
+        scene = scenes.sample_scene("scene", rng, pairs, exam)
         prompt = rng.choice((counted, denied, shared, related))(scene, rng)
-        if prompt and is_exam(prompt) == exam and not is_plain(prompt):
+        if prompt and scenes.is_exam(prompt) == exam and not is_plain(prompt):
             return scene, prompt
 
 
 def is_plain(prompt):
-    """Could its words be a caption of `world.caption`, which may be a reserved one?"""
+    """Could its words be a caption of `scenes.caption`, which may be a reserved one?"""
     single = all(mention.count == 1 for mention in prompt.told)
     only_counts = len(prompt.claims) == 1 + len(prompt.told)
     return only_counts and "objects" not in prompt.text and len(prompt.told) <= 1 + single
 
 
-def total(scene):
-    return Claim(Mention(None, count=len(scene.objects)))
+def semantic(scene, text, told, *claims):
+    """The Semantic of a scene whose words tell all of it, and make further claims."""
+    total = Claim(Mention(None, count=len(scene.objects)))
+    return Semantic(text, (total, *map(Claim, told), *claims), told)
 
 
 def counted(scene, rng):
@@ -173,7 +171,7 @@ def counted(scene, rng):
     told = tuple(Mention(shape, None, n) for shape, n in counts.items())
     *first, last = map(phrase, told)
     text = " and ".join(filter(None, (", ".join(first), last)))
-    return Semantic(text, (total(scene), *map(Claim, told)), told)
+    return semantic(scene, text, told)
 
 
 def denied(scene, rng):
@@ -184,8 +182,7 @@ def denied(scene, rng):
     ending = f", nothing {color}"
     if len(scene.objects) == 1:
         ending = rng.choice((ending, f" that is not {color}"))
-    claim = Claim(Mention(None, color, 0))
-    return Semantic(base.text + ending, (*base.claims, claim), base.told)
+    return semantic(scene, base.text + ending, base.told, Claim(Mention(None, color, 0)))
 
 
 def shared(scene, rng):
@@ -194,15 +191,15 @@ def shared(scene, rng):
     if n < 2:
         return None
     by_shape = rng.random() < 0.5
-    word = rng.choice(SHAPES if by_shape else list(COLORS))
-    what = Mention(word) if by_shape else Mention(None, word)
-    count = sum(map(what.fits, scene.objects))
+    word = rng.choice(scenes.SHAPES if by_shape else list(COLORS))
+    count = sum(word in o.pair for o in scene.objects)
     if count == 0 and rng.random() < 0.7:
         return None
-    noun = word if not by_shape else f"a {word}" if count < 2 else plural(word)
+    noun = word if not by_shape else f"a {word}" if count < 2 else scenes.plural(word)
     text = f"{NUMBERS[n]} objects, {NUMBERS[count] if count else 'none'} of them {noun}"
-    what = Mention(what.shape, what.color, count)
-    return Semantic(text, (total(scene), Claim(what)), (what,) if by_shape else ())
+    if by_shape:
+        return semantic(scene, text, (Mention(word, None, count),))
+    return semantic(scene, text, (), Claim(Mention(None, word, count)))
 
 
 def related(scene, rng):
@@ -212,10 +209,10 @@ def related(scene, rng):
         return None
     told = tuple(as_mention(o, color=rng.random() < 0.7) for o in objects)
     relations = [rng.choice(holding(objects[0], other)) for other in objects[1:]]
-    ways = [rng.choice(RELATIONS[relation]) for relation in relations]
+    ways = [rng.choice(scenes.RELATIONS[relation]) for relation in relations]
     text = f"{phrase(told[0])} {ways[0]} {phrase(told[1])} and {ways[1]} {phrase(told[2])}"
-    claims = [Claim(told[0], r, other) for r, other in zip(relations, told[1:])]
-    return Semantic(text, (total(scene), *map(Claim, told), *claims), told)
+    claims = [Claim(told[0], relation, other) for relation, other in zip(relations, told[1:])]
+    return semantic(scene, text, told, *claims)
 
 
 # ---- questions ----------------------------------------------------------------------------------
@@ -223,78 +220,66 @@ def related(scene, rng):
 
 def answer(question, scene):
     """The one answer of a scene to a Question."""
-    q, objects = question, scene.objects
-    if q.kind == "background":
+    kind, what = question.kind, question.what
+    if kind == "background":
         return scene.background
-    fitting = [o for o in objects if q.what.fits(o)]
-    if q.kind in ("total", "count"):
+    if kind == "relation":
+        claim = Claim(what, question.relation, question.other)
+        return "yes" if claim.holds(scene) else "no"
+    fitting = [o for o in scene.objects if what.fits(o)]
+    if kind in ("total", "count"):
         return NUMBERS[len(fitting)]
-    if q.kind == "exists":
+    if kind == "exists":
         return "yes" if fitting else "no"
-    if q.kind == "relation":
-        return "yes" if Claim(q.what, q.relation, q.other).holds(scene) else "no"
-    if q.kind == "at":
-        return f"a {fitting[0].color} {fitting[0].shape}" if fitting else "nothing"
+    if kind == "at":
+        return f"a {' '.join(fitting[0].pair)}" if fitting else "nothing"
     (obj,) = fitting  # there is one, or it would not be asked
-    return obj.color if q.kind == "color" else PLACES[obj.place]
+    return obj.color if kind == "color" else scenes.PLACES[obj.place]
 
 
 def sample_question(kind, rng, pairs=SEEN, exam=False):
     """A random Scene and a Question to it, of answers as even as the kind allows."""
     wanted = rng.choice(ANSWERS[kind])
     while True:
-        scene = world.sample_scene(rng.choice(("scene", "counting", "two")), rng, pairs, exam)
+        scene = scenes.sample_scene(rng.choice(("scene", "counting", "two")), rng, pairs, exam)
         for question in filter(None, (_any_question(kind, scene, rng) for _ in range(20))):
             if wanted in (found := answer(question, scene), "something" * (found != "nothing")):
                 return scene, question
 
 
-ANSWERS = {  # that are drawn first, each as often as any other
-    "total": NUMBERS[1:],
-    "count": NUMBERS[:4],
-    "color": tuple(COLORS),
-    "place": PLACES,
-    "at": ("nothing", *("something",) * 5),
-    "exists": ("yes", "no"),
-    "relation": ("yes", "no"),
-    "background": tuple(BACKGROUNDS),
-}
-
-
 def _any_question(kind, scene, rng):
-    objects, place = scene.objects, rng.randrange(9)
-    obj, shape, color = rng.choice(objects), rng.choice(SHAPES), rng.choice(list(COLORS))
+    """A Question about a random object, color, shape or place; None where they make no sense."""
+    place, obj = rng.randrange(9), rng.choice(scene.objects)
+    shape, color = rng.choice(scenes.SHAPES), rng.choice(list(COLORS))
     if kind == "background":
         return Question(kind, "what color is the background?")
     if kind == "total":
         return Question(kind, "how many objects are there?", Mention(None))
     if kind == "at":
-        return Question(kind, f"what is at the {PLACES[place]}?", Mention(None, place=place))
+        return Question(kind, f"what is at the {scenes.PLACES[place]}?", Mention(None, place=place))
     if kind in ("count", "exists"):
         near = rng.choice(((obj.color, shape), (color, obj.shape), obj.pair))
         what = rng.choice((Mention(near[1]), Mention(near[1], near[0]), Mention(None, near[0])))
         noun = what.shape or "object"
-        words = " ".join(filter(None, (what.color, noun)))
         if kind == "exists":
-            return Question(kind, f"is there {'an' if words == 'object' else 'a'} {words}?", what)
-        return Question(kind, f"how many {words[: -len(noun)]}{plural(noun)} are there?", what)
-    name = name_of(obj, scene, rng)
-    if not name:
+            return Question(kind, f"is there {phrase(Mention(noun, what.color))}?", what)
+        words = " ".join(filter(None, (what.color, scenes.plural(noun))))
+        return Question(kind, f"how many {words} are there?", what)
+    if not (name := name_of(obj, scene, rng)):
         return None
     what = as_mention(obj, color=obj.color in name)
     if kind == "place":
         return Question(kind, f"where is the {name}?", what)
     if kind == "color":
-        alone = sum(o.shape == obj.shape for o in objects) == 1
-        return (
-            Question(kind, f"what color is the {obj.shape}?", Mention(obj.shape)) if alone else None
-        )
-    other = rng.choice(objects)
+        alone = sum(o.shape == obj.shape for o in scene.objects) == 1
+        text = f"what color is the {obj.shape}?"
+        return Question(kind, text, Mention(obj.shape)) if alone else None
+    other = rng.choice(scene.objects)
     second = name_of(other, scene, rng)
     if other == obj or not second:
         return None
-    relation = rng.choice(list(RELATIONS))
-    text = f"is the {name} {rng.choice(RELATIONS[relation])} the {second}?"
+    relation = rng.choice(list(scenes.RELATIONS))
+    text = f"is the {name} {rng.choice(scenes.RELATIONS[relation])} the {second}?"
     return Question(kind, text, what, relation, as_mention(other, color=other.color in second))
 
 
@@ -303,41 +288,3 @@ def majority(kind, n=2000):
     rng = random.Random(f"majority {kind}")
     answers = Counter(answer(q, s) for s, q in (sample_question(kind, rng) for _ in range(n)))
     return answers.most_common(1)[0][1] / n
-
-
-# ---- training examples of Dream Engine ----------------------------------------------------------
-
-
-class Examples:
-    """Endless training examples, with the interface of `data.Manifest`: one row, another each time."""
-
-    name = identity = "rendered scenes"
-    bad_lines, total = {}, 0
-
-    def rows(self, task):
-        return np.array([1])
-
-    def ratio(self, row):
-        return 1.0
-
-    def record(self, row, task, rng):
-        if task == "edit":
-            edit = edits.sample_edit(rng.choice(edits.EDITS), rng)
-            source, target = world.render(edit.source), world.render(edit.target)
-            record = {"task": task, "source": source, "instruction": edit.text, "target": target}
-            return record | {"caption": world.describe(edit.target)}
-        if task == "answer":
-            scene, question = sample_question(rng.choice(QUESTIONS), rng)
-            record = {"task": task, "image": world.render(scene), "question": question.text}
-            return record | {"answer": answer(question, scene)}
-        if task == "objects":
-            return reference_record(sample_reference(rng))
-        scene, prompt = world.sample_caption(rng.choice((*world.TASKS, "scene")), rng)
-        return {"task": task, "prompt": prompt.text, "target": world.render(scene)}
-
-
-def reference_record(reference):
-    """A Reference as an example of task objects."""
-    segments = [(text, [world.box(obj)] if obj else []) for text, obj in reference.segments]
-    target = world.render(reference.scene)
-    return {"task": "objects", "segments": segments, "target": target}

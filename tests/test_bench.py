@@ -1,47 +1,34 @@
 """The benchmark: it counts right, notices contestants that disagree, and runs at every size."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from mmdit import MMDiT, MMDiTConfig
 from support.cli import one_line_errors
-from support.fast import prepared
 from tools import bench
 from tools.contestants import contestants, inputs_of, samplers
 from vae import VAEConfig
 
 CPU = torch.device("cpu")
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-TINY = {
-    "mmdit": MMDiTConfig(2, 64, 32, 16, positions=8),
-    "lmm": {
-        "text_config": {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 1000,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": ROPE,
-        },
-        "vision_config": {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32},
+TINY = MMDiTConfig(2, 64, 32, 16, positions=8), VAEConfig(16, 16), {
+    "text_config": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 1000,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": ROPE,
     },
-    "vae": VAEConfig(16, 16),
-    "size": 64,
+    "vision_config": {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32},
 }  # fmt: skip
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dual", [(), (0, 1)])
-def test_flops_are_those_that_torch_counts(dual):
-    config = MMDiTConfig(3, 64, 32, 16, positions=8, dual=dual)
-    model = MMDiT(config)
-    latent, txt, vec = inputs_of(config, 36, 7, 2, CPU)
-    with prepared(model, [0.5], vec) as move_to:
-        move_to(0.5)
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model(latent, 0.5, txt, vec)
-    assert bench.flops(config, 2, 36, 7) == counter.get_total_flops()
+def test_flops_are_those_of_the_equations():
+    D, image, text, patch = 64, 36, 7, 16 * 4
+    counted = bench.flops(MMDiT(TINY[0]), *inputs_of(TINY[0], image, text, 2, CPU))
+    first = 24 * (image + text) * D**2 + 4 * (image + text) ** 2 * D
+    last = (24 * image + 6 * text) * D**2 + 4 * image * (image + text) * D  # text: keys and values
+    assert counted == 2 * (first + last + 4 * image * D * patch)
 
 
 def test_contestants_agree_and_are_noticed_where_they_do_not():
@@ -51,12 +38,13 @@ def test_contestants_agree_and_are_noticed_where_they_do_not():
     draw = samplers(models, inputs, steps=3)
     assert {"ours", "ours, plain forward"} <= draw.keys()
     assert bench.difference([function() for function in draw.values()]) < 1e-5
+    before = draw["ours"]()
     with torch.no_grad():
         models["ours"].final_layer.linear.bias += 0.1
-    changed = samplers(models, inputs, steps=3)["ours"]()
+    changed = draw["ours"]()
     for other in (changed, changed * float("nan")):
         with pytest.raises(ValueError, match="disagree"):
-            bench.difference([draw["ours"]() - 0.1, other])
+            bench.difference([before, before, other])
 
 
 def test_contestants_take_turns():
@@ -85,10 +73,11 @@ def test_memory_is_that_of_the_tensors():
 @pytest.fixture
 def untimed(monkeypatch):
     """Contestants show that they are equal; then all are equally fast, and nothing is compiled."""
-    equal = lambda functions, rounds, device=None: {name: [1.0] for name in functions}
+    equal = lambda functions, rounds: {name: [1.0] for name in functions}
     monkeypatch.setattr(bench, "race", equal)
     monkeypatch.setattr(bench, "compile_blocks", lambda model: None)
     monkeypatch.setattr(bench, "SIZES", [(16, 4), (64, 8)])
+    monkeypatch.setattr(bench, "LARGE", TINY)
 
 
 def test_parts_compare_equal_contestants(untimed):
@@ -96,10 +85,8 @@ def test_parts_compare_equal_contestants(untimed):
     assert found["largest difference of 255"] <= 1
     assert found["rows"][-1] == {"": "ours", "ms": 1000.0, "of the official way": 1.0}
     found = bench.training(CPU, size=2)
-    assert [row[""] for row in found["rows"] if "ours" in row[""]] == [
-        "stage 1, ours",
-        "stage 2, ours",
-    ]
+    ours = {row[""] for row in found["rows"] if "ours" in row[""]}
+    assert ours == {"stage 1, ours", "stage 2, ours"}
     assert found["largest relative difference of losses"] <= 1e-4
     first, second = bench.growth(CPU)["rows"]
     assert first["image tokens"] == 16 and second["text tokens"] == 8
@@ -107,44 +94,44 @@ def test_parts_compare_equal_contestants(untimed):
 
 
 def test_full_size_runs_at_a_tiny_size(untimed):
-    found = bench.full(CPU, TINY)
-    plain, lean = found["full request"]["rows"]
-    assert found["full request"]["largest difference of 255"] == 0
+    plain, lean = (found := bench.full_request(CPU))["rows"]
+    assert found["largest difference of 255"] == 0
     assert plain["of it MM-DiT, GB"] == lean["of it MM-DiT, GB"]  # on a CPU all lies there
-    assert len(found["full training"]["rows"]) == 2
-    report = bench.report(found)
-    assert "| low memory |" in report and "| ours, compiled |" in report
+    names = [row[""] for row in bench.full_training(CPU)["rows"]]
+    assert names == ["stage 1, 8 of 64 x 64", "stage 2, 8 of 64 x 64"]
+    step = bench.sampling(TINY[0], CPU, (16, 4), steps=2, rounds=1, dtype=torch.bfloat16)
+    report = bench.report({"full step": step | {"about": ""}})
+    assert "| ours, compiled |" in report and "dtype: torch.bfloat16" in report
 
 
-def test_results_are_added_to_those_of_earlier_runs(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """Where results go, with those of an earlier run; a new run finds one row at once."""
     monkeypatch.setitem(bench.PARTS, "step", lambda device: {"rows": [{"": "ours", "ms": 1.0}]})
-    file = Path(tmp_path, "bench.json")
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "bench.json"
     file.write_text(json.dumps({"mid": {"about": "", "rows": [{"": "x"}]}}))
-    bench.main(["step", "--out", str(tmp_path), "--device", "cpu"])
+    return file
+
+
+def test_results_are_added_to_those_of_earlier_runs(file):
+    bench.main(["step", "--out", ".", "--device", "cpu"])
     assert json.loads(file.read_text()).keys() == {"mid", "step"}
-    assert "| ours | 1 |" in (tmp_path / "bench.md").read_text()
+    assert "| ours | 1 |" in file.with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[1]", '{"mid": 3}', '{"mid": {"about": "", "rows": []}}']
-)
-def test_damaged_results_of_an_earlier_run_are_named(content, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(bench.PARTS, "step", None)  # is not reached
-    (tmp_path / "bench.json").write_text(content)
-    with pytest.raises(SystemExit), one_line_errors():
-        bench.main(["step", "--out", str(tmp_path), "--device", "cpu"])
-    assert "bench.json: expected " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
+    "arguments, content, message",
     [
-        (["everything"], "unknown part 'everything'"),
-        (["step", "--full"], "name no parts with it"),
-        (["--full", "--device", "cpu"], "--full needs a GPU"),
+        ("everything", "{}", "unknown part 'everything'"),
+        ("step --full", "{}", "name no parts with it"),
+        ("--full --device cpu", "{}", "--full needs a GPU"),
+        ("step", "{", "bench.json: expected a JSON object"),
+        ("step", '{"mid": {"about": "", "rows": []}}', "bench.json: expected the results of an"),
     ],
 )
-def test_mistakes_get_one_line(arguments, message, capsys):
+def test_mistakes_get_one_line(arguments, content, message, file, capsys):
+    file.write_text(content)
     with pytest.raises(SystemExit), one_line_errors():
-        bench.main(arguments)
+        bench.main([*arguments.split(), "--out", "."])
     assert message in capsys.readouterr().err

@@ -11,7 +11,7 @@ from PIL import Image
 
 import train
 from dream_engine import STAGE1
-from mini import claims, evaluate
+from mini import claims
 from support.cli import UserError
 
 
@@ -60,7 +60,7 @@ class Copier:
         self.copies = Path(folder).name.startswith("two")
 
     def generate(self, prompts, **_):
-        return [prompt[0] if self.copies else Image.new("RGB", (64, 64)) for prompt in prompts]
+        return [prompt[0] if self.copies else Image.new("RGB", (48, 48)) for prompt in prompts]
 
 
 def test_a_claim_goes_on_where_it_stopped_and_is_reported(tmp_path, monkeypatch, capsys):
@@ -82,11 +82,11 @@ def test_a_claim_goes_on_where_it_stopped_and_is_reported(tmp_path, monkeypatch,
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", trained)
-    command = ["claims", "adapter", "--out", str(tmp_path)]
+    command = ["adapter", "--out", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
-        evaluate.main(command)
-    evaluate.main(command)
-    evaluate.main(command)
+        claims.main(command)
+    claims.main(command)
+    claims.main(command)
     assert len(started) == 7  # six runs, one of them started twice
     seeds = [line[line.index("--seed") + 1] for line in started]
     assert seeds == ["0", "1", "2", "2", "0", "1", "2"]
@@ -118,8 +118,14 @@ def test_a_difference_is_claimed_only_beyond_its_interval(first, second, better)
     assert claims.compared(first, second)[-1] == better
 
 
+def test_mistakes_name_what_would_be_right():
+    with pytest.raises(
+        UserError, match="unknown claim 'beauty': expected some of curve, odd, joint"
+    ):
+        claims.main(["beauty"])
+
+
 def test_the_committed_tables_are_those_of_the_committed_results():
     folder = Path(claims.__file__).parents[1] / "docs" / "results"
-    for name, report in (("claims", claims.report), ("scores", evaluate.report)):
-        results = json.loads((folder / f"{name}.json").read_text())
-        assert report(results) == (folder / f"{name}.md").read_text()
+    results = json.loads((folder / "claims.json").read_text())
+    assert claims.report(results) == (folder / "claims.md").read_text()

@@ -48,9 +48,8 @@ def write_tar(name, members):
 
 def sample(key, image, caption, suffix="jpg", **columns):
     """The members that img2dataset writes for an image, with some of its columns in the JSON."""
-    about = {**columns, "url": f"http://example.com/{key}", "caption": caption, "key": key}
-    text = json.dumps(about | {"status": "success", "exif": "{}"}, indent=4).encode()
-    return [(f"{key}.{suffix}", image), (f"{key}.txt", caption.encode()), (f"{key}.json", text)]
+    about = json.dumps({**columns, "caption": caption, "key": key, "exif": "{}"}).encode()
+    return [(f"{key}.{suffix}", image), (f"{key}.txt", caption.encode()), (f"{key}.json", about)]
 
 
 def run(arguments):
@@ -115,7 +114,6 @@ def test_faulty_annotations_are_skipped_and_counted(folder, capsys):
     write_journeydb(
         '{"img_path": ',
         "[" * 100_000,
-        '{"img_path": "' + "x" * 3_000_000 + '"}',
         '"text"',
         annotation("./000/missing.jpg"),
         annotation("../../secret.jpg"),
@@ -128,14 +126,14 @@ def test_faulty_annotations_are_skipped_and_counted(folder, capsys):
         {"prompt": "p"},
         annotation("./000/cut.jpg"),
         annotation(good) | {"Task2": {}},
+        '{"img_path": "' + "x" * 3_000_000 + '"}',  # no line of this dataset: the rest is not read
     )
     Path("imgs/000/cut.jpg").write_bytes(picture(1)[:100])
     lines = run("journeydb anno.jsonl --images imgs --out j.jsonl")
     assert [line["prompt"] for line in lines] == ["a gold tikka, --ar 5:3", "über\nall", "p"]
-    assert said(capsys) == (
-        "j.jsonl: 3 lines written, 14 records skipped; anno.jsonl:3 broken JSON; "
-        "anno.jsonl:4 broken JSON; anno.jsonl:5 line too long; ..."
-    )
+    report = said(capsys)
+    assert report.startswith("j.jsonl: 3 lines written, 14 records skipped; anno.jsonl:3 record: ")
+    assert report.count("expected a JSON object (") == 3 and report.endswith("; ...")
     lines = run("journeydb anno.jsonl --text caption --images imgs --out j.jsonl")
     assert [line["prompt"] for line in lines[2:]] == ["c"] * 3  # those of the bad prompts
 
@@ -143,43 +141,46 @@ def test_faulty_annotations_are_skipped_and_counted(folder, capsys):
 def test_cc12m(capsys):
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
-    cases = [  # key, image, caption, suffix, that of the copy, size
-        ("000000000", picture(0), "a cat", "jpg", "jpg", [12, 8]),
-        ("000000001", picture(1, (5, 9)), "ein Käfer\nim Gras", "jpg", "jpg", [5, 9]),
-        ("000000003", picture(2, kind="PNG"), "a PNG in a .jpg", "jpg", "png", [12, 8]),
-        ("000010000", picture(3, kind="WEBP"), "webp", "webp", "webp", [12, 8]),
-        ("000010001", picture(4, exif=exif), "lying", "jpg", "jpg", [8, 12]),
+    cases = [  # key, image, caption, suffix; name and size of the copy
+        ("000", picture(0), "a cat", "jpg", "0/000000000.jpg", [12, 8]),
+        ("001", picture(1, (5, 9)), "ein Käfer\nim Gras", "jpg", "0/000000001.jpg", [5, 9]),
+        ("003", picture(2, kind="PNG"), "a PNG in a .jpg", "jpg", "0/000000002.png", [12, 8]),
+        ("100", picture(3, kind="WEBP"), "webp", "webp", "1/000000000.webp", [12, 8]),
+        ("101", picture(4, exif=exif), "lying", "jpg", "1/000000001.jpg", [8, 12]),
     ]
-    write_tar("shards/00000.tar", [m for case in cases[:3] for m in sample(*case[:4])])
-    write_tar("shards/00001.tar", [m for case in cases[3:] for m in sample(*case[:4])])
-    Path("shards/00000.parquet").write_bytes(b"beside the shards, as img2dataset leaves it")
+    write_tar("shards/0.tar", [m for case in cases[:3] for m in sample(*case[:4])])
+    write_tar("shards/1.tar", [m for case in cases[3:] for m in sample(*case[:4])])
+    Path("shards/0.parquet").write_bytes(b"beside the shards, as img2dataset leaves it")
     lines = run("cc12m shards --out data/cc12m.jsonl")
     assert said(capsys) == "data/cc12m.jsonl: 5 lines written, 0 records skipped"
-    for line, (key, data, prompt, _, suffix, size) in zip(lines, cases, strict=True):
-        target = f"cc12m/0000{key[4]}/{key}.{suffix}"
+    for line, (_, data, prompt, _, name, size) in zip(lines, cases, strict=True):
+        target = f"cc12m/{name}"
         assert line == {"task": "t2i", "prompt": prompt, "target": target, "size": size}
         assert Path("data", target).read_bytes() == data
-    assert run("cc12m shards/00001.tar --out one.jsonl")[0]["prompt"] == "webp"
+    assert run("cc12m shards/1.tar --out one.jsonl")[0]["prompt"] == "webp"
 
 
 def test_images_already_there_are_not_written_again():
     write_tar("00000.tar", [*sample("0", picture(0), "a"), *sample("1", picture(1), "b")])
     before = run("cc12m 00000.tar --out c.jsonl")
-    first, second = (Path("c", "00000", f"{key}.jpg") for key in "01")
+    first, second = (Path(f"c/00000/00000000{n}.jpg") for n in (0, 1))
     os.utime(first, (1, 1))
     second.write_bytes(b"half")
     assert run("cc12m 00000.tar --out c.jsonl") == before
     assert first.stat().st_mtime == 1 and second.read_bytes() == picture(1)
 
 
-def test_faulty_samples_are_skipped_and_counted(capsys):
+def test_faulty_samples_are_skipped_and_counted(folder, capsys):
     members = [
-        *sample("000000000", picture(0), "no image")[1:],
-        *sample("000000001", picture(0), " "),
-        *sample("000000002", picture(0), "no text")[:1],
-        *(("000000003.jpg", b"no image"), ("000000003.txt", b"a cat")),
-        *(("000000004.jpg", picture(0)), ("000000004.txt", b"\xff\xfe")),
-        *sample("000000009", picture(0), "good"),
+        *sample("0", picture(0), "no image")[1:],
+        *sample("1", picture(0), " "),
+        *sample("2", picture(0), "no text")[:1],
+        *(("3.jpg", b"no image"), ("3.txt", b"a cat")),
+        *(("4.jpg", picture(0)), ("4.txt", b"\xff\xfe")),
+        *(("5.jpg", None), ("5.txt", b"a link")),
+        *(("6.seg.jpg", picture(3)), ("6.txt", b"only a mask")),  # two samples, neither whole
+        *(("7.jpg", picture(4)), ("7.txt", b"too long" * 200_000)),
+        *sample("9", picture(0), "good"),
     ]
     write_tar("shards/00000.tar", members)
     whole = Path("shards/00000.tar").read_bytes()
@@ -187,35 +188,22 @@ def test_faulty_samples_are_skipped_and_counted(capsys):
     Path("shards/00002.tar").write_bytes(whole[: whole.index(b"no image\0") + 3])
     assert [line["prompt"] for line in run("cc12m shards --out c.jsonl")] == ["good"]
     assert said(capsys) == (
-        "c.jsonl: 1 lines written, 7 records skipped; 00000.tar:000000000 no image; "
-        "00000.tar:000000001 no txt; 00000.tar:000000002 no txt; ..."
+        "c.jsonl: 1 lines written, 11 records skipped; 00000.tar:0 no image; "
+        "00000.tar:1 no txt; 00000.tar:2 no txt; ..."
     )
-    assert files_in(Path("c")) == ["00000/000000009.jpg"]
 
 
-@pytest.mark.parametrize("name", ["../../{}", "/ROOT/{}", "..\\..\\{}", "C:\\{}", "./a/b/{}", "{}"])
-def test_names_from_a_shard_cannot_leave_the_folder(name, folder):
+@pytest.mark.parametrize(
+    "name", ["../../x", "/ROOT/x", "..\\x", "C:\\x", "..", "a/", "\x1b[2J\n", "\udcff", "x" * 300]
+)
+def test_names_in_a_shard_do_not_matter(name, folder, capsys):
     name = name.replace("/ROOT", str(folder))
-    members = [(name.format(m), data) for m, data in sample("evil", picture(0), "a cat")]
-    write_tar("00000.tar", members)
-    (line,) = run("cc12m 00000.tar --out c.jsonl")
-    assert line["target"] == "c/00000/evil.jpg"
-    assert files_in(folder) == ["work/00000.tar", "work/c.jsonl", "work/c/00000/evil.jpg"]
-
-
-def test_hostile_members_are_skipped(folder, capsys):
-    members = sample("000000000", picture(0), "good")
-    for key in ("..", "", "a b", "\x1b[2J\n", "x" * 101, "é", "con:", "\udcff"):
-        members += [(m.replace("KEY", key), data) for m, data in sample("KEY", picture(1), "bad")]
-    members += [("dir/000000000.jpg", picture(2)), ("dir/000000000.txt", b"takes its place")]
-    members += [("000000001.jpg", None), ("000000001.txt", b"a link")]
-    members += [("000000002.seg.jpg", picture(3)), ("000000002.txt", b"only a mask")]
-    members += [("000000003.jpg", picture(4)), ("000000003.txt", b"too long" * 200_000)]
-    write_tar("00000.tar", members)
-    (line,) = run("cc12m 00000.tar --out c.jsonl")
-    assert line["prompt"] == "good" and said(capsys).startswith("c.jsonl: 1 lines written, 11 ")
-    assert Path("c/00000/000000000.jpg").read_bytes() == picture(0)
-    assert files_in(folder) == ["work/00000.tar", "work/c.jsonl", "work/c/00000/000000000.jpg"]
+    write_tar("00000.tar", sample(name, b"", "no image") + sample("b", picture(0), "a cat"))
+    run("cc12m 00000.tar --out c.jsonl")
+    report = said(capsys)
+    assert report.isprintable() and len(report) < 200
+    (image,) = {file for file in files_in(folder) if file.endswith(".jpg")}
+    assert image.startswith("work/c/00000/00000000")
 
 
 NAME, ATTRIBUTES = tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE
@@ -224,15 +212,15 @@ NAME, ATTRIBUTES = tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE
 @pytest.mark.parametrize(
     "kind, size, times, reason",
     [
-        (tarfile.REGTYPE, 20 * 10**9, 1, "too large"),  # a hole
-        (tarfile.REGTYPE, 2**63, 1, "cannot fit"),
+        (tarfile.REGTYPE, 20 * 10**9, 1, "no txt"),  # a hole
+        (tarfile.REGTYPE, 2**63, 1, "too large to convert"),
         (tarfile.REGTYPE, -1024, 1, "negative size"),
         (tarfile.REGTYPE, -5, 1, "negative size"),
-        (NAME, 2**63, 1, "a header of 9223372036854775808 bytes"),
-        (NAME, 20 * 10**9, 1, "a header of"),
-        (NAME, -512, 1, "a header of -512 bytes"),
+        (NAME, 2**63, 1, "9223372036854775808 bytes at once"),
+        (NAME, 20 * 10**9, 1, "bytes at once"),
+        (NAME, -512, 1, "-512 bytes at once"),
         (NAME, 0, 20_000, "RecursionError"),
-        (ATTRIBUTES, 20 * 10**9, 1, "a header of"),
+        (ATTRIBUTES, 20 * 10**9, 1, "bytes at once"),
     ],
 )
 def test_no_shard_exhausts_memory_or_patience(kind, size, times, reason, capsys):
@@ -257,13 +245,13 @@ CHUNKS = [
 
 def test_grit(capsys):
     members = [
-        *sample("000000000", picture(0), CAPTION, noun_chunks=CHUNKS, ref_exps=CHUNKS, id=1),
-        *sample("000000001", picture(1), "a dog", noun_chunks=None, ref_exps=None, id=2),
-        *sample("000000002", picture(1), "a dog", noun_chunks=CHUNKS),
-        *sample("000000003", picture(1), "a dog", noun_chunks=[]),
-        *sample("000000004", picture(1), CAPTION, noun_chunks=CHUNKS)[1:],
-        *sample("000000005", picture(1), CAPTION, noun_chunks=CHUNKS)[:2],
-        *(("000000006.jpg", picture(1)), ("000000006.json", b'{"caption": "a d')),
+        *sample("0", picture(0), CAPTION, noun_chunks=CHUNKS, ref_exps=CHUNKS, id=1),
+        *sample("1", picture(1), "a dog", noun_chunks=CHUNKS),
+        *sample("2", picture(1), "a dog", noun_chunks=[]),
+        *sample("3", picture(1), CAPTION, noun_chunks=CHUNKS)[1:],
+        *sample("4", picture(1), "a dog", noun_chunks=None, ref_exps=None, id=2),
+        *sample("5", picture(1), CAPTION, noun_chunks=CHUNKS)[:2],
+        *(("6.jpg", picture(1)), ("6.json", b'{"caption": "a d')),
     ]
     write_tar("grit/00000.tar", members)
     (line,) = run("grit grit --out g.jsonl")
@@ -276,9 +264,9 @@ def test_grit(capsys):
     assert line == {"task": "objects", "target": "g/00000/000000000.jpg", "size": [12, 8]}
     assert Path("g/00000/000000000.jpg").read_bytes() == picture(0)
     assert said(capsys) == (
-        "g.jsonl: 1 lines written, 6 records skipped; 00000.tar:000000001 broken noun_chunks; "
-        "00000.tar:000000002 noun chunk from 19 to 32, beyond the caption; "
-        "00000.tar:000000003 no noun chunk with a box; ..."
+        "g.jsonl: 1 lines written, 6 records skipped; "
+        "00000.tar:1 noun chunk from 19 to 32, beyond the caption; "
+        "00000.tar:2 no noun chunk with a box; 00000.tar:3 no image; ..."
     )
 
 
@@ -364,18 +352,6 @@ def test_ultraedit(capsys):
     )
 
 
-def test_mistakes_with_parquet_files_get_one_line(capsys, monkeypatch):
-    write_ultraedit("a.parquet", [(picture(0), picture(1), "add a dog")])
-    write_parquet("b.parquet", {"image": ["x"], "edit_prompt": ["y"]})
-    Path("c.parquet").write_bytes(b"no parquet")
-    line = fails("ultraedit a.parquet b.parquet --out u.jsonl", capsys)
-    assert line == "error: b.parquet: no column source_image, only image, edit_prompt"
-    line = fails("ultraedit a.parquet c.parquet --out u.jsonl", capsys)
-    assert line.startswith("error: c.parquet: expected a parquet file (")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert fails("ultraedit a.parquet --out u.jsonl", capsys).endswith("pip install pyarrow")
-
-
 def test_damaged_parquet_files_and_wrong_types_are_counted(capsys):
     write_ultraedit("a.parquet", [(picture(0), picture(1), "add a dog")])
     data = Path("a.parquet").read_bytes()
@@ -385,7 +361,18 @@ def test_damaged_parquet_files_and_wrong_types_are_counted(capsys):
     write_parquet("d.parquet", {name: [{"bytes": "a text"}] for name in convert.COLUMNS})
     write_ultraedit("e.parquet", [("a text", "a text", "add a dog")])
     assert len(run("ultraedit . --out u.jsonl")) == 1
-    assert "1 lines written, 4 records skipped; b.parquet: damaged" in said(capsys)
+    assert "1 lines written, 4 records skipped; b.parquet: expected a " in said(capsys)
+
+
+def test_mistakes_with_parquet_files_get_one_line(capsys, monkeypatch):
+    write_parquet("b.parquet", {"image": ["x"], "edit_prompt": ["y"]})
+    line = fails("ultraedit b.parquet --out u.jsonl", capsys)
+    assert line.endswith("b.parquet: no column source_image, only image, edit_prompt")
+    Path("c.parquet").write_bytes(b"no parquet")
+    line = fails("ultraedit c.parquet --out u.jsonl", capsys)
+    assert "; c.parquet: expected a parquet file (" in line
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert fails("ultraedit b.parquet --out u.jsonl", capsys).endswith("pip install pyarrow")
 
 
 def test_an_interrupted_conversion_leaves_whole_files_only(monkeypatch, capsys):
@@ -404,7 +391,8 @@ def test_an_interrupted_conversion_leaves_whole_files_only(monkeypatch, capsys):
         convert.main(["cc12m", "00000.tar", "--out", "c.jsonl"])
     line = capsys.readouterr().err.splitlines()[-1]
     assert line == "error: interrupted; files already written are whole"
-    assert files_in(Path()) == ["00000.tar", "c.jsonl", "c/00000/0.jpg", "c/00000/1.jpg"]
+    images = [f"c/00000/00000000{n}.jpg" for n in (0, 1)]
+    assert files_in(Path()) == ["00000.tar", "c.jsonl", *images]
     assert Path("c.jsonl").read_text() == "an earlier manifest"
     assert len(run("cc12m 00000.tar --out c.jsonl")) == 4
 
@@ -426,15 +414,18 @@ def test_a_full_disk_leaves_no_half_image(monkeypatch, capsys):
     "arguments, reason",
     [
         ("laion 00000.tar --out c.jsonl", "invalid choice: 'laion'"),
-        ("cc12m none --out c.jsonl", "none: no such file or folder"),
-        ("cc12m empty --out c.jsonl", "empty: no .tar file in this folder"),
-        ("journeydb /dev/zero --images empty --out c.jsonl", "/dev/zero: not a regular file"),
+        ("cc12m none --out c.jsonl", "none: no .tar file and no folder of them"),
+        ("cc12m empty --out c.jsonl", "empty: no .tar file and no folder of them"),
+        ("journeydb /dev/zero --images empty --out c.jsonl", "/dev/zero: no .jsonl file"),
         ("cc12m 00000.tar 00000.tar --out c.jsonl", "several files have the same name"),
         ("cc12m 00000.tar --out c", "--out must be a file that ends in .jsonl"),
         ("cc12m 00000.tar --out folder.jsonl", "--out must be a file that ends in .jsonl"),
         ("cc12m 00000.tar --out 00000.tar/c.jsonl", "00000.tar"),
         ("cc12m a.jsonl --out c.jsonl", "no usable record; a.jsonl: expected a .tar file"),
-        ("grit 00000.tar --out c.jsonl", "no usable record; 00000.tar:0 broken noun_chunks"),
+        (
+            "grit 00000.tar --out c.jsonl",
+            "no usable record; 00000.tar:0 noun_chunks: expected [start",
+        ),
         ("journeydb a.jsonl --images none --out c.jsonl", "--images must be the folder"),
         ("journeydb a.jsonl --images empty --out a.jsonl", "would overwrite the dataset"),
         ("journeydb a.jsonl --images empty --out c.jsonl", "no usable record; a.jsonl:1 no image"),

@@ -1,14 +1,16 @@
 """Scores of pictures that are known to be right or wrong, and what the command says."""
 
 import json
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from checkpoints import metadata, read
 from dream_engine import DreamEngine
-from mini import evaluate, world
+from mini import cases, evaluate, world
 from support.cli import UserError
 
 
@@ -39,50 +41,64 @@ def test_copies_score_one_and_edits_that_change_nothing_zero(tmp_path, monkeypat
         assert {flag for g in edits.values() for flag in g["exact"] + g["unedited"]} == {edited}
         assert {flag for g in edits.values() for flag in g["renders"]} == {"1"}
     report = (tmp_path / "scores.md").read_text()
-    assert "| **copies** | 10 | 1.000 | 0.722 - 1.000 | 1.000 | 1.000 | 0.000 |  |" in report
+    assert "| **copies** | 10 | 1.000 | 0.722 - 1.000 |  | 1.000 | 1.000 | 0.000 |  |" in report
     assert report in capsys.readouterr().out
-    page = Image.open(tmp_path / "copies.png")  # two rows of ten pictures, enlarged
-    assert page.size == (10 * 132 + 4, 2 * 132 + 4)
-    assert (tmp_path / "edits-held-out-pairs.png").is_file()
+    assert "| **copies, held-out pairs** | 10 | 1.000 | 0.722 - 1.000 | 1.00 | 1.000 |" in report
+    for row, color in (("copies", "white"), ("edits-held-out-pairs", "red")):  # right and wrong
+        page = Image.open(tmp_path / f"{row}.png").convert("RGB")
+        frames = {"white": (255, 255, 255), "red": (255, 0, 0)}
+        colors = {found for _, found in page.getcolors(1 << 24)}
+        assert (frames["red"] in colors) == (color == "red")
 
 
-def test_a_caption_counts_only_word_by_word(monkeypatch):
-    scenes = [case.target for case in evaluate.CASES["copies"](3, evaluate.STREAM)["copy"]]
-    captions = [world.describe(scene) for scene in scenes]
-    captions[1] = captions[1].replace("background", "")
-    monkeypatch.setattr(evaluate, "describe_images", lambda lmm, images: captions)
-    scores = evaluate.score_captions(SimpleNamespace(lmm=None), 3)
-    assert scores == {"caption": {"exact": "101"}}
+def test_what_is_read_back_is_counted_picture_by_picture(tmp_path):
+    card = evaluate.Card(3, tmp_path)
+    seen, held = card.read_back("VAE", "vae", lambda scenes: [len(scenes) == 3, False, True])
+    assert seen == ("VAE", {"VAE": {"exact": "101"}}) and held[0] == "VAE, held-out pairs"
 
 
-def test_scores_is_the_command_without_a_name(monkeypatch):
-    ran = []
-    monkeypatch.setattr(evaluate, "score", ran.append)
-    for arguments in ([], ["scores"], ["t2i", "copies"], ["--guidance", "2"]):
-        evaluate.main(arguments)
-    assert [args.rows for args in ran] == [[], [], ["t2i", "copies"], []]
-    assert [args.guidance for args in ran] == [4.5, 4.5, 4.5, 2]
-    assert {args.out for args in ran} == {"runs/evaluate"}
+def test_variety_counts_distinct_clear_readings(tmp_path, monkeypatch):
+    card = evaluate.Card(3, tmp_path)
+    scenes = [world.Scene("white", (world.Object("red", "star", i),)) for i in range(2)]
+    drawn = [*map(world.render, [*scenes, scenes[0]]), Image.new("RGB", (48, 48), "red")]
+
+    class Engine:
+        def generate(self, prompts, **_):
+            return drawn[: len(prompts)]
+
+    monkeypatch.setattr(card, "engine", Engine)
+    assert set(map(tuple, evaluate.variety(card, 2, 4).values())) == {(2, 0.25)}
 
 
-def test_help_names_every_command(capsys):
-    for arguments, words in (
-        (["--help"], ("scores", "claims")),
-        (["scores", "--help"], ("--num", *evaluate.ROWS)),
-        (["claims", "--help"], ("--out", "adapter", "stages")),
-    ):
-        with pytest.raises(SystemExit):
-            evaluate.main(arguments)
-        assert set(words) <= set(
-            capsys.readouterr().out.replace(",", " ").replace(";", " ").split()
-        )
+def test_the_best_guidance_is_stored_and_nothing_else_changes(tmp_path, monkeypatch):
+    file = tmp_path / "stage1.safetensors"
+    save_file({"x": torch.arange(3.0)}, file, {"config": json.dumps({"stage": 1, "base": 1.5})})
+    monkeypatch.setattr(DreamEngine, "load", lambda *_: DreamEngine)
+    right = {1.0: "00", 1.5: "01", 2.0: "11", 3.0: "01", 4.5: "00"}
+    monkeypatch.setattr(evaluate, "score", lambda *_, guidance: {"exact": right[guidance]})
+    evaluate.main(["guidance", "--checkpoint", str(file)])
+    assert json.loads(metadata(file)["config"]) == {"stage": 1, "base": 1.5, "guidance": 2.0}
+    assert read(file)["x"].tolist() == [0, 1, 2]
+
+
+def test_minutes_of_resumed_parts_add_up(tmp_path):
+    (tmp_path / "minutes.txt").write_text("vae 3.5\nt5 1.0\nvae 2.0\n")
+    (tmp_path / "t5.jsonl").write_text('{"masked": 0.1}\n{"masked": 0.8}\n')
+    parts = evaluate.parts_of(tmp_path, {"VAE": {"exact": "1110"}})
+    assert parts == {"vae": [5.5, 0.75], "t5": [1.0, 0.8], "together": [6.5, None]}
+
+
+def test_the_committed_tables_are_those_of_the_committed_results():
+    folder = Path(evaluate.__file__).parents[1] / "docs" / "results"
+    scores = json.loads((folder / "scores.json").read_text())
+    assert evaluate.report(scores) == (folder / "scores.md").read_text()
+    assert scores["rows"].keys() >= {*cases.CASES, "base", "stage 1", "VAE", "captions"}
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nonsense"], "unknown row 'nonsense': expected some of t2i, copies"),
-        (["claims", "beauty"], "unknown claim 'beauty': expected some of base, curve, odd, joint"),
+        (["nonsense"], "unknown row 'nonsense': expected some of vae, captions, base, stage1, t2i"),
         (["--num", "3"], "--num: '3': expected a whole number from 6"),
         (["copies", "--blend", "2"], "--blend: '2': expected a number from 0 to 1"),
     ],

@@ -269,9 +269,9 @@ def test_wrong_image_sizes_are_refused(content, copy):
 
 
 def test_image_sizes_are_read_in_both_spellings_and_without_the_file(copy):
-    folder, expected = copy(), PatchConfig(8, 2, 256, 4096)
+    folder, expected = copy(), PatchConfig(8, 2, 256, 2304)
     assert load_lmm(folder).patches == expected
-    sizes = {"size": {"shortest_edge": 256, "longest_edge": 4096}, "min_pixels": None}
+    sizes = {"size": {"shortest_edge": 256, "longest_edge": 2304}, "min_pixels": None}
     (folder / "preprocessor_config.json").write_text("\ufeff" + json.dumps(sizes))
     assert load_lmm(folder).patches == expected
     (folder / "preprocessor_config.json").unlink()

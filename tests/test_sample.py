@@ -42,14 +42,14 @@ def fails(main, arguments, capsys):
     return said[0]
 
 
-def test_a_prompt_becomes_a_picture_with_its_settings(capsys):
+def test_a_prompt_becomes_a_picture_with_its_settings(capsys, engine):
     sample.main(["--prompt", "a red circle", "--seed", "5", "--out", "new/a.png", *FAST])
     assert capsys.readouterr().out.strip() == "new/a.png"
     image = Image.open("new/a.png")
-    assert image.size == (64, 64) and image.mode == "RGB"
+    assert image.size == (48, 48) and image.mode == "RGB"
     assert image.text["prompt"] == "a red circle" and image.text["seed"] == "5"
     settings = json.loads(image.text["settings"])
-    assert settings["steps"] == 2 and settings["guidance"] == 4.5
+    assert settings["steps"] == 2 and settings["guidance"] == engine.guidance
     assert os.listdir("new") == ["a.png"]
 
 
@@ -59,7 +59,7 @@ def test_several_pictures_and_their_grid(capsys):
     sample.main(["--prompt", "a red circle", "--seed", "2", "--out", "b.png", *FAST])
     together, alone = (np.asarray(Image.open(f), int) for f in ("a-1.png", "b.png"))
     assert abs(together - alone).max() <= 1
-    assert np.array_equal(np.asarray(Image.open("a-grid.png"))[:64, 64:], together)
+    assert np.array_equal(np.asarray(Image.open("a-grid.png"))[:48, 48:], together)
     assert Image.open("a-1.png").text["seed"] == "2"
 
 
@@ -80,13 +80,13 @@ def test_prompts_of_several_lengths_are_drawn_together(capsys):
 
 
 DRAWING = [
-    (["--prompt", "a <image> and <image>", "--image", "dog.png", "--image", "dog.png"], (64, 64)),
-    (["--task", "edit", "--prompt", "make it red", "--image", "dog.png"], (64, 64)),
-    (["--task", "edit", "--prompt", "<image> make it blue", "--image", "dog.png"], (64, 64)),
-    (["--task", "i2i", "--image", "dog.png", "--blend", "1"], (64, 64)),
-    (["--task", "combine", "--prompt", "a dog <image> it runs", "--image", "dog.png"], (64, 64)),
+    (["--prompt", "a <image> and <image>", "--image", "dog.png", "--image", "dog.png"], (48, 48)),
+    (["--task", "edit", "--prompt", "make it red", "--image", "dog.png"], (48, 48)),
+    (["--task", "edit", "--prompt", "<image> make it blue", "--image", "dog.png"], (48, 48)),
+    (["--task", "i2i", "--image", "dog.png", "--blend", "1"], (48, 48)),
+    (["--task", "combine", "--prompt", "a dog <image> it runs", "--image", "dog.png"], (48, 48)),
     (["--prompt", "a red circle", "--guidance", "1", "--size", "32x48"], (32, 48)),
-    (["--prompt", "a <|image_pad|>", "--positions", "arange"], (64, 64)),
+    (["--prompt", "a <|image_pad|>", "--positions", "arange"], (48, 48)),
 ]
 
 
@@ -113,7 +113,7 @@ def test_every_task_draws_a_picture_of_its_own():
         (["--prompt", "a", "--task", "draw"], "invalid choice: 'draw'"),
         (["--prompt", "a", "--task", "edit"], "task edit takes one image"),
         (["--prompt", "a", "--size", "50"], "nearest is 48"),
-        (["--prompt", "a", "--size", "64x1000"], "up to 64"),
+        (["--prompt", "a", "--size", "64x1000"], "up to 48"),
         (["--prompt", "a", "--size", "big"], "expected a side"),
         (["--prompt", "a", "--steps", "0"], "expected a whole number from 1"),
         (["--prompt", "a", "--steps", "x"], "--steps"),
@@ -169,7 +169,7 @@ def test_one_pixel_is_an_image():
         arguments = ["--prompt", "a <image>", "--image", "dot.png", *FAST]
         sample.main(arguments)
         drawn.append(Image.open("sample.png").tobytes())
-    assert len(drawn[0]) == 64 * 64 * 3
+    assert len(drawn[0]) == 48 * 48 * 3
 
 
 @pytest.mark.parametrize(

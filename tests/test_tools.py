@@ -71,14 +71,14 @@ def test_geneval_draws_into_the_public_layout(monkeypatch, engine):
     assert files_in("out").keys() == {"00000/metadata.jsonl", "00000/grid.png", *samples}
     assert json.loads(Path("out/00000/metadata.jsonl").read_text()) == METADATA[0]
     pictures = [Image.open(Path("out", sample)) for sample in samples]
-    expected = engine.generate([["a red circle"]] * 3, steps=2, guidance=4.5, seed=7)
+    expected = engine.generate([["a red circle"]] * 3, steps=2, seed=7)
     for k, picture in enumerate(pictures):
         assert np.array_equal(picture, expected[k])
         assert picture.text == {"prompt": "a red circle", "seed": str(7 + k)}
     grid = np.asarray(Image.open("out/00000/grid.png"))  # 2 x 2 without gaps
-    assert grid.shape == (128, 128, 3)
-    assert np.array_equal(grid[:64, 64:], pictures[1]) and np.array_equal(
-        grid[64:, :64], pictures[2]
+    assert grid.shape == (96, 96, 3)
+    assert np.array_equal(grid[:48, 48:], pictures[1]) and np.array_equal(
+        grid[48:, :48], pictures[2]
     )
 
 
@@ -165,14 +165,12 @@ def test_reconstruction_measures_its_copies(monkeypatch, engine, capsys):
     reconstruct.main(["photos", "--out", "out", "--guidance", "2", "--steps", "10"])
     scores = json.loads(Path("out/metrics.json").read_text())
     assert scores["a.png"]["l2"] < 0.05 and scores["a.png"]["cosine"] > 0.95
-    assert scores["mean"]["l2"] == pytest.approx(
-        (scores["a.png"]["l2"] + scores["b.jpg"]["l2"]) / 2
-    )
+    mean = (scores["a.png"]["l2"] + scores["b.jpg"]["l2"]) / 2
+    assert scores["mean"]["l2"] == pytest.approx(mean)
     assert Image.open("out/copies.png").height == 2 * 132 + 4
     assert f"L2 {scores['mean']['l2']:.4f}" in capsys.readouterr().out
     black = lambda prompts, **options: [Image.new("RGB", (64, 64))]  # off by 51 of 255 from b.jpg
-    parts = {name: getattr(engine, name) for name in ("lmm", "default_size", "check")}
-    stub = SimpleNamespace(generate=black, **parts)
+    stub = SimpleNamespace(generate=black, lmm=engine.lmm, default_size=64)
     monkeypatch.setattr(reconstruct, "load_engine", lambda args: stub)
     reconstruct.main(["photos", "--out", "out"])
     scores = json.loads(Path("out/metrics.json").read_text())
@@ -198,12 +196,8 @@ def test_a_manifest_is_checked_and_drawn(capsys):
     assert "0 of 8 lines are bad" in said and "a.check.png" in said
     assert Image.open("a.check.png").height == 8 * 132 + 4
     Path("cut.png").write_bytes(Path("a.png").read_bytes()[:60])
-    bad = [
-        {"task": "t2i"},
-        {"task": "i2i", "target": "none.png"},
-        {"task": "i2i", "target": "cut.png"},
-    ]
-    write_jsonl("a.jsonl", lines + bad)
+    bad = [{"task": "i2i", "target": f"{name}.png"} for name in ("none", "cut")]
+    write_jsonl("a.jsonl", [*lines, {"task": "t2i"}, *bad])
     with pytest.raises(SystemExit) as end:
         check_manifest.main(["a.jsonl"])
     said = capsys.readouterr().out

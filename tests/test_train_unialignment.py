@@ -20,7 +20,7 @@ import train
 from checkpoints import load_mmdit
 from dream_engine import LMM, SD3
 from lmm import collate, load_tokenizer, patch_config
-from mini.programs import Examples
+from mini.world import Examples
 from pipeline import Tokens
 from support import runs
 from support.cli import UserError

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from mini import world
+from mini.scenes import _any_scene
 from mini.world import HELD_OUT, PAIRS, SEEN, Object, Scene
 
 KINDS = (*world.TASKS, "scene")
@@ -137,7 +138,7 @@ def test_a_tenth_or_so_is_reserved_for_evaluation_alone():
         world.sample_scene("scene", rng, exam=exam) for exam in (False, True) for _ in range(99)
     ]
     assert [world.is_exam(scene) for scene in scenes] == [False] * 99 + [True] * 99
-    every = [world._any_scene("scene", rng, PAIRS) for _ in range(4000)]
+    every = [_any_scene("scene", rng, PAIRS) for _ in range(4000)]
     assert abs(sum(map(world.is_exam, every)) / 4000 - 1 / 8) < 0.02
 
 

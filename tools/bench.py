@@ -5,12 +5,10 @@
 
 Contestants first show that they compute the same numbers, then take turns. A time is the median
 over the rounds and a ratio the median of the rounds' ratios. diffusers and peft are contestants only
-(pip install diffusers peft); their rows are left out where they are missing. The official way runs
-LMM and ViT inside the sampling loop and keeps nothing from step to step.
+(pip install diffusers peft); their rows are left out where they are missing.
 """
 
 import itertools
-import random
 import subprocess
 import sys
 import tempfile
@@ -24,74 +22,68 @@ from statistics import median
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import Qwen2VLConfig, Qwen2VLModel
 
 import flow
 from checkpoints import read_json
-from data import training_example
-from dream_engine import LMM, STAGE1, DreamEngine, new_adapter
+from dream_engine import LMM, DreamEngine, new_adapter
 from lmm import PatchConfig, Qwen2VL, load_tokenizer
 from mini import world
 from mmdit import FAMILIES, MMDiT, MMDiTConfig
-from prompts import apply_task, to_tensor
+from prompts import crop_to
 from support.cli import Parser, UserError, one_line_errors, reading
-from support.fast import compile_blocks, compiling, save_memory, usable_device
+from support.fast import compile_blocks, compiling, prepared, save_memory, usable_device
 from support.files import table, write_json, write_text
 from tools.contestants import Reference, contestants, inputs_of, official, samplers
 from vae import VAE, VAEConfig
 
-MINIATURE = MMDiTConfig(6, 128, 32, 8, positions=4, context_dim=128, pooled_dim=128)
+MINIATURE = MMDiTConfig(6, 128, 32, 8, positions=3, context_dim=128, pooled_dim=128)
 GROWTH = replace(MINIATURE, positions=64)
 SIZES = [(n, 16) for n in (64, 256, 1024, 4096)] + [(64, n) for n in (64, 256, 1024, 2048)]
 MID = MMDiTConfig(12, 768, positions=32)
-ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-LARGE = {
-    "mmdit": FAMILIES["SD3.5-large"],
-    "lmm": {  # Qwen2-VL-2B
-        "text_config": {
-            "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "vocab_size": 151936,
-            "num_attention_heads": 12, "num_key_value_heads": 2, "rope_parameters": ROPE,
-        },
-        "vision_config": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 1536},
+LARGE = FAMILIES["SD3.5-large"], VAEConfig(), {  # and Qwen2-VL-2B
+    "text_config": {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "vocab_size": 151936,
+        "num_attention_heads": 12, "num_key_value_heads": 2, "rope_parameters":
+        {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     },
-    "vae": VAEConfig(),
-    "size": 1024,
+    "vision_config": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 1536},
 }  # fmt: skip
 
 
 # ---- measuring ----------------------------------------------------------------------------------
 
 
-def flops(config, batch, image, text):
+def flops(model, latent, txt, vec):
     """Multiplications and additions of a velocity's attention and linear layers, less adaLN's."""
-    D, n = config.width, image + text
-    block = 24 * n * D**2 + 4 * n**2 * D
-    last = (24 * image + 6 * text) * D**2 + 4 * image * n * D
-    dual = len(config.dual) * (8 * image * D**2 + 4 * image**2 * D)
-    ends = 4 * image * D * config.channels * config.patch**2
-    return batch * ((config.depth - 1) * block + last + dual + ends)
+    with prepared(model, [0.5], vec) as go_to:
+        go_to(0.5)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(latent, 0.5, txt, vec)
+    return counter.get_total_flops()
 
 
 def difference(results, tolerance=1e-4):
     """The largest relative difference to the first of some tensors; ValueError if too large."""
     first, *others = (x.float() for x in results)
-    largest = max((((x - first).norm() / first.norm()).item() for x in others), default=0.0)
-    if not largest <= tolerance:
-        raise ValueError(f"contestants disagree: relative difference {largest:.1e}")
-    return largest
+    apart = [((x - first).norm() / first.norm()).item() for x in others]
+    if not all(x <= tolerance for x in apart):
+        raise ValueError(f"contestants disagree: relative differences {apart}")
+    return max(apart, default=0.0)
 
 
-def race(functions, rounds, device=None):
+def race(functions, rounds):
     """{name: seconds of each round}; the functions take turns, each once untimed first."""
     times, names = defaultdict(list), list(functions)
     for i in tqdm(range(rounds + 1), ", ".join(names), leave=False):
         for name in names if i % 2 else reversed(names):
             start = time.perf_counter()
             functions[name]()
-            if device and device.type == "cuda":
+            if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             if i:
                 times[name].append(time.perf_counter() - start)
@@ -122,14 +114,20 @@ def peak(device, function):
     return max(itertools.accumulate(sizes)) / 1e9
 
 
-# ---- parts --------------------------------------------------------------------------------------
+def resident(module, device):
+    """GB of a module's tensors on a device."""
+    tensors = module.state_dict().values()
+    return sum(x.nbytes for x in tensors if x.device.type == device.type) / 1e9
+
+
+# ---- parts: a device to {"rows": ..., and what else is to tell}; the docstring is the title ------
 
 
 def sampling(config, device, tokens, steps, rounds, dtype=torch.float32):
     """A step of sampling with guidance; tokens: of image and text."""
+    inputs = inputs_of(config, *tokens, 2, device, dtype)
     models = contestants(config, device, dtype)
-    inputs, ours = inputs_of(config, *tokens, 2, device, dtype), models["ours"]
-    draw, about = samplers(models, inputs, steps), {"tokens": list(tokens), "dtype": str(dtype)}
+    draw, ours = samplers(models, inputs, steps), models["ours"]
     twin = deepcopy(ours, {id(x): x for x in (*ours.parameters(), *ours.buffers())})
     compile_blocks(twin)
     compiled = samplers({"ours": twin}, inputs, steps)["ours"]
@@ -137,27 +135,27 @@ def sampling(config, device, tokens, steps, rounds, dtype=torch.float32):
     try:
         with compiling():
             compiled()
+        about = {"seconds to compile": time.perf_counter() - start}
         draw["ours, compiled"] = compiled
-        about["seconds to compile"] = time.perf_counter() - start
     except UserError as error:
-        about["not compiled"] = str(error)
-    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        about = {"not compiled": str(error)}
     drawn = [f() - inputs[0][:1] for f in draw.values()]
-    about["largest relative difference"] = difference(drawn, tolerance)
+    apart = difference(drawn, 1e-4 if dtype == torch.float32 else 0.05)
     side = 2048 if device.type == "cpu" else 8192
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
-    times = race(draw | {"GEMM": lambda: a @ b}, rounds, device)
+    times = race(draw | {"GEMM": lambda: a @ b}, rounds)
     rate = 2 * side**3 / median(times.pop("GEMM"))
-    about["GEMM, TFLOP/s"] = rate / 1e12
-    rows, work = rows_of(times, "ms a step", "diffusers", steps), flops(config, 2, *tokens)
+    rows, work = rows_of(times, "ms a step", "diffusers", steps), flops(ours, *inputs)
     for row in rows:
         row["of the GEMM rate"] = 1000 * work / row["ms a step"] / rate
+    about = {"tokens": list(tokens), "dtype": str(dtype), **about}
+    about |= {"largest relative difference": apart, "GEMM, TFLOP/s": rate / 1e12}
     return {"rows": rows, **about}
 
 
 def step(device):
     """A step of sampling with guidance, in the miniature."""
-    return sampling(MINIATURE, device, (16, 14), steps=28, rounds=60)
+    return sampling(MINIATURE, device, (9, 14), steps=28, rounds=60)
 
 
 def mid(device):
@@ -165,82 +163,74 @@ def mid(device):
     return sampling(MID, device, (1024, 128), steps=2, rounds=7)
 
 
+def prompt_of(side):
+    """Words and two pictures of side x side pixels."""
+    kinds = ("red", "circle"), ("blue", "star")
+    pictures = (world.portrait(world.Object(*kind, 4)) for kind in kinds)
+    circle, star = (crop_to(picture, side, side) for picture in pictures)
+    return ["top left ", circle, ", center ", star, ", white background"]
+
+
 def request(device, steps=28):
     """A request in the miniature, from a prompt with two pictures to a picture: 28 steps, guidance."""
     engine, models = DreamEngine.load(device=device), contestants(MINIATURE, device)
-    engine.mmdit = ours = models["ours"]
-    kinds = ("red", "circle"), ("blue", "star")
-    circle, star = (world.portrait(world.Object(*kind, 4)) for kind in kinds)
-    prompt = ["top left ", circle, ", center ", star, ", white background"]
+    engine.mmdit, prompt = models["ours"], prompt_of(16)
     ways = {
         f"official way, transformer of {name}": partial(official, engine, model, prompt, steps)
         for name, model in models.items()
     }
     base = next(iter(ways))
-    with_mask = partial(official, engine, ours, prompt, steps, is_masked=True)
+    with_mask = partial(official, engine, engine.mmdit, prompt, steps, is_masked=True)
     ways["official way, ours, padding masked"] = with_mask
     ways["ours"] = partial(engine.generate, [prompt], steps)
     *unmasked, masked, fast = (np.asarray(way()[0], dtype=float) for way in ways.values())
     apart = max(abs(unmasked[0] - unmasked[-1]).max(), abs(masked - fast).max())
     if apart > 1:
         raise ValueError(f"contestants disagree: by {apart:g} of 255")
-    times = race(ways, 15, device)
-    times["the official way"] = times[base]
-    rows = rows_of(times, "ms", "the official way")[:-1]
-    return {"rows": rows, "largest difference of 255": apart}
+    times = race(ways, 15)
+    rows = rows_of(times | {"the official way": times[base]}, "ms", "the official way")
+    return {"rows": rows[:-1], "largest difference of 255": apart}
 
 
-def example_batch(engine, task, size):
-    """(Batch, images) of one example again and again, as diffusers masks no padding."""
-    rng, side = random.Random(0), engine.default_size
-    record = world.Examples().record(1, task, rng)
-    task, prompt, target = training_example(record, (side, side), rng)
-    prompt, _ = apply_task(task, prompt)
-    return engine.lmm.collate([prompt] * size), to_tensor([target] * size)
-
-
-def training_step(engine, batches, device):
-    """A function that takes a training step on each (Batch, images) and returns the losses."""
+def training_step(engine, prompt, size, side, device):
+    """A function that takes a training step on size times a prompt and returns the losses."""
     params = [p for p in engine.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, 1e-5, betas=(0.9, 0.98), fused=True)
-    torch.manual_seed(0)  # the same noise for every contestant
-    inputs = []
-    for batch, images in batches:
-        n, _, height, width = images.shape
-        noise = torch.randn(n, engine.mmdit.config.channels, height // 8, width // 8)
-        inputs.append((batch, images, noise, flow.training_sigmas(n), torch.rand(n)))
+    torch.manual_seed(0)  # the same pictures and noise for every contestant
+    images = torch.rand(size, 3, side, side) * 2 - 1
+    noise = torch.randn(size, engine.mmdit.config.channels, side // 8, side // 8)
+    batch = engine.lmm.collate([prompt] * size)  # equally long, as diffusers masks no padding
+    inputs = batch, images, noise, flow.training_sigmas(size), torch.rand(size)
 
-    def step(example):
-        loss = engine(*(x.to(device) for x in example)).mean()
-        loss.backward()
+    def step():
+        losses = engine(*(x.to(device) for x in inputs))
+        losses.mean().backward()
         nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
+        return losses.detach()
 
-    return lambda: torch.stack([step(example) for example in inputs])
+    return step
 
 
 def training(device, size=16):
     """A training step of 16 examples in the miniature; of it the transformer, forward and backward."""
-    rows, apart, rank = [], 0, 16
-    for stage, tasks in (1, ("t2i", "i2i")), (2, ("t2i", "i2i", "edit", "objects")):
+    rows, apart = [], 0
+    for stage, rank in (1, None), (2, 16):
         steps, passes = {}, {}
         for name, model in contestants(MINIATURE, device).items():
             torch.manual_seed(0)  # for a new adapter
-            checkpoint = STAGE1 if stage == 2 else None
-            engine = DreamEngine.load(checkpoint=checkpoint, device=device, merge=False)
+            engine = DreamEngine.load(checkpoint=None, device=device)
             engine.mmdit, is_theirs = model, isinstance(model, Reference)
-            engine.start_training(rank if stage == 2 and not is_theirs else None)
-            if stage == 2 and is_theirs:
+            engine.start_training(None if is_theirs else rank)
+            if rank and is_theirs:
                 model.add_lora(rank)
-            batches = [example_batch(engine, task, size) for task in tasks]
-            steps[name] = training_step(engine, batches, device)
+            steps[name] = training_step(engine, prompt_of(16), size, engine.default_size, device)
             passes[name] = partial(forward_backward, model, size, device)
         losses = [f() for f in steps.values()]  # LoRA's B is zero until the first step
         apart = max(apart, difference(losses))
-        whole = rows_of(race(steps, 15, device), "ms", "diffusers", len(tasks))
-        parts = rows_of(race(passes, 30, device), "transformer, ms", "diffusers")
+        whole = rows_of(race(steps, 15), "ms", "diffusers")
+        parts = rows_of(race(passes, 30), "transformer, ms", "diffusers")
         for row, part in zip(whole, parts):
             row["of diffusers and peft"] = row.pop("of diffusers")
             rows.append(row | part | {"": f"stage {stage}, {row['']}"})
@@ -260,7 +250,7 @@ def growth(device):
         inputs = inputs_of(GROWTH, image, text, 2, device)
         draw = samplers(models, inputs, steps)
         apart = max(apart, difference([f() - inputs[0][:1] for f in draw.values()]))
-        times = rows_of(race(draw, 7, device), "ms a step", "diffusers", steps)
+        times = rows_of(race(draw, 7), "ms a step", "diffusers", steps)
         (ours,) = (row for row in times if row.pop("") == "ours")
         row = {"image tokens": image, "text tokens": text, **ours}
         rows.append(row | {"MB": 1000 * peak(device, draw["ours"])})
@@ -271,73 +261,67 @@ def start(device):
     """`python sample.py` from the start to the file."""
     run = partial(subprocess.run, cwd=Path(__file__).parents[1], check=True, capture_output=True)
     with tempfile.TemporaryDirectory() as folder:
-        whole = [sys.executable, "sample.py", "--prompt", "a red circle", "--device", str(device)]
-        whole += ["--out", f"{folder}/a.png"]
         imports = [sys.executable, "-c", "import sample"]
+        whole = [sys.executable, "sample.py", "--prompt", "a red circle"]
+        whole += ["--device", str(device), "--out", f"{folder}/a.png"]
         times = race({"imports alone": partial(run, imports), "whole": partial(run, whole)}, 9)
     return {"rows": [{"": name, "s": median(seconds)} for name, seconds in times.items()]}
 
 
-# ---- at full size -------------------------------------------------------------------------------
+# ---- parts at full size, of random weights ------------------------------------------------------
 
 
-def full(device, models=LARGE, rounds=3):
-    """SD3.5-large and Qwen2-VL-2B of random weights: velocity, pictures, training."""
-    dtype, side = torch.float32 if device.type == "cpu" else torch.bfloat16, models["size"]
-    tokens = (side // 16) ** 2, 333
-    step = sampling(models["mmdit"], device, tokens, 2, rounds, dtype)
-    picture = Image.new("RGB", (336, 336), "red")
-    prompt = ["a photo of ", picture, " next to ", picture, " on a table in the garden"]
-    requests, drawn, steps = [], [], []
-    for name in ("all on the device", "low memory"):
-        engine = random_engine(models, device, dtype)
-        if name == "low memory":
-            save_memory(engine.to("cpu"), device)
-        draw = partial(engine.generate, [prompt], size=(side, side))
-        seconds = median(race({"picture": draw}, rounds, device)["picture"])
-        memory = peak(device, draw) + resident(engine, device)
-        row = {"": name, "s a picture": seconds, "GB": memory}
-        requests.append(row | {"of it MM-DiT, GB": resident(engine.mmdit, device)})
-        drawn += draw()
-        del engine, draw
-    apart = abs(np.subtract(*(np.asarray(image, dtype=float) for image in drawn))).max()
-    for stage, rank in (1, None), (2, 32):
-        engine = random_engine(models, device, dtype)
-        engine.mmdit.checkpointing = True
-        engine.start_training(rank)
-        images = torch.rand(8, 3, side // 2, side // 2) * 2 - 1
-        run = training_step(engine, [(engine.lmm.collate([prompt] * 8), images)], device)
-        seconds = median(race({"step": run}, rounds, device)["step"])
-        name = f"stage {stage}, 8 of {side // 2} x {side // 2}"
-        steps.append({"": name, "steps a second": 1 / seconds})
-        del engine, run
-    request = f"Two pictures and words to a picture, {side} x {side}, 28 steps, guidance."
-    return {
-        "full step": {"about": "A step of sampling with guidance, SD3.5-large.", **step},
-        "full request": {"about": request, "rows": requests, "largest difference of 255": apart},
-        "full training": {"about": "Training, blocks computed twice.", "rows": steps},
-    }
-
-
-def random_engine(models, device, dtype):
+def random_engine(device):
     torch.manual_seed(0)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    transformer, vae, language = LARGE
     with device:
-        transformer, vae = MMDiT(models["mmdit"]).to(dtype), VAE(models["vae"])
-        language = Qwen2VLModel(Qwen2VLConfig(**models["lmm"])).to(dtype)
+        transformer, vae = MMDiT(transformer).to(dtype), VAE(vae)
+        language = Qwen2VLModel(Qwen2VLConfig(**language)).to(dtype)
     language = Qwen2VL(language, load_tokenizer(LMM), PatchConfig())
     adapter = new_adapter(language, transformer)
     return DreamEngine(language, adapter, transformer, vae).eval().requires_grad_(False)
 
 
-def resident(module, device):
-    """GB of a module's tensors on a device."""
-    tensors = module.state_dict().values()
-    return sum(x.nbytes for x in tensors if x.device.type == device.type) / 1e9
+def full_step(device):
+    """A step of sampling with guidance, SD3.5-large."""
+    return sampling(LARGE[0], device, (4096, 333), steps=2, rounds=3, dtype=torch.bfloat16)
+
+
+def full_request(device):
+    """Two pictures and words to a picture, 1024 x 1024, 28 steps, guidance."""
+    rows, drawn = [], []
+    for name in ("all on the device", "low memory"):
+        engine = random_engine(device)
+        if name == "low memory":
+            save_memory(engine.to("cpu"), device)
+        draw = partial(engine.generate, [prompt_of(336)])
+        row = {"": name, "s a picture": median(race({name: draw}, 3)[name])}
+        row["GB"] = peak(device, draw) + resident(engine, device)
+        rows.append(row | {"of it MM-DiT, GB": resident(engine.mmdit, device)})
+        drawn.append(np.asarray(draw()[0], dtype=float))
+        del engine, draw
+    return {"rows": rows, "largest difference of 255": abs(np.subtract(*drawn)).max()}
+
+
+def full_training(device):
+    """Training, blocks computed twice."""
+    rows = []
+    for stage, rank in (1, None), (2, 32):
+        engine = random_engine(device)
+        engine.mmdit.checkpointing, side = True, engine.default_size // 2
+        engine.start_training(rank)
+        name = f"stage {stage}, 8 of {side} x {side}"
+        times = race({name: training_step(engine, prompt_of(336), 8, side, device)}, 3)
+        rows.append({"": name, "steps a second": 1 / median(times[name])})
+        del engine, times
+    return {"rows": rows}
 
 
 # ---- report -------------------------------------------------------------------------------------
 
 PARTS = {f.__name__: f for f in (step, mid, request, training, growth, start)}
+FULL = {f.__name__.replace("_", " "): f for f in (full_step, full_request, full_training)}
 
 
 def report(results):
@@ -352,10 +336,9 @@ def report(results):
     for name, part in results.items():
         rows = part["rows"]
         parts.append(f"**{name}**: {part['about']}")
-        parts.append(table(list(rows[0]), [[cell(x) for x in row.values()] for row in rows]))
-        about = {k: v for k, v in part.items() if k not in ("rows", "about")}
-        if about:
-            parts.append("; ".join(f"{k}: {cell(v)}" for k, v in about.items()))
+        parts.append(table(list(rows[0]), [map(cell, row.values()) for row in rows]))
+        about = [f"{k}: {cell(v)}" for k, v in part.items() if k not in ("rows", "about")]
+        parts += ["; ".join(about)] if about else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -363,7 +346,7 @@ def main(arguments=None):
     parser = Parser(prog="python -m tools.bench", description=__doc__.splitlines()[0])
     names = ", ".join(PARTS)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {names}; default: all")
-    parser.add_argument("--full", action="store_true", help=full.__doc__)
+    parser.add_argument("--full", action="store_true", help="SD3.5-large, Qwen2-VL-2B: on a GPU")
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
     parser.add_argument("--out", help="folder to write bench.json and bench.md to")
     args = parser.parse_args(arguments)
@@ -377,21 +360,17 @@ def main(arguments=None):
         place = torch.cuda.get_device_name()
     elif args.full:
         raise UserError("--full needs a GPU; without --full mid is the largest size")
-    results, earlier, file = {}, {}, args.out and Path(args.out, "bench.json")
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        earlier = read_json(file) if file.exists() else {}
-        with reading(file, "the results of an earlier run"):
-            report(earlier)
-    for name in tqdm(["full"] if args.full else args.parts or PARTS, "parts"):
-        parts = full(device) if args.full else {name: PARTS[name](device)}
-        for part in parts.values():
-            part.setdefault("about", PARTS[name].__doc__ if name in PARTS else "")
-            part["on"] = place
-        results |= parts
+    file = args.out and Path(args.out, "bench.json")
+    results = read_json(file) if file and file.exists() else {}
+    with reading(file, "the results of an earlier run"):
+        report(results)
+    parts = FULL if args.full else {name: PARTS[name] for name in args.parts or PARTS}
+    for name, part in tqdm(parts.items(), "parts"):
+        results[name] = part(device) | {"about": part.__doc__, "on": place}
         if file:
-            write_json(file, earlier | results)
-            write_text(file.with_suffix(".md"), report(earlier | results))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, results)
+            write_text(file.with_suffix(".md"), report(results))
     print(report(results))
 
 

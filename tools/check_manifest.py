@@ -8,7 +8,7 @@ import sys
 
 from tqdm import tqdm
 
-from data import FIELDS, Manifest, training_example
+from data import Manifest, training_example
 from prompts import apply_task, crop_to
 from support.cli import Parser, UserError, one_line_errors
 from support.files import prompt_row, sheet, write_png
@@ -17,17 +17,14 @@ SIDE = 256  # of the pictures that examples are made of
 SHOWN = 6  # examples of each task on the contact sheet
 
 
-def check(file):
-    """Read every example of a manifest, print what is found, draw a contact sheet beside it.
-
-    Returns the number of bad lines.
-    """
-    manifest = Manifest(file)
+def main(arguments=None):
+    parser = Parser(prog="python -m tools.check_manifest", description=__doc__.splitlines()[0])
+    parser.add_argument("manifest")
+    manifest = Manifest(parser.parse_args(arguments).manifest)
     bad_lines, rows = dict(manifest.bad_lines), []
-    for task in FIELDS:
-        lines = manifest.by_task[task]
-        every = max(1, len(lines) // SHOWN)
-        for i, line in enumerate(tqdm(lines, task, leave=False)):
+    for task, lines in manifest.by_task.items():
+        shown, good = lines[:: max(1, len(lines) // SHOWN)][:SHOWN], 0
+        for line in tqdm(lines, task, leave=False):
             try:
                 record = manifest.record(line, task)
                 if task == "answer":
@@ -37,26 +34,20 @@ def check(file):
                     example = training_example(record, (SIDE, SIDE), random.Random(0))
                     apply_task(*example[:2])  # refuses an empty prompt
             except (UserError, OSError) as error:
-                bad_lines[int(line)] = str(error)
-                continue
-            if i % every == 0 and i < SHOWN * every:
-                rows.append(prompt_row(*example))
-        if good := sum(int(line) not in bad_lines for line in lines):
+                bad_lines[line] = str(error)
+            else:
+                good += 1
+                rows += [prompt_row(*example)] if line in shown else []
+        if good:
             print(f"{task}: {good} examples")
     for line in sorted(bad_lines)[:10]:
-        print(f"{file}:{line}: {bad_lines[line]}")
+        print(f"{manifest.name}:{line}: {bad_lines[line]}")
     print(f"{len(bad_lines)} of {manifest.total} lines are bad")
     if rows:
         picture = manifest.file.with_suffix(".check.png")
         write_png(picture, sheet(rows, 128))
         print(picture)
-    return len(bad_lines)
-
-
-def main(arguments=None):
-    parser = Parser(prog="python -m tools.check_manifest", description=__doc__.splitlines()[0])
-    parser.add_argument("manifest")
-    if check(parser.parse_args(arguments).manifest):
+    if bad_lines:
         sys.exit(1)
 
 

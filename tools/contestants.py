@@ -96,8 +96,7 @@ def inputs_of(config, image, text, batch, device, dtype=torch.float32):
 def samplers(models, inputs, steps):
     """{name: function that draws a latent with guidance}, from inputs of a batch of two."""
     latent, txt, vec = inputs
-    condition = Condition(txt, torch.ones(txt.shape[:2], dtype=torch.bool, device=txt.device), vec)
-    draw = {}
+    condition, draw = Condition(txt, torch.ones_like(txt[..., 0], dtype=torch.bool), vec), {}
     for name, model in models.items():
         draw[name] = partial(plain_denoise, model, lambda: condition, latent[:1], steps)
         if not isinstance(model, Reference):

@@ -7,22 +7,24 @@
 
 Shards are the .tar files of img2dataset; GRIT's boxes need its --resize_mode keep_ratio, for the
 default pads. Images in shards and parquet files are copied, byte for byte, into a folder beside the
-manifest that is named like it. Faulty records are skipped and counted; damage inside an image,
-though, is only found by `python -m tools.check_manifest`.
+manifest, as FILE/NUMBER of the record. Faulty records are skipped and counted; damage inside an
+image, though, is only found by `python -m tools.check_manifest`.
 """
 
 import json
 import os
-import re
 import tarfile
 from functools import partial
-from io import BytesIO
+from importlib.util import find_spec
+from io import BytesIO, FileIO
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
+from checkpoints import read_json
 from data import LONGEST_LINE, parse_record
 from prompts import upright_size
 from support.cli import Parser, UserError, one_line_errors, reading
@@ -30,10 +32,9 @@ from support.files import whole
 
 TEXTS = {"prompt": ("prompt",), "caption": ("Task2", "Caption")}  # JourneyDB's
 COLUMNS = ["source_image", "edited_image", "edit_prompt"]  # UltraEdit's
-PARTS = {"txt": "txt", "json": "json"} | dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")
-LARGEST = {"txt": 10**6, "json": 10**6, "image": 10**8}  # bytes
-HEADER = 2**14  # bytes of a header in a .tar file
-MEMBER = re.compile(r"(.*[/\\])?([^/\\.]*)\.?([^/\\]*)", re.DOTALL)  # folder, key, suffix
+PARTS = {".txt": "txt", ".json": "json"}  # of img2dataset's samples
+PARTS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), "image")
+LARGEST = 10**8  # bytes of a part
 
 
 def measure(file):
@@ -59,114 +60,73 @@ def store(data, path):
     return file, size
 
 
-# ---- readers: (place, record) one by one, or (place, UserError) for what cannot be read ---------
+# ---- readers: the records of a file, each with its place in it ----------------------------------
 
 
-def read_lines(files):
-    """The lines of JSONL files."""
-    for file in files:
-        with file.open("rb") as stream:
-            number = 0
-            while line := stream.readline(LONGEST_LINE):
-                number, end = number + 1, line
-                while len(end) == LONGEST_LINE and not end.endswith(b"\n"):
-                    line, end = UserError("line too long"), stream.readline(LONGEST_LINE)
-                yield f"{file.name}:{number}", line
+def read_lines(file):
+    with file.open("rb") as stream:
+        for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), b""), 1):
+            if len(line) == LONGEST_LINE:
+                raise UserError(f"{file.name}:{number} line too long")
+            yield number, line
 
 
-class Headers:
-    """The file that tarfile reads headers from: it refuses to read what is too long for one.
+class Bounded(FileIO):
+    """A file for tarfile, which reads what a header asks for: up to 2^64 bytes, in a file with holes."""
 
-    A damaged or hostile header may ask for up to 2^64 bytes, and a file with holes has them.
-    """
-
-    def __init__(self, stream):
-        self.stream, self.seek, self.tell = stream, stream.seek, stream.tell
-
-    def read(self, size):
-        if not 0 <= size <= HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return self.stream.read(size)
+    def read(self, size=-1):
+        if not 0 <= size <= LARGEST:
+            raise tarfile.ReadError(f"{size} bytes at once")
+        return super().read(size)
 
 
 def read_members(file):
-    """The regular files in a shard: ((folder, key), part or None, bytes or None if too large)."""
+    """(key, part, bytes) of the members of a shard; without bytes if there are too many."""
     last = -1
     with (
         reading(file.name, "a .tar file"),
-        file.open("rb") as stream,
-        tarfile.open(fileobj=Headers(stream), mode="r:") as archive,
+        Bounded(file) as stream,
+        tarfile.open(fileobj=stream, mode="r:") as archive,
     ):
         for member in archive:
             if member.size < 0 or member.offset <= last:  # that would never end
                 raise tarfile.ReadError("negative size")
-            last = member.offset
-            if not member.isreg() or member.issparse():  # no links, no bombs
-                continue
-            *name, suffix = MEMBER.fullmatch(member.name).groups()
-            part, data = PARTS.get(suffix.lower()), None
-            if part and member.size <= LARGEST[part]:
-                stream.seek(member.offset_data)
-                data = stream.read(member.size)
-                if len(data) < member.size:
-                    raise tarfile.ReadError("cut off")
-            yield name, part, data
+            last, (key, suffix) = member.offset, os.path.splitext(member.name)
+            part, fits = PARTS.get(suffix.lower()), member.size <= LARGEST
+            if part and member.isreg() and not member.issparse():
+                yield key, part, archive.extractfile(member).read() if fits else b""
 
 
-def read_shards(files):
-    """The samples of shards: "image", "txt" and "json" in bytes, and a "name" to write to safely."""
-    for file in files:
-        seen = set()
-        try:
-            for (_, key), members in groupby(read_members(file), lambda member: member[0]):
-                sample = {part: data for _, part, data in members if part}
-                if None in sample.values():
-                    sample = UserError("too large")
-                elif key in seen:
-                    sample = UserError("a second sample")
-                elif not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", key):
-                    sample = UserError("unsafe name")
-                else:
-                    sample["name"] = f"{file.stem}/{key}"
-                seen.add(key)
-                yield f"{file.name}:{key}", sample
-        except (UserError, OSError) as error:
-            yield "", UserError(str(error))
+def read_samples(file):
+    """The samples of a shard: "image", "txt" and "json" in bytes."""
+    for key, members in groupby(read_members(file), itemgetter(0)):
+        yield key, {part: data for _, part, data in members}
 
 
-def read_rows(files):
-    """The rows of parquet files: COLUMNS, and a "name".
+def read_rows(file):
+    """The rows of a parquet file, COLUMNS of them."""
+    import pyarrow.parquet as pq
 
-    Raises UserError before the first if pyarrow is missing, or columns in any of the files.
-    """
-    try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise UserError("parquet files are read by pyarrow: pip install pyarrow") from None
-    for file in files:
-        with reading(file, "a parquet file"):
-            columns = pq.read_schema(file).names
-        if missing := [name for name in COLUMNS if name not in columns]:
-            raise UserError(f"{file}: no column {missing[0]}, only {', '.join(columns)}")
+    with reading(file.name, "a parquet file"):
+        table = pq.ParquetFile(file)
+        names = table.schema_arrow.names
+        if missing := [name for name in COLUMNS if name not in names]:
+            raise UserError(f"{file.name}: no column {missing[0]}, only {', '.join(names)}")
+        batches = table.iter_batches(batch_size=64, columns=COLUMNS)
+        yield from enumerate(row for batch in batches for row in batch.to_pylist())
+
+
+def read_all(read, files):
+    """(place, name, record) of all records; name: FILE/NUMBER. A UserError for what is damaged."""
     for file in files:
         try:
-            with reading(file.name):
-                batches = pq.ParquetFile(file).iter_batches(batch_size=64, columns=COLUMNS)
-                rows = (row for batch in batches for row in batch.to_pylist())
-                for number, row in enumerate(rows):
-                    yield f"{file.name}:{number}", row | {"name": f"{file.stem}/{number:09}"}
+            for number, (place, record) in enumerate(read(file)):
+                yield f"{file.name}:{str(place)[:100]} ", f"{file.stem}/{number:09}", record
         except (UserError, OSError) as error:
-            yield "", UserError(str(error))
+            yield "", "", UserError(str(error))
 
 
-# ---- converters: a record to a line of the manifest; raise UserError if it is faulty ------------
-
-
-def parse(data):
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        raise UserError("broken JSON") from None
+# ---- converters: a record, and where its image may go, to a line of the manifest ----------------
 
 
 def text_at(record, *keys):
@@ -177,8 +137,8 @@ def text_at(record, *keys):
     return record
 
 
-def convert_journeydb(line, args):
-    record = parse(line)
+def convert_journeydb(line, _, args):
+    record = read_json("record", line)
     prompt, path = text_at(record, *TEXTS[args.text]), text_at(record, "img_path")
     folder = os.path.abspath(args.images)
     file = Path(os.path.abspath(Path(folder, path)))
@@ -187,30 +147,25 @@ def convert_journeydb(line, args):
     return {"task": "t2i", "prompt": prompt, "target": file, "size": measure(file)[1]}
 
 
-def convert_cc12m(sample, args):
-    try:
-        text = sample.get("txt", b"").decode()
-    except UnicodeDecodeError:
-        raise UserError("txt is not UTF-8") from None
-    prompt = text_at({"txt": text}, "txt")
-    file, size = store(sample.get("image"), args.folder / sample["name"])
+def convert_cc12m(sample, path, args):
+    with reading("txt", "UTF-8"):
+        prompt = text_at({"txt": sample.get("txt", b"").decode()}, "txt")
+    file, size = store(sample.get("image"), path)
     return {"task": "t2i", "prompt": prompt, "target": file, "size": size}
 
 
-def convert_ultraedit(row, args):
-    instruction = text_at(row, "edit_prompt")
-    images = (row[name] if isinstance(row[name], dict) else {} for name in COLUMNS[:2])
-    before, after = (image.get("bytes") for image in images)
-    source, _ = store(before, args.folder / f"{row['name']}-source")
-    target, size = store(after, args.folder / f"{row['name']}-target")
-    line = {"task": "edit", "source": source, "instruction": instruction}
-    return line | {"target": target, "size": size}
+def convert_ultraedit(row, path, args):
+    line = {"task": "edit", "instruction": text_at(row, "edit_prompt")}
+    for name, column in zip(("source", "target"), COLUMNS):
+        image = row[column] if isinstance(row[column], dict) else {}
+        line[name], line["size"] = store(image.get("bytes"), Path(f"{path}-{name}"))
+    return line
 
 
-def convert_grit(sample, args):
-    record = parse(sample.get("json", b""))
+def convert_grit(sample, path, args):
+    record = read_json("json", sample.get("json", b""))
     segments = split_caption(text_at(record, "caption"), record.get("noun_chunks"))
-    file, size = store(sample.get("image"), args.folder / sample["name"])
+    file, size = store(sample.get("image"), path)
     return {"task": "objects", "target": file, "segments": segments, "size": size}
 
 
@@ -220,20 +175,16 @@ def split_caption(caption, chunks):
     chunks: [start, end, x1, y1, x2, y2, score], edges from 0 to 1. Of chunks whose texts overlap
     the highest score stays. Raises UserError if a chunk is broken or no box is left.
     """
-    try:
-        chunks = [
-            (int(start), int(end), [round(1000 * min(max(x, 0), 1)) for x in (x1, y1, x2, y2)])
-            for start, end, x1, y1, x2, y2, _ in sorted(chunks, key=lambda chunk: -chunk[6])
-        ]
-    except (ArithmeticError, LookupError, TypeError, ValueError):
-        raise UserError("broken noun_chunks") from None
     spans = {}  # (start, end): boxes
-    for start, end, (x1, y1, x2, y2) in chunks:
-        if not 0 <= start < end <= len(caption):
-            raise UserError(f"noun chunk from {start} to {end}, beyond the caption")
-        is_free = all(end <= s or e <= start or (s, e) == (start, end) for s, e in spans)
-        if is_free and x1 < x2 and y1 < y2:
-            spans.setdefault((start, end), []).append([x1, y1, x2, y2])
+    with reading("noun_chunks", "[start, end, x1, y1, x2, y2, score]"):
+        for *span, x1, y1, x2, y2, _ in sorted(chunks, key=lambda chunk: -chunk[6]):
+            start, end = map(int, span)
+            box = x1, y1, x2, y2 = [round(1000 * min(max(x, 0), 1)) for x in (x1, y1, x2, y2)]
+            if not 0 <= start < end <= len(caption):
+                raise UserError(f"noun chunk from {start} to {end}, beyond the caption")
+            is_free = all(end <= s or e <= start or (s, e) == (start, end) for s, e in spans)
+            if is_free and x1 < x2 and y1 < y2:
+                spans.setdefault((start, end), []).append(box)
     if not spans:
         raise UserError("no noun chunk with a box")
     segments, done = [], 0
@@ -247,9 +198,9 @@ def split_caption(caption, chunks):
 
 DATASETS = {
     "journeydb": (".jsonl", read_lines, convert_journeydb),
-    "cc12m": (".tar", read_shards, convert_cc12m),
+    "cc12m": (".tar", read_samples, convert_cc12m),
     "ultraedit": (".parquet", read_rows, convert_ultraedit),
-    "grit": (".tar", read_shards, convert_grit),
+    "grit": (".tar", read_samples, convert_grit),
 }
 
 
@@ -257,13 +208,10 @@ def find_files(paths, suffix):
     """The files among paths, and those with the suffix in the folders; no two may share a name."""
     files = []
     for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file or folder")
-        files += (found := sorted(path.glob(f"*{suffix}")) if path.is_dir() else [path])
-        if not found:
-            raise UserError(f"{path}: no {suffix} file in this folder")
-    if special := [file for file in files if not file.is_file()]:
-        raise UserError(f"{special[0]}: not a regular file")
+        found = sorted(path.glob(f"*{suffix}")) if path.is_dir() else [path]
+        if not found or not all(map(Path.is_file, found)):
+            raise UserError(f"{path}: no {suffix} file and no folder of them")
+        files += found
     if len({file.stem for file in files}) < len(files):  # so would their images' folders
         raise UserError("several files have the same name: convert them one by one")
     return files
@@ -280,20 +228,22 @@ def write_manifest(file, records, convert):
 
     written, skipped, reasons = 0, 0, ""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with whole(file) as unfinished, unfinished.open("wb") as stream:
-        for place, record in tqdm(records, unit=" records"):
+    with whole(file) as unfinished, unfinished.open("w", encoding="utf-8") as stream:
+        for place, name, record in tqdm(records, unit=" records"):
             try:
                 if isinstance(record, UserError):
                     raise record
-                line = json.dumps(convert(record), ensure_ascii=False, default=relative)
+                line = json.dumps(
+                    convert(record, file.with_suffix("") / name),
+                    ensure_ascii=False,
+                    default=relative,
+                )
                 parse_record(line)  # what training would refuse is faulty, too
             except UserError as error:
                 skipped += 1
-                reason = f"; {place} {error}" if place else f"; {error}"
-                reasons += reason if skipped <= 3 else "; ..." * (skipped == 4)
+                reasons += f"; {place}{error}" if skipped <= 3 else "; ..." * (skipped == 4)
             else:
-                stream.write(line.encode() + b"\n")
-                written += 1
+                written += stream.write(line + "\n") > 0
         reasons = "".join(c if c.isprintable() else "?" for c in reasons)  # names from the files
         if not written:
             raise UserError(f"{file}: not written, no usable record{reasons}")
@@ -316,8 +266,9 @@ def main(arguments=None):
         raise UserError(f"{out}: --out would overwrite the dataset")
     if args.dataset == "journeydb" and not (args.images and Path(args.images).is_dir()):
         raise UserError(f"--images must be the folder of the images, got {args.images}")
-    args.folder = out.with_suffix("")
-    write_manifest(out, read(files), partial(convert, args=args))
+    if suffix == ".parquet" and not find_spec("pyarrow"):
+        raise UserError("parquet files are read by pyarrow: pip install pyarrow")
+    write_manifest(out, read_all(read, files), partial(convert, args=args))
 
 
 if __name__ == "__main__":

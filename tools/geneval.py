@@ -25,7 +25,7 @@ def add_engine_options(parser, out):
     add = parser.add_argument
     add("--out", default=out, help="folder to write to")
     add("--steps", type=whole_number(1, 10_000), default=28)
-    add("--guidance", type=number(-1000, 1000), default=4.5)
+    add("--guidance", type=number(-1000, 1000), help="default: the checkpoint's own")
     add("--size", type=whole_number(16, 16_384), help="side of the pictures; default: the model's")
     add("--seed", type=whole_number(0, 2**63 - 1), default=0)
     add("--sd3", default=SD3, help="SD3 / SD3.5: single file or diffusers folder")

@@ -21,52 +21,33 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 SHOWN = 20  # pictures on the sheet
 
 
-def copy_all(engine, files, side, blend, **options):
-    """Copy each file, cropped to side x side; yields (source, copy, {"l2", "cosine"}) of each.
-
-    options: steps, guidance and seed of `DreamEngine.generate`.
-    """
-
-    def features(image):
-        return engine.lmm(engine.lmm.collate([[image]]))[1].float().mean(0)
-
-    for file in tqdm(files, "copies"):
-        source = crop_to(read_image(file), side, side)
-        (copy,) = engine.generate([[source]], r=blend, size=(side, side), task="i2i", **options)
-        difference = (to_tensor([source]) - to_tensor([copy])) / 2
-        cosine = torch.cosine_similarity(features(source), features(copy), dim=0)
-        yield (
-            source,
-            copy,
-            {"l2": difference.square().mean().sqrt().item(), "cosine": cosine.item()},
-        )
+def compare(lmm, source, copy):
+    difference = (to_tensor([source]) - to_tensor([copy])) / 2
+    features = [lmm(lmm.collate([[image]]))[1].float().mean(0) for image in (source, copy)]
+    cosine = torch.cosine_similarity(*features, dim=0)
+    return {"l2": difference.square().mean().sqrt().item(), "cosine": cosine.item()}
 
 
 @torch.no_grad()
 def main(arguments=None):
     parser = Parser(prog="python -m tools.reconstruct", description=__doc__.splitlines()[0])
     parser.add_argument("folder")
-    parser.add_argument(
-        "--blend", type=number(0, 1), default=0.0, help="r, from LMM (0) to ViT (1)"
-    )
+    blend = "r, from LMM (0) to ViT (1)"
+    parser.add_argument("--blend", type=number(0, 1), default=0.0, help=blend)
     add_engine_options(parser, "runs/reconstruct")
     args = parser.parse_args(arguments)
-    folder, out = Path(args.folder), Path(args.out)
-    files = sorted(f for f in folder.glob("*") if f.suffix.lower() in SUFFIXES)
+    files = sorted(f for f in Path(args.folder).glob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
-        raise FileNotFoundError(f"{folder}: holds no PNG, JPEG or WebP picture")
-    engine = load_engine(args)
+        raise FileNotFoundError(f"{args.folder}: holds no PNG, JPEG or WebP picture")
+    engine, out, scores, rows = load_engine(args), Path(args.out), {}, []
     side = args.size or engine.default_size
-    engine.check(args.steps, args.guidance, args.blend, side, side)
-    options = {"steps": args.steps, "guidance": args.guidance, "seed": args.seed}
-    scores, rows = {}, []
-    for file, (source, copy, score) in zip(
-        files, copy_all(engine, files, side, args.blend, **options)
-    ):
-        scores[file.name] = score
-        if len(rows) < SHOWN:
-            text = f"{file.name}: L2 {score['l2']:.4f}, cosine {score['cosine']:.4f}"
-            rows.append(([source, copy], text))
+    options = {"steps": args.steps, "guidance": args.guidance, "r": args.blend, "seed": args.seed}
+    for file in tqdm(files, "copies"):
+        source = crop_to(read_image(file), side, side)
+        (copy,) = engine.generate([[source]], size=(side, side), task="i2i", **options)
+        score = scores[file.name] = compare(engine.lmm, source, copy)
+        text = f"{file.name}: L2 {score['l2']:.4f}, cosine {score['cosine']:.4f}"
+        rows += [([source, copy], text)] if len(rows) < SHOWN else []
     mean = {k: fmean(score[k] for score in scores.values()) for k in ("l2", "cosine")}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", {"mean": mean, **scores})

@@ -1,0 +1,337 @@
+"""Scenes: 48x48 pictures of one to four coloured shapes on a grid of 3x3 cells, and their captions.
+
+They are small enough to be learnt on a laptop, and exact at both ends: every caption is true of its
+picture by construction, and `detect` reads a picture back into the scene that drew it, or refuses.
+A cell is 16 pixels wide, which is one token of the MM-DiT (8 of the VAE times a patch of 2) and one
+of the LMM: an object is a token, and no token holds two. Captions cover the six tasks of GenEval
+(arXiv 2310.11513); what else can be said or asked of a scene stands in `mini.programs`.
+
+Who has seen what: an eighth of all scenes and prompts (`is_exam`) is kept from every training. The
+text encoders, the base and the VAE meet all pairs of colour and shape; the four in HELD_OUT are kept
+from Dream Engine's and UniAlignment's own training, so that drawing them is no memory of it.
+"""
+
+import itertools
+import random
+import zlib
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZE, CELL = 48, 16  # pixels
+COLORS = {
+    "red": (220, 45, 45),
+    "green": (50, 165, 70),
+    "blue": (40, 85, 225),
+    "yellow": (250, 200, 30),
+    "purple": (155, 55, 185),
+    "cyan": (40, 195, 220),
+}
+ANGLES, RADII = np.pi * (np.arange(10) / 5 - 0.5), 56 * np.where(np.arange(10) % 2, 0.45, 1.08)
+STAR = 63.5 + RADII[:, None] * np.stack([np.cos(ANGLES), np.sin(ANGLES)], 1)
+OUTLINES = {  # what is drawn on a cell of 128 x 128, eight times its size: method, points, opacity
+    "circle": [("ellipse", (8, 8, 119, 119), 255)],
+    "square": [("rectangle", (8, 8, 119, 119), 255)],
+    "triangle": [("polygon", (63.5, 8, 119, 111, 8, 111), 255)],
+    "star": [("polygon", STAR.flatten().tolist(), 255)],
+    "cross": [("rectangle", (44, 8, 83, 119), 255), ("rectangle", (8, 44, 119, 83), 255)],
+    "ring": [("ellipse", (8, 8, 119, 119), 255), ("ellipse", (36, 36, 91, 91), 0)],
+}
+SHAPES = tuple(OUTLINES)
+BACKGROUNDS = {"white": (240, 240, 240), "black": (22, 22, 26)}
+PLACES = ("top left", "top", "top right", "left", "center", "right",
+          "bottom left", "bottom", "bottom right")  # fmt: skip
+TASKS = ("single", "two", "counting", "colors", "position", "attribution")  # GenEval's six
+RELATIONS = {
+    "left": ("left of", "to the left of", "on the left side of"),
+    "right": ("right of", "to the right of", "on the right side of"),
+    "above": ("above", "over", "higher than"),
+    "below": ("below", "under", "beneath"),
+}
+PAIRS = tuple(itertools.product(COLORS, SHAPES))
+HELD_OUT = (("green", "star"), ("purple", "square"), ("blue", "ring"), ("yellow", "cross"))
+SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+LABELS = dict(zip(SHAPES, ("red", "yellow", "green", "purple", "blue", "cyan")))  # of `segment`
+TOLERANCE = 0.10  # of `detect`: rms error in [0, 1] over the area of a shape
+
+
+@dataclass(frozen=True)
+class Object:
+    color: str
+    shape: str
+    place: int  # 0..8, row-major
+
+    @property
+    def pair(self):
+        return self.color, self.shape
+
+
+@dataclass(frozen=True)
+class Scene:
+    background: str
+    objects: tuple[Object, ...]  # in order of place
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What can be read of a picture, clear or not."""
+
+    background: str
+    objects: tuple[Object, ...]  # the clear ones, in order of place
+    unclear: tuple[int, ...]  # places that hold neither one drawing nor bare background
+
+    @property
+    def scene(self):
+        """All of it as a Scene, or None where any part is not clear, or nothing is there."""
+        whole = self.objects and not self.unclear
+        return Scene(self.background, self.objects) if whole else None
+
+
+@dataclass(frozen=True)
+class Mention:
+    """What a caption says of one noun; None is 'not said'."""
+
+    shape: str | None
+    color: str | None = None
+    count: int = 1
+    place: int | None = None
+
+    def fits(self, obj):
+        pairs = (self.shape, obj.shape), (self.color, obj.color), (self.place, obj.place)
+        return all(said in (None, true) for said, true in pairs)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption together with what it claims, so that `matches` can judge a picture."""
+
+    text: str
+    mentions: tuple[Mention, ...]
+    relation: str | None = None  # of the first mention to the second
+    background: str | None = None
+
+
+# ---- drawing and reading ------------------------------------------------------------------------
+
+
+@cache
+def opacity(shape):
+    """(16, 16) coverage in [0, 1] of a shape in its cell, antialiased by drawing it 8 times larger."""
+    mask = Image.new("L", (8 * CELL, 8 * CELL))
+    for method, points, fill in OUTLINES[shape]:
+        getattr(ImageDraw.Draw(mask), method)(points, fill=fill)
+    mask = np.asarray(mask, dtype=np.float32).reshape(CELL, 8, CELL, 8)
+    return mask.mean(axis=(1, 3)) / 255
+
+
+def cell(place):
+    row, col = divmod(place, 3)
+    return slice(row * CELL, (row + 1) * CELL), slice(col * CELL, (col + 1) * CELL)
+
+
+def paint(paper, shapes):
+    """(48, 48, 3) pixels in [0, 255] of [(place, shape, RGB)] on a paper: RGB, or so many pixels."""
+    pixels = np.empty((SIZE, SIZE, 3), dtype=np.float32)
+    pixels[:] = paper
+    for place, shape, rgb in shapes:
+        alpha = opacity(shape)[..., None]
+        pixels[cell(place)] += alpha * (np.array(rgb, dtype=np.float32) - pixels[cell(place)])
+    return pixels
+
+
+def picture(pixels):
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+def render(scene):
+    """Draw a scene as a 48x48 RGB picture."""
+    shapes = [(o.place, o.shape, COLORS[o.color]) for o in scene.objects]
+    return picture(paint(BACKGROUNDS[scene.background], shapes))
+
+
+def portrait(obj, background="white"):
+    """The 16x16 picture of an object alone, as it stands in any scene."""
+    rows, cols = cell(obj.place)
+    whole = render(Scene(background, (obj,)))
+    return whole.crop((cols.start, rows.start, cols.stop, rows.stop))
+
+
+def box(obj):
+    """Where an object is drawn: its cell's left, top, right and bottom in thousandths of the side."""
+    rows, cols = cell(obj.place)
+    return [1000 * x / SIZE for x in (cols.start, rows.start, cols.stop, rows.stop)]
+
+
+def segment(scene):
+    """The segmentation of a scene: every shape in its one colour of LABELS, on black."""
+    return Scene("black", tuple(Object(LABELS[o.shape], o.shape, o.place) for o in scene.objects))
+
+
+def edges(scene):
+    """A picture of the outlines of a scene: white on black."""
+    area = paint((0, 0, 0), [(o.place, o.shape, (255, 255, 255)) for o in scene.objects])
+    inner = np.pad(area, ((1, 1), (1, 1), (0, 0)))
+    sides = inner[:-2, 1:-1], inner[2:, 1:-1], inner[1:-1, :-2], inner[1:-1, 2:]
+    return picture(area - np.minimum(area, np.minimum.reduce(sides)))
+
+
+@cache
+def _templates(background):
+    """All that a cell can hold: pictures (37, 768) in [0, 1], areas (37,), pairs or None."""
+    paper = np.array(BACKGROUNDS[background], dtype=np.float32)
+    pictures, areas = [np.broadcast_to(paper, (CELL, CELL, 3))], [CELL * CELL / 4]
+    for color, shape in PAIRS:
+        pictures.append(paint(paper, [(0, shape, COLORS[color])])[cell(0)])
+        areas.append(opacity(shape).sum())
+    pictures = np.stack(pictures).astype(np.float64).reshape(len(areas), -1) / 255
+    return pictures, np.array(areas), (None, *PAIRS)
+
+
+def read(image):
+    """Read a picture cell by cell, without faith: a Reading.
+
+    The background is the one on which the nine cells can be read with the least error.
+    """
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+    cells = pixels.reshape(3, CELL, 3, CELL, 3).swapaxes(1, 2).reshape(9, -1)
+    readings = []
+    for background in BACKGROUNDS:
+        pictures, areas, pairs = _templates(background)
+        squares = (cells**2).sum(1)[:, None] - 2 * cells @ pictures.T + (pictures**2).sum(1)
+        best = squares.argmin(axis=1)
+        least = squares[np.arange(9), best].clip(0) / 3
+        clear = np.sqrt(least / areas[best]) <= TOLERANCE
+        found = [(pairs[i], place) for place, i in enumerate(best) if clear[place] and i]
+        objects = tuple(Object(*pair, place) for pair, place in found)
+        unclear = tuple(place for place in range(9) if not clear[place])
+        readings.append((least.sum(), Reading(background, objects, unclear)))
+    return min(readings, key=lambda pair: pair[0])[1]
+
+
+def detect(image):
+    """Read a picture back into its Scene, or None if any part of it is not as `render` draws.
+
+    Every cell must lie within TOLERANCE of exactly one drawing, or of bare background, and all on
+    one background: blobs, mixed colours, half shapes and specks are all refused.
+    """
+    return read(image).scene if image.size == (SIZE, SIZE) else None
+
+
+# ---- scenes and captions ------------------------------------------------------------------------
+
+
+def is_exam(thing):
+    """Is a Scene or Prompt one of the eighth that training never draws, and evaluation alone does?"""
+    return zlib.crc32(repr(thing).encode()) % 8 == 0
+
+
+def sample_scene(task, rng, pairs=SEEN, exam=False):
+    """A random scene that a caption of `task` (one of TASKS, or "scene": one to four) can describe.
+
+    Every object is one of pairs: SEEN, HELD_OUT, or the PAIRS of both.
+    """
+    while is_exam(scene := _any_scene(task, rng, pairs)) != exam:
+        pass
+    return scene
+
+
+def _any_scene(task, rng, pairs):
+    count = {"single": 1, "colors": 1, "counting": rng.randint(2, 4), "scene": rng.randint(1, 4)}
+    count = count.get(task, 2)
+    if task == "counting":
+        shape = rng.choice([s for s in SHAPES if any(s == other for _, other in pairs)])
+        pairs = [p for p in pairs if p[1] == shape]
+        chosen = rng.choices(pairs, k=count) if rng.random() < 0.5 else [rng.choice(pairs)] * count
+    else:
+        chosen = rng.choices(pairs, k=count)
+        if count == 2 and task != "scene":  # both differ, so that "which is which" has one answer
+            while chosen[0][0] == chosen[1][0] or chosen[0][1] == chosen[1][1]:
+                chosen = rng.choices(pairs, k=count)
+    places = sorted(rng.sample(range(9), count))
+    objects = tuple(Object(*pair, place) for pair, place in zip(chosen, places))
+    return Scene(rng.choice(list(BACKGROUNDS)), objects)
+
+
+def as_mention(obj, count=1, color=True, place=False):
+    """An object as a noun that says its shape and, if so wished, its color and place."""
+    return Mention(obj.shape, obj.color if color else None, count, obj.place if place else None)
+
+
+def plural(shape):
+    return shape + ("es" if shape == "cross" else "s")
+
+
+def phrase(mention):
+    """'a red circle', 'two circles', ..."""
+    number = ("a", "two", "three", "four")[mention.count - 1]
+    noun = plural(mention.shape) if mention.count > 1 else mention.shape
+    return " ".join(filter(None, (number, mention.color, noun)))
+
+
+def describe(scene):
+    """The one full caption of a scene: every object in order of place, then the background."""
+    parts = [f"{PLACES[o.place]} {o.color} {o.shape}" for o in scene.objects]
+    return ", ".join([*parts, f"{scene.background} background"])
+
+
+def holding(first, second):
+    """Which of RELATIONS hold of one object to another."""
+    (row1, col1), (row2, col2) = divmod(first.place, 3), divmod(second.place, 3)
+    true = (col1 < col2, col1 > col2, row1 < row2, row1 > row2)
+    return list(itertools.compress(RELATIONS, true))
+
+
+def caption(scene, task, rng):
+    """A true Prompt for a scene from `sample_scene(task)`, in varied wording and detail."""
+    objects = list(scene.objects)
+    rng.shuffle(objects)
+    if task == "scene":
+        text = describe(Scene(scene.background, tuple(objects)))
+        mentions = tuple(as_mention(o, place=True) for o in objects)
+        return Prompt(text, mentions, None, scene.background)
+    colored = task in ("colors", "attribution") or (task == "position" and rng.random() < 0.5)
+    mentions = tuple(as_mention(o, color=colored) for o in objects)
+    if task == "counting":
+        alike = len({o.color for o in objects}) == 1
+        mentions = (as_mention(objects[0], len(objects), alike and rng.random() < 0.5),)
+    relation, body = None, " and ".join(map(phrase, mentions))
+    if task == "position":
+        relation = rng.choice(holding(*objects))
+        body = f" {rng.choice(RELATIONS[relation])} ".join(map(phrase, mentions))
+    background = scene.background if rng.random() < 0.3 else None
+    text = rng.choice(("", "", "a photo of ", "an image of ", "a picture of ")) + body
+    if background:
+        text += rng.choice((f" on a {background} background", f", {background} background"))
+    return Prompt(text, mentions, relation, background)
+
+
+def sample_caption(task, rng, pairs=SEEN, exam=False):
+    """A random Scene of one of TASKS (or "scene") and a Prompt for it."""
+    while True:
+        scene = sample_scene(task, rng, pairs, exam)
+        prompt = caption(scene, task, rng)
+        if is_exam(prompt) == exam:
+            return scene, prompt
+
+
+def matches(prompt, scene):
+    """Is a detected scene (or None) exactly what the prompt asks for: no object more, none less?"""
+    if scene is None or prompt.background not in (None, scene.background):
+        return False
+    wanted = [m for m in prompt.mentions for _ in range(m.count)]
+    if len(wanted) != len(scene.objects):
+        return False
+
+    def right(order):
+        related = prompt.relation is None or prompt.relation in holding(*order[:2])
+        return related and all(mention.fits(obj) for mention, obj in zip(wanted, order))
+
+    return any(map(right, itertools.permutations(scene.objects)))
+
+
+def benchmark(n, seed=0, tasks=TASKS, pairs=SEEN):
+    """{task: [(Scene, Prompt), ...]}, n of each task, of those that no training draws."""
+    rng = random.Random(f"benchmark {seed}")
+    return {t: [sample_caption(t, rng, pairs, exam=True) for _ in range(n)] for t in tasks}
