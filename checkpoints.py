@@ -8,14 +8,14 @@ read as plain tensors.
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 
-from mmdit import MMDiT, MMDiTConfig
+from mmdit import AdaLN, MMDiT, MMDiTConfig
 from support.cli import UserError, reading
 from vae import SCALE, SHIFT, VAE, VAEConfig
 
@@ -115,102 +115,102 @@ def table(text):
     return rules
 
 
-@dataclass(frozen=True)
-class Layout:
-    """From the name of a tensor in the model to where it lies in the file.
+def stored_names(name, rules, prefix=""):
+    """Where a tensor of the model lies in the file: below several names where the model fuses it.
 
-    rules: from `table`; a fused tensor has several names in the file, in order, and is cut along its
-    first dimension. The first rule that fits counts; a name without a rule is the file's own.
+    The first rule that fits counts; a name without a rule is the same in both. prefix: of all names
+    in the file.
     """
-
-    rules: list = ()
-    prefix: str = ""  # of all names in the file
-    swapped: str = "(?!)"  # pattern of what is stored with its halves the other way round
-    wrapped: frozenset[str] = frozenset()  # modules whose own tensors lie below `.base_layer`
-
-    def names(self, name):
-        """A tensor's names in the file."""
-        for pattern, templates in self.rules:
-            if match := re.fullmatch(pattern, name):
-                return [self._whole(template.format(*match.groups())) for template in templates]
-        return [self._whole(name)]
-
-    def _whole(self, name):
-        path, _, kind = f"{self.prefix}{name}".rpartition(".")
-        return f"{path}.base_layer.{kind}" if path in self.wrapped else f"{self.prefix}{name}"
+    for pattern, templates in rules:
+        if match := re.fullmatch(pattern, name):
+            return [prefix + template.format(*match.groups()) for template in templates]
+    return [prefix + name]
 
 
-class Part(NamedTuple):
-    """A model's tensors as a file holds them."""
+@dataclass
+class Part:
+    """The tensors of one model as a file holds them, by the names in the file, and the way to these."""
 
     tensors: dict
-    layout: Layout
     source: Path | str
+    rules: list = ()
+    prefix: str = ""
+
+    def names(self, name):
+        return stored_names(name, self.rules, self.prefix)
 
     def shape(self, name):
-        """The shape of the (first) tensor in the file for a name of the model; None if missing."""
-        tensor = self.tensors.get(self.layout.names(name)[0])
+        """The shape of the (first) tensor in the file for a name in the model; None if missing."""
+        tensor = self.tensors.get(self.names(name)[0])
         return None if tensor is None else tuple(tensor.shape)
 
     def dimension(self, name, axis):
         """One dimension of it; raises UserError where there is none, or it is 0."""
-        shape = self.shape(name)
+        shape, stored = self.shape(name), self.names(name)[0]
         if shape is None:
-            raise UserError(f"{self.source}: missing {self.layout.names(name)[0]}")
+            raise UserError(f"{self.source}: missing {stored}")
         if not -len(shape) <= axis < len(shape) or 0 in shape:
-            raise UserError(f"{self.source}: {self.layout.names(name)[0]} has shape {shape}")
+            raise UserError(f"{self.source}: {stored} has shape {shape}")
         return shape[axis]
 
-    def count(self, pattern):
-        """How many numbers a pattern finds in the file's names; they must be 0, 1, 2, ..."""
-        pattern = rf"{re.escape(self.layout.prefix)}{pattern}\.(\d{{1,9}})\."
-        numbers = sorted({int(m[1]) for k in self.tensors if (m := re.match(pattern, k))})
-        if numbers != list(range(len(numbers))):
-            found = ", ".join(map(str, numbers[:40]))
-            raise UserError(f"{self.source}: {pattern} must be numbered 0, 1, 2 ...: has {found}")
-        return len(numbers)
+    def count(self, name):
+        """For how many numbers from 0 on the file has name.format(number)."""
+        return next(i for i in count() if self.shape(name.format(i)) is None)
 
 
 def find_part(tensors, source, kind, prefixes, layouts):
-    """The Part below the first prefix, in the first of {mark: Layout}, where a name begins so."""
+    """The Part below the first prefix, by the first of {mark: rules}, where a name begins so."""
     for prefix in prefixes:
-        for mark, layout in layouts.items():
+        for mark, rules in layouts.items():
             if any(name.startswith(prefix + mark) for name in tensors):
                 inside = {k: x for k, x in tensors.items() if k.startswith(prefix)}
-                return Part(inside, replace(layout, prefix=prefix), source)
+                return Part(inside, source, rules, prefix)
     raise UserError(f"{source}: holds no {kind}")
 
 
-def fill(model, part, device="cpu", dtype=None):
-    """Put a Part's tensors into a model built on the meta device; every name and shape must fit.
+def build(part, make, device="cpu", dtype=None):
+    """The model that make() returns, filled with a Part; every name and shape must fit.
 
-    Tensors already of the right dtype and device are used as they lie in the file, uncopied. Returns
-    the model, frozen; its attribute `layout` says how the file names it. Raises UserError naming
-    what is missing, unknown or of another shape.
+    It is made on the meta device, without memory. Tensors already of the right dtype and device are
+    used as they lie in the file, uncopied. Returns the model, frozen. Raises UserError naming what is
+    missing, unknown or of another shape.
     """
-    shapes = {name: x.shape for name, x in stored(model, part.layout).items()}
-    check(part.tensors, shapes, part.source)
-    filled = {}
+    with reading(part.source, "a model that can be built"), torch.device("meta"):
+        model = make()
+    check(
+        part.tensors,
+        {k: x.shape for k, x in stored(model, part.rules, part.prefix).items()},
+        part.source,
+    )
+    swapped, filled = swapped_names(model, part.rules), {}
     for name, x in model.state_dict().items():
-        parts = [part.tensors[k] for k in part.layout.names(name)]
+        parts = [part.tensors[k] for k in part.names(name)]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if re.fullmatch(part.layout.swapped, name):
-            tensor = torch.cat(tensor.chunk(2)[::-1])
+        tensor = swap(tensor) if name in swapped else tensor
         filled[name] = tensor.reshape(x.shape).to(device, dtype or tensor.dtype)
     model.load_state_dict(filled, strict=True, assign=True)
-    model.layout = part.layout
     return model.eval().requires_grad_(False)
 
 
-def stored(model, layout):
-    """A model's tensors by a layout's names in the file: the way back from `fill`."""
-    tensors = {}
+def stored(model, rules, prefix=""):
+    """A model's tensors by their names in a file: the way back from `build`."""
+    swapped, tensors = swapped_names(model, rules), {}
     for name, tensor in model.state_dict().items():
-        names = layout.names(name)
-        if re.fullmatch(layout.swapped, name):
-            tensor = torch.cat(tensor.chunk(2)[::-1])
+        names = stored_names(name, rules, prefix)
+        tensor = swap(tensor) if name in swapped else tensor
         tensors |= zip(names, (x.contiguous() for x in tensor.chunk(len(names))))
     return tensors
+
+
+def swapped_names(model, rules):
+    """What diffusers stores as (scale, shift), by the names in the model: where there is no gate."""
+    found = {k: m[1] for k, m in model.named_modules() if rules and isinstance(m, AdaLN)}
+    pairs = [k for k, linear in found.items() if linear.out_features == 2 * linear.in_features]
+    return {f"{name}.1.{kind}" for name in pairs for kind in ("weight", "bias")}
+
+
+def swap(tensor):
+    return torch.cat(tensor.chunk(2)[::-1])
 
 
 def check(tensors, shapes, source):
@@ -273,31 +273,23 @@ def load_mmdit(path, device="cpu", dtype=torch.float32):
     """The transformer of an SD3 / SD3.5 file or a diffusers folder; UserError if there is none."""
     folder = Path(path, "transformer")
     folder = folder if folder.is_dir() else Path(path)
-    return build_mmdit(read(folder), path, device, dtype, stated=read_config(folder))
+    return build_mmdit(read(folder), path, device, dtype, read_config(folder))
 
 
-def build_mmdit(
-    tensors, source, device="cpu", dtype=torch.float32, *, stated=None, wrapped=frozenset()
-):
-    """The same from {name: tensor}; stated: a config.json to check; wrapped: see `Layout`."""
-    layouts = {"joint_blocks.": Layout(), "transformer_blocks.": Layout(MMDIT_DIFFUSERS)}
-    layouts = {k: replace(x, wrapped=wrapped) for k, x in layouts.items()}
+def build_mmdit(tensors, source, device="cpu", dtype=torch.float32, stated=None):
+    """The same from {name: tensor}; stated: a config.json to check."""
     prefixes = ("model.diffusion_model.", "transformer.", "dit.", "")
+    layouts = {"joint_blocks.": (), "transformer_blocks.": MMDIT_DIFFUSERS}
     part = find_part(tensors, source, "SD3 or SD3.5 transformer", prefixes, layouts)
     config = infer_mmdit(part, stated or {})
-    if part.layout.rules:  # diffusers stores (scale, shift) where only these two exist
-        last = rf"(joint_blocks\.{config.depth - 1}\.context_block|final_layer)"
-        layout = replace(part.layout, swapped=last + r"\.adaLN_modulation\.1\.\w+")
-        part = part._replace(layout=layout)
-    return fill(empty(MMDiT, source, config), part, device, dtype)
+    return build(part, lambda: MMDiT(config), device, dtype)
 
 
 def infer_mmdit(part, stated):
     """Read an MMDiTConfig off the shapes, and refuse a stated one that says otherwise."""
-    blocks = "transformer_blocks" if part.layout.rules else "joint_blocks"
-    attn = "joint_blocks.{}.x_block.{}"
-    depth = part.count(blocks)
-    norm = attn.format(0, "attn.ln_q.weight")
+    block = "joint_blocks.{}.x_block."
+    depth = part.count(block + "adaLN_modulation.1.weight")
+    norm = block.format(0) + "attn.ln_q.weight"
     has_norm = part.shape(norm) is not None
     reads = part.shape("text_head.weight") is not None  # only UniAlignment's does
     config = MMDiTConfig(
@@ -310,7 +302,7 @@ def infer_mmdit(part, stated):
         context_dim=part.dimension("context_embedder.weight", 1),
         pooled_dim=None if reads else part.dimension("y_embedder.mlp.0.weight", 1),
         qk_norm=has_norm,
-        dual=tuple(i for i in range(depth) if part.shape(attn.format(i, "attn2.qkv.weight"))),
+        dual=tuple(i for i in range(depth) if part.shape(f"{block.format(i)}attn2.qkv.weight")),
         text_out=reads,
     )
     width, head = config.width, config.head_dim
@@ -332,12 +324,6 @@ def compare(source, stated, found):
         if stated.get(name) not in (None, value):
             said = f"config.json says {name} {stated[name]!r}, its tensors say {value!r}"
             raise UserError(f"{source}: {said}")
-
-
-def empty(kind, source, *config):
-    """A model on the meta device, without memory; source: whose fault it is if it cannot be built."""
-    with reading(source, f"a model of kind {kind.__name__}"), torch.device("meta"):
-        return kind(*config)
 
 
 # ---- SD3's autoencoder --------------------------------------------------------------------------
@@ -364,34 +350,34 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     """The autoencoder of an SD3 / SD3.5 file or a diffusers folder; UserError if there is none."""
     folder = Path(path, "vae")
     folder = folder if folder.is_dir() else Path(path)
-    layouts = {"encoder.down.": Layout(), "encoder.down_blocks.": Layout(VAE_DIFFUSERS)}
+    layouts = {"encoder.down.": (), "encoder.down_blocks.": VAE_DIFFUSERS}
     prefixes = ("first_stage_model.", "vae.", "")
     part = find_part(read(folder), path, "SD3.5 autoencoder", prefixes, layouts)
     config = infer_vae(part, read_config(folder) if folder.is_dir() else {})
-    model = fill(empty(VAE, path, config), part, device, dtype)
+    model = build(part, lambda: VAE(config), device, dtype)
     return model.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
 
 
 def infer_vae(part, stated):
     """Read a VAEConfig off the shapes; only the groups of its norms stand in config.json alone."""
-    diffusers = bool(part.layout.rules)
-    levels = part.count(r"encoder\.down_blocks" if diffusers else r"encoder\.down")
-    first = r"encoder\.down_blocks\.0\.resnets" if diffusers else r"encoder\.down\.0\.block"
-    base = part.dimension("encoder.conv_in.weight", 0)
-    widths = [part.dimension(f"encoder.down.{i}.block.0.conv2.weight", 0) for i in range(levels)]
+    conv, base = (
+        "encoder.down.{}.block.{}.conv2.weight",
+        part.dimension("encoder.conv_in.weight", 0),
+    )
+    levels = part.count(conv.format("{}", 0))
+    widths = [part.dimension(conv.format(i, 0), 0) for i in range(levels)]
     config = VAEConfig(
         latent_channels=part.dimension("decoder.conv_in.weight", 1),
         base=base,
         multipliers=tuple(width // base for width in widths),
-        blocks=part.count(first),
+        blocks=part.count(conv.format(0, "{}")),
         groups=stated.get("norm_num_groups"),
     )
     if levels != 4 or any(w % base for w in widths) or config.groups < 1 or base % config.groups:
         widths = f"widths {widths} in groups of {config.groups}"
         raise UserError(f"{part.source}: no autoencoder of SD3: {widths}")
     found = {"latent_channels": config.latent_channels, "layers_per_block": config.blocks}
-    found |= {"scaling_factor": SCALE, "shift_factor": SHIFT}
-    compare(part.source, stated, found)
+    compare(part.source, stated, found | {"scaling_factor": SCALE, "shift_factor": SHIFT})
     return config
 
 

@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import flow
-from adapter import Adapter, LoRALinear, add_lora, blend, merge_lora, wrap_lora
+from adapter import Adapter, LoRALinear, add_lora, blend, lora_sites, merge_lora
 from checkpoints import build_mmdit, check, fingerprint, load_mmdit, load_vae, read
 from lmm import load_lmm
 from prompts import apply_task, check_drawing, to_images
 from support import fast
 from support.cli import UserError
 from support.files import whole
-from trained import load_adapter, read_checkpoint
+from trained import build_adapter, read_checkpoint
 
 MINI = Path(__file__).parent / "weights" / "mini"
 SD3, LMM = MINI / "sd3.5_mini.safetensors", MINI / "qwen2-vl-mini"
@@ -72,43 +72,45 @@ class DreamEngine(nn.Module):
     ):  # fmt: skip
         """Load SD3.5 (single file or diffusers folder), Qwen2-VL (Hugging Face folder), an adapter.
 
-        checkpoint: a file of `save` or the run folder that holds it; or a folder of the published
-        DreamEngine, whose LMM and MM-DiT then replace those of lmm and sd3. Its LoRA is merged into
-        the weights, or kept apart with merge=False, to train on; lora_scale: alpha / rank of a
-        published one (1 as in the official demo, 2 as in its training; the files do not say). None
-        starts a new adapter. mrope=False counts positions as early transformers did. Raises
+        checkpoint: a file of `save` or the run folder that holds it, whose LoRA is merged into the
+        weights, or kept apart with merge=False, to train on; or a folder of the published DreamEngine,
+        whose LMM and MM-DiT, its LoRA merged, replace those of lmm and sd3. lora_scale: alpha / rank of
+        that LoRA (1 as in the official demo, 2 as in its training; the files do not say). None starts
+        a new adapter. mrope=False counts positions as early transformers did. Raises
         FileNotFoundError or UserError, with one line that says what does not fit.
         """
         device, dtype = fast.device_and_dtype(device, dtype)
-        trained = None if checkpoint is None else read_checkpoint(checkpoint, lora_scale)
+        trained = None if checkpoint is None else read_checkpoint(checkpoint, lora_scale, dtype)
         if trained and trained.dit:
-            source, wrapped = trained.source, trained.wrapped
-            mmdit = build_mmdit(trained.dit, source, device, dtype, wrapped=wrapped)
+            mmdit = build_mmdit(trained.dit, trained.source, device, dtype)
         else:
             mmdit = load_mmdit(sd3, device, dtype)
         vae = load_vae(sd3, device)
         language = load_lmm(lmm, device, dtype, mrope, trained)
         if trained:
             widths = language.config.text_config.hidden_size, mmdit.config.width
-            adapter = load_adapter(trained.adapter, widths, device)
+            adapter = build_adapter(trained.adapter, widths, device)
         else:
             adapter = new_adapter(language, mmdit)
-        engine = cls(language, adapter, mmdit, vae).requires_grad_(False).eval()
-        if trained:
+        engine = cls(language, adapter, mmdit, vae)
+        if trained and trained.tensors:
             engine.guidance = trained.config.get("guidance", cls.guidance)
-            engine.add_trained_lora(trained, merge)
-        return engine
-
-    def add_trained_lora(self, trained, merge):
-        """Check that a Checkpoint was trained on these models; wrap or merge its LoRA into them."""
-        for part, name in (("base", "SD3"), ("lmm", "Qwen2-VL")):
-            expected = trained.config.get(part)
-            if expected and not math.isclose(expected, self.base[part], rel_tol=1e-3):
-                raise UserError(f"{trained.source}: was trained on another {name} than this one")
-        for name, model in (("mmdit", self.mmdit), ("lmm", self.lmm)):
-            wrap_lora(model, trained.lora(name, model))
+            engine.take_lora(trained)
             if merge:
-                merge_lora(model)
+                merge_lora(engine)
+        return engine.requires_grad_(False).eval()
+
+    def take_lora(self, trained):
+        """The LoRA of a Checkpoint that was trained on these models; UserError if it was not."""
+        for part, name in (("base", "SD3"), ("lmm", "Qwen2-VL")):
+            if not math.isclose(trained.config[part], self.base[part], rel_tol=1e-3):
+                raise UserError(f"{trained.source}: was trained on another {name} than this one")
+        tensors = trained.tensors
+        paths = [path for path, _ in lora_sites(self) if f"lora.{path}.A" in tensors]
+        if paths:
+            rank = max([1, *tensors[f"lora.{paths[0]}.A"].shape[-2:-1]])
+            add_lora(self, rank, trained.config["alpha"], paths)
+        self.restore(trained.source, tensors)
 
     @property
     def device(self):
@@ -215,9 +217,9 @@ class DreamEngine(nn.Module):
         with whole(file) as partial:
             save_file(self.learned(), partial, {"config": json.dumps({**config, **self.base})})
 
-    def restore(self, file):
+    def restore(self, file, tensors=None):
         """Take back what `save` wrote, into an engine that trains the same."""
-        tensors, learned = read(file), self.learned()
+        tensors, learned = tensors or read(file), self.learned()
         check(tensors, {name: x.shape for name, x in learned.items()}, file)
         with torch.no_grad():
             for name, tensor in learned.items():

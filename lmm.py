@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
-from checkpoints import Layout, empty, fill, find_part, read, read_json, table
+from checkpoints import build, find_part, read, read_json, table
 from prompts import to_rgb
 from support.cli import UserError, reading
 
@@ -197,10 +197,10 @@ def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
 
 # ---- loading ------------------------------------------------------------------------------------
 
-_LAYOUTS = {  # beginning of a name in the file: the layout, from the model's names to the file's
-    "model.language_model.": Layout(table("*  model.*")),  # transformers since 4.52
-    "language_model.": Layout(),  # a bare Qwen2VLModel of the same
-    "model.": Layout(table("language_model.*  model.*")),  # as published
+LAYOUTS = {  # beginning of a name in the file: rules, from the model's names to the file's
+    "model.language_model.": table("*  model.*"),  # transformers since 4.52
+    "language_model.": (),  # a bare Qwen2VLModel of the same
+    "model.": table("language_model.*  model.*"),  # as published
 }
 
 
@@ -211,40 +211,35 @@ def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=N
     folder's. transformers would start missing tensors at random, with a warning; here they are an
     error. Raises FileNotFoundError, or UserError naming what does not fit.
     """
-    config = read_lmm_config(folder)
-    tokenizer, patches = load_tokenizer(folder), patch_config(folder, config)
-    part = find_lmm(folder, config, checkpoint)
-    counts = {"layers": config.text_config.num_hidden_layers, "blocks": config.vision_config.depth}
-    for name, count in counts.items():  # before a config that is wrong builds 10^9 of them
-        found = part.count(rf"[\w.]*\b{name}")
-        if found != count:
-            raise UserError(f"{folder}: config.json says {count} {name}, the tensors have {found}")
+    config, tokenizer = read_lmm_config(folder), load_tokenizer(folder)
+    patches = patch_config(folder, config)
+    published = bool(checkpoint and checkpoint.lmm)
+    tensors, source = (checkpoint.lmm, checkpoint.source) if published else (read(folder), folder)
+    part = find_part(tensors, source, "Qwen2-VL (model.*)", ("lmm." * published,), LAYOUTS)
+    head = part.tensors.pop(f"{part.prefix}lm_head.weight", None)  # no word is ever predicted
+    if head is not None and config.tie_word_embeddings:  # a file may keep either of the two names
+        part.tensors.setdefault(part.names("language_model.embed_tokens.weight")[0], head)
+    for name, count in (  # before a config that is wrong builds 10^9 of them
+        ("language_model.layers.{}.input_layernorm.weight", config.text_config.num_hidden_layers),
+        ("visual.blocks.{}.norm1.weight", config.vision_config.depth),
+    ):
+        if (found := part.count(name)) != count:
+            raise UserError(
+                f"{folder}: config.json says {count} x {name}, the tensors have {found}"
+            )
     entries, rows = max(tokenizer.get_vocab().values()) + 1, config.text_config.vocab_size
     if entries > rows:
         raise UserError(f"{folder}: a tokenizer of {entries} entries, embeddings of {rows}")
-    lmm = Qwen2VL(empty(Qwen2VLModel, folder, config), tokenizer, patches, mrope)
-    fill(lmm, part, device, dtype)
+
+    def make():
+        return Qwen2VL(Qwen2VLModel(config), tokenizer, patches, mrope)
+
+    lmm = build(part, make, device, dtype)
     # Rotary frequencies are computed, not stored; they stay fp32.
     for model, attribute in ((lmm.visual, "rotary_pos_emb"), (lmm.language_model, "rotary_emb")):
         kind = type(getattr(model, attribute))
         setattr(model, attribute, kind(model.config).to(device))
     return lmm
-
-
-def find_lmm(folder, config, checkpoint):
-    """The Part that holds the LMM's tensors, of a folder or of a published DreamEngine."""
-    if checkpoint and checkpoint.lmm:
-        source, tensors, prefix = checkpoint.source, checkpoint.lmm, "lmm."
-    else:
-        source, tensors, prefix = folder, read(folder), ""
-    part = find_part(tensors, source, f"Qwen2-VL ({prefix}model.*)", (prefix,), _LAYOUTS)
-    if prefix:
-        part = part._replace(layout=replace(part.layout, wrapped=checkpoint.wrapped))
-    head = part.tensors.pop(f"{prefix}lm_head.weight", None)  # no word is ever to be predicted
-    (embedding,) = part.layout.names("language_model.embed_tokens.weight")
-    if head is not None and config.tie_word_embeddings:  # the file may keep either of the two names
-        part.tensors.setdefault(embedding, head)
-    return part
 
 
 def read_lmm_config(folder):

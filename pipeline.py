@@ -92,9 +92,9 @@ def grow(base, vocabulary):
     return model
 
 
-# As diffusers names SD3's, with a few other names. Of the layers that are stored as (scale, shift)
-# only the final one is left.
-OTHER_NAMES = checkpoints.table("""
+# As diffusers names SD3's, with a few other names
+LAYOUT = (
+    checkpoints.table("""
     final_layer.adaLN_modulation.1.*  image_norm_out.linear.*
     final_layer.linear.*              image_proj_out.*
     text_head.*                       text_proj_out.*
@@ -102,39 +102,36 @@ OTHER_NAMES = checkpoints.table("""
     image_adapter.*                   siglip_adapter_img.fc.*
     text_adapter.*                    siglip_adapter_text.fc.*
 """)
-LAYOUT = checkpoints.Layout(
-    OTHER_NAMES + checkpoints.MMDIT_DIFFUSERS, swapped=r"final_layer\.adaLN_modulation\.1\.\w+"
+    + checkpoints.MMDIT_DIFFUSERS
 )
 
 
 def load_transformer(path, device="cpu", dtype=torch.float32):
     """The Transformer of a published transformer/ or of one file; UserError if there is none."""
     stated = checkpoints.read_config(path) if Path(path).is_dir() else {}
-    kind = "transformer of UniAlignment (text_proj_out.weight)"
-    layouts = {"text_proj_out.weight": LAYOUT}
+    kind, layouts = "transformer of UniAlignment", {"text_proj_out.weight": LAYOUT}
     part = checkpoints.find_part(checkpoints.read(path), path, kind, ("",), layouts)
     aligned = None
     if part.shape("image_adapter.0.weight"):
         aligned = [part.dimension(f"image_adapter.{i}.weight", 0) for i in (0, 2)]
     sizes = part.dimension("text_head.weight", 0), part.dimension("null_image", 1), aligned
     built = checkpoints.infer_mmdit(part, stated), *sizes, stated.get("float16_time", True)
-    model = checkpoints.empty(Transformer, path, *built)
+    model = checkpoints.build(part, lambda: Transformer(*built), device, dtype)
     checkpoints.compare(path, stated, model.settings())
-    return checkpoints.fill(model, part, device, dtype)
+    return model
 
 
 def load_text_encoder(folder, device="cpu", dtype=torch.float32):
     """The encoder of a T5, strictly; bfloat16 instead of float16, in which its states run over."""
     with reading(folder, "the folder of a T5 encoder"):
         config = T5Config.from_dict(checkpoints.read_json(Path(folder, "config.json")))
-    layout = checkpoints.Layout(checkpoints.table("encoder.embed_tokens.weight  shared.weight"))
-    layouts = {"encoder.block.": layout}
+    layouts = {"encoder.block.": checkpoints.table("encoder.embed_tokens.weight  shared.weight")}
     part = checkpoints.find_part(checkpoints.read(folder), folder, "T5 encoder", ("",), layouts)
     embeddings = part.tensors.pop("encoder.embed_tokens.weight", None)
     if embeddings is not None:  # a file may keep either name, or both
         part.tensors.setdefault("shared.weight", embeddings)
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype
-    model = checkpoints.fill(checkpoints.empty(T5EncoderModel, folder, config), part, device, dtype)
+    model = checkpoints.build(part, lambda: T5EncoderModel(config), device, dtype)
     model.encoder.set_input_embeddings(model.shared)  # one table again
     return model
 
@@ -231,7 +228,7 @@ def save_frozen(engine, folder):
     engine.tokens.tokenizer.save_pretrained(folder / "tokenizer")
     sizes = {"latent_channels": config.latent_channels, "norm_num_groups": config.groups}
     write_json(folder / "vae" / "config.json", {"_class_name": "AutoencoderKL", **sizes})
-    tensors = checkpoints.stored(engine.vae, checkpoints.Layout(checkpoints.VAE_DIFFUSERS))
+    tensors = checkpoints.stored(engine.vae, checkpoints.VAE_DIFFUSERS)
     for name, x in tensors.items():
         if ".to_" in name and x.ndim == 4:  # 1x1 convolutions, there plain matrices
             tensors[name] = x.flatten(1)
