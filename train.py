@@ -19,15 +19,13 @@ import random
 import re
 import signal
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import flow
@@ -38,6 +36,7 @@ from prompts import check_drawing
 from support import runs
 from support.cli import Parser, UserError, number, one_line_errors, whole_number
 from support.fast import device_and_dtype, usable_device
+from support.processes import catch_signals, distribute, together
 from unialignment import LOSSES, UniAlignment
 
 UNI = "unialignment"
@@ -55,9 +54,11 @@ OPTIONS = {  # that belong to some stages only
 PATIENCE = 5  # steps in a row that may fail
 
 
-def train(args, sources):
-    """Train as the options say, on examples [(source, weight)]; see `data.Manifest` for a source."""
-    rank, world, device = join(args.device)
+def train(args, sources, rank, world, device):
+    """Train as the options say, on examples [(source, weight)]; see `data.Manifest` for a source.
+
+    rank: the number of this one of so many processes. Returns the signal that stopped it, if any.
+    """
     out, bad_lines = Path(args.out), BadLines(sources)
     engine = load_engine(args, device)
     learning = engine.start_training(args.rank, args.alpha, args.lmm_lora)
@@ -68,9 +69,7 @@ def train(args, sources):
     start = runs.restore(out, engine, optimizer, settings)
     numbers = range(start * args.accumulate * world + rank, len(data), world)
     microbatches = data.load(numbers, args.workers)
-    if args.only_load:
-        return time_loading(microbatches, args.batch)
-    model = distribute(engine, learning, args.shard, world) if world > 1 else engine
+    model = distribute(engine, learning, args.shard, world)
     if rank == 0:
         runs.open_folder(out, start, engine)
         print(runs.memory_plan(engine, args, world), runs.mixture(data.pools), sep="\n", flush=True)
@@ -113,7 +112,7 @@ def train(args, sources):
         if failures == PATIENCE:
             raise UserError(
                 f"loss or gradient not finite in {PATIENCE} steps in a row, up to step {step + 1}; "
-                f"the last good checkpoint is {runs.latest(out) or 'none'}; try a smaller --lr"
+                f"{runs.advice(out)}; try a smaller --lr"
             )
 
         # What a person sees, and what a later run goes on from
@@ -138,11 +137,9 @@ def train(args, sources):
                     runs.save(engine, optimizer, out, step + 1, settings, keep=args.keep)
         if stopping and not done:
             bar.close()
-            end(world)
             if rank == 0:
                 print(f"stopped after step {step + 1}: saved; --resume goes on", file=sys.stderr)
-            sys.exit(128 + (stopped or [signal.SIGTERM])[0])
-    end(world)
+            return (stopped or [signal.SIGTERM])[0]
     if rank == 0:
         if bad_lines.scanned or bad:
             print(f"{len(bad_lines.scanned) + bad:.0f} bad lines were skipped")
@@ -150,29 +147,25 @@ def train(args, sources):
 
 
 def load_engine(args, device):
-    """The engine to start from, its LoRA apart; without a checkpoint it gets what is to be learnt."""
+    """The engine to start from, its LoRA apart; without a checkpoint it gets what is to be learnt.
+
+    Of UniAlignment the MM-DiT, which learns, is fp32; beside it stands a teacher.
+    """
     torch.manual_seed(args.seed)  # of new parts
-    if args.stage == UNI:
-        engine = load_unialignment(args, device)
-    else:
+    if args.stage != UNI:
         engine = DreamEngine.load(args.sd3, args.lmm, args.checkpoint, device, merge=False)
         torch.manual_seed(args.seed)
         if args.checkpoint is None:
             engine.adapter = new_adapter(engine.lmm, engine.mmdit, args.layers, args.mlp_dim)
-    engine.mmdit.checkpointing = args.checkpointing
-    return engine
-
-
-def load_unialignment(args, device):
-    """With an MM-DiT in fp32, which learns, and a teacher."""
-    if args.checkpoint:
-        engine = UniAlignment.load(args.checkpoint, device=device)
-        engine.mmdit.float()
     else:
-        size = {"slots": args.slots, "size": args.size or 512}
-        engine = UniAlignment.start(args.sd3, args.text_encoder, device, **size)
-    engine.weights = args.weights
-    engine.lmm = load_lmm(args.lmm, *device_and_dtype(device))
+        if args.checkpoint:
+            engine = UniAlignment.load(args.checkpoint, device=device)
+            engine.mmdit.float()
+        else:
+            sizes = {"slots": args.slots, "size": args.size or 512}
+            engine = UniAlignment.start(args.sd3, args.text_encoder, device, **sizes)
+        engine.weights, engine.lmm = args.weights, load_lmm(args.lmm, *device_and_dtype(device))
+    engine.mmdit.checkpointing = args.checkpointing
     return engine
 
 
@@ -228,13 +221,6 @@ def preview_examples(data):
     return [data.example(pool, i, random.Random(i), []) for pool in pools for i in range(3)]
 
 
-def time_loading(microbatches, batch):
-    """Print how many examples per second the data alone could feed."""
-    clock = runs.Clock()
-    count = sum(1 for _ in tqdm(microbatches, "loading"))
-    print(f"{clock.lap(count * batch)[0]:.1f} examples/s")
-
-
 def run_settings(args, engine, pools, world):
     """What a run and the one that goes on with it must share."""
     names = ("stage", "steps", "batch", "lr", "warmup", "clip", "seed", "rank", "alpha", "lmm_lora")
@@ -246,69 +232,6 @@ def run_settings(args, engine, pools, world):
         f"{p.task} {p.size[0]}x{p.size[1]} x {p.weight:.6g} from {p.source.identity}" for p in pools
     ]
     return settings | engine.base
-
-
-# ---- several processes --------------------------------------------------------------------------
-
-
-def join(name):
-    """(rank, number of processes, device), as torchrun or a plain start gives them."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    device = usable_device(name)
-    if world == 1:
-        return 0, 1, device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), world, device
-
-
-def distribute(engine, learning, shard, world):
-    """What learns is on every process, its gradients averaged (DDP); so is the frozen rest, unless
-    shard spreads the MM-DiT over the processes (FSDP2), block by block."""
-    if shard:
-        ignored = set(learning.values())
-        mesh = dist.init_device_mesh(engine.device.type, (world,))
-        for block in (*engine.mmdit.joint_blocks, engine.mmdit):
-            fully_shard(block, mesh=mesh, ignored_params=ignored)
-    names = {name for name, _ in (*engine.named_parameters(), *engine.named_buffers())}
-    frozen = names - learning.keys()
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(engine, frozen)
-    return DistributedDataParallel(engine, gradient_as_bucket_view=True)
-
-
-def end(world):
-    if world > 1:
-        dist.barrier()  # rank 0 may still be writing
-        dist.destroy_process_group()
-
-
-@contextmanager
-def one_line_if_a_process_dies(out):
-    try:
-        yield
-    except RuntimeError as error:
-        of_network = isinstance(error, dist.DistError) or re.search("gloo|onnection", str(error))
-        if not dist.is_initialized() or not of_network:
-            raise
-        reason = str(error).splitlines()[0][:160]
-        raise UserError(
-            f"rank {dist.get_rank()}: lost the other processes ({reason}); "
-            f"the last checkpoint is {runs.latest(out) or 'none'}, --resume goes on from it"
-        ) from error
-
-
-def catch_signals():
-    """A list that gets each SIGTERM and the first Ctrl-C; a second one ends the program at once."""
-    caught = []
-
-    def note(signum, _):
-        caught.append(signum)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, note)
-    return caught
 
 
 # ---- the command line ---------------------------------------------------------------------------
@@ -360,7 +283,6 @@ def options():
     add("--buckets", action="store_true", help="about that size in the picture's own ratio")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     add("--shard", action="store_true", help="spread the frozen MM-DiT over the processes")
-    add("--only-load", action="store_true", help="time the reading of the data for --steps steps")
     add("--workers", type=whole_number(0, 256), help="data readers; default: 4 with a GPU, else 0")
     add("--seed", type=whole_number(0, 2**32), default=0)
     add("--save-every", type=whole_number(1), default=250, help="steps between checkpoints")
@@ -381,46 +303,56 @@ def options():
 def parse(arguments=None):
     """The options, with defaults that depend on others; UserError where they do not go together."""
     args = options().parse_args(arguments)
-    miniature, world = args.sd3 == SD3, int(os.environ.get("WORLD_SIZE", "1"))
+    stage, uni, miniature = args.stage, args.stage == UNI, args.sd3 == SD3
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     for stages, names in OPTIONS.items():
-        if str(args.stage) not in stages and any(getattr(args, name) for name in names):
+        if str(stage) not in stages and any(getattr(args, name) for name in names):
             named = " and ".join(f"--{name.replace('_', '-')}" for name in names)
             raise UserError(f"{named} belong to --stage {stages}")
-    if args.tasks and not any(args.tasks.values()):
-        raise UserError("--tasks: all shares are 0, expected such as t2i=1,edit=2")
-    learnt = {"t2i", "edit", "answer"} if args.stage == UNI else FIELDS.keys() - {"answer"}
-    if others := (args.tasks or {}).keys() - learnt:
-        raise UserError(f"--tasks: --stage {args.stage} does not learn {min(others)}")
-    if args.stage == 2:
+    if stage == 2:
         args.rank = (16 if miniature else 32) if args.rank is None else args.rank
         args.checkpoint = args.checkpoint or (STAGE1 if miniature else None)
-        if args.checkpoint is None:
-            raise UserError("--checkpoint is missing: stage 2 goes on from stage 1's, or from none")
-        if args.lmm_lora and not args.rank:
-            raise UserError("--lmm-lora needs a --rank of at least 1")
-    if not miniature and not args.data:
-        raise UserError("--data is missing: only the miniature learns from rendered scenes")
-    start = args.checkpoint = None if args.checkpoint == Path("none") else args.checkpoint
-    if args.stage == UNI:
-        if start and (args.text_encoder or args.slots):
-            raise UserError("--text-encoder and --slots: the folder of --checkpoint has its own")
+    start = None if args.checkpoint == Path("none") else args.checkpoint
+    tasks, learnt = (
+        args.tasks or {},
+        {"t2i", "edit", "answer"} if uni else FIELDS.keys() - {"answer"},
+    )
+    args.steps = args.steps or STEPS[stage]
+    args.out = args.out or f"runs/{'' if uni else 'stage'}{stage}"
+    for wrong, message in (
+        (args.tasks and not any(tasks.values()), "--tasks: expected such as t2i=1,edit=2"),
+        (tasks.keys() - learnt, f"--tasks: --stage {stage} learns {', '.join(sorted(learnt))}"),
+        (stage == 2 and not args.checkpoint, "--checkpoint is missing: of stage 1, or none"),
+        (args.lmm_lora and not args.rank, "--lmm-lora needs a --rank of at least 1"),
+        (not miniature and not args.data, "--data is missing: what is not the miniature needs it"),
+        (
+            uni and start and (args.text_encoder or args.slots),
+            "--text-encoder and --slots: the folder of --checkpoint has its own",
+        ),
+        (
+            not uni and start and start.is_dir() and not any(start.glob("stage?.safetensors")),
+            f"--checkpoint {start}: no run of train.py, which alone it can go on from",
+        ),
+        (args.shard and world == 1, "--shard needs several processes: start with torchrun"),
+        (
+            args.steps * args.accumulate * world > 10**8,
+            "--steps times --accumulate: over 100 million microbatches in all",
+        ),
+        (
+            runs.latest(args.out) and not args.resume,
+            f"{args.out} holds a run: --resume goes on, or choose another --out",
+        ),
+    ):
+        if wrong:
+            raise UserError(message)
+    if uni:
         t5 = MINI / "t5-mini" if miniature else args.sd3 / "text_encoder_3"
         args.text_encoder = args.text_encoder or t5
         args.slots = args.slots or (24 if miniature else 256)
         args.weights = LOSSES | (args.weights or {})
-    elif start and start.is_dir() and not any(start.glob("stage?.safetensors")):
-        raise UserError(f"--checkpoint {start}: no run of train.py, which alone it can go on from")
-    if args.shard and world == 1:
-        raise UserError("--shard needs several processes: start with torchrun")
-    args.steps = args.steps or STEPS[args.stage]
-    if args.steps * args.accumulate * world > 10**8:
-        raise UserError("--steps times --accumulate: over 100 million microbatches in all")
-    args.loss = args.loss or ("x0" if args.stage == UNI else "velocity")
-    args.alpha = args.alpha or args.rank
-    args.lr = args.lr or (RATES[args.stage] if miniature else 3e-5 if args.stage == UNI else 5e-5)
-    args.out = args.out or f"runs/{'' if args.stage == UNI else 'stage'}{args.stage}"
-    if runs.latest(args.out) and not args.resume:
-        raise UserError(f"{args.out} holds a run: --resume goes on, or choose another --out")
+    args.checkpoint, args.alpha = start, args.alpha or args.rank
+    args.loss = args.loss or ("x0" if uni else "velocity")
+    args.lr = args.lr or (RATES[stage] if miniature else 3e-5 if uni else 5e-5)
     on_gpu = usable_device(args.device).type == "cuda"
     args.workers = (4 if on_gpu else 0) if args.workers is None else args.workers
     args.checkpointing = on_gpu if args.checkpointing is None else args.checkpointing
@@ -434,8 +366,10 @@ def main(arguments=None):
         from mini.world import Examples
 
         sources = [(Examples(), 1)]
-    with one_line_if_a_process_dies(args.out):
-        train(args, sources)
+    with together(args.device, partial(runs.advice, args.out)) as place:
+        stopped = train(args, sources, *place)
+    if stopped:
+        sys.exit(128 + stopped)
 
 
 if __name__ == "__main__":

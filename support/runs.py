@@ -12,8 +12,8 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -58,8 +58,8 @@ def open_folder(out, step, engine=None):
         out.mkdir(parents=True, exist_ok=True)
         if not step and hasattr(engine, "save_frozen"):
             engine.save_frozen(out)
-        kept = [record for record in read_metrics(out) if record["step"] <= step]
-        write_text(out / "metrics.jsonl", "".join(map(_line, kept)))
+        kept = [json.dumps(record) for record in read_metrics(out) if record["step"] <= step]
+        write_text(out / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
         if step:
             publish(out)  # again: the run may have been killed before it could
 
@@ -92,6 +92,10 @@ def latest(out):
     return (checkpoints(out) or [None])[-1]
 
 
+def advice(out):
+    return f"the last good checkpoint is {latest(out) or 'none'}, from which --resume goes on"
+
+
 def restore(out, engine, optimizer, settings):
     """Put the newest checkpoint, if any, into engine and optimizer; returns its step, or 0."""
     if not (folder := latest(out)):
@@ -121,13 +125,11 @@ def check_settings(before, now, out):
 
 def load_moments(optimizer, moments):
     """Put AdamW's state {number of a parameter: tensors} into it; raises if it does not fit."""
-    shapes = [p.shape for p in optimizer.param_groups[0]["params"]]
-    if moments and set(moments) != set(range(len(shapes))):  # none before the first good step
-        raise ValueError(f"moments of {len(moments)} parameters; expected {len(shapes)}")
-    for i, saved in moments.items():
-        found = saved["step"].shape, saved["exp_avg"].shape, saved["exp_avg_sq"].shape
-        if found != ((), shapes[i], shapes[i]):
-            raise ValueError(f"moments of parameter {i} do not have its shape {tuple(shapes[i])}")
+    shapes = [tuple(p.shape) for p in optimizer.param_groups[0]["params"]]
+    expected = {i: {"step": (), "exp_avg": x, "exp_avg_sq": x} for i, x in enumerate(shapes)}
+    found = {i: {k: tuple(x.shape) for k, x in saved.items()} for i, saved in moments.items()}
+    if moments and found != expected:  # none before the first good step
+        raise ValueError("moments that are not those of these parameters")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
 
@@ -139,10 +141,7 @@ def writing(out):
     except (OSError, RuntimeError, SafetensorError) as error:
         for unfinished in Path(out, "checkpoints").glob("*.partial"):
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(
-            f"{out}: cannot be written ({error}); the last good checkpoint is "
-            f"{latest(out) or 'none'}; make room, then --resume"
-        ) from error
+        raise UserError(f"{out}: cannot be written ({error}): make room; {advice(out)}") from error
 
 
 # ---- metrics ------------------------------------------------------------------------------------
@@ -157,11 +156,7 @@ def log(out, record):
         return x if isinstance(x, int) else float(f"{x:.6g}") if math.isfinite(x) else None
 
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(_line({name: short(x) for name, x in record.items()}))
-
-
-def _line(record):
-    return json.dumps(record) + "\n"
+        file.write(json.dumps({name: short(x) for name, x in record.items()}) + "\n")
 
 
 def read_metrics(out):
@@ -205,46 +200,33 @@ class Clock:
 # ---- what a person sees -------------------------------------------------------------------------
 
 
+KEPT = 18  # tensors as wide as its tokens that a block of the MM-DiT keeps for the backward pass
+
+
 def memory_plan(engine, args, processes):
-    """What will lie in each process's memory, as text; activations are estimates."""
-    frozen = sum(nbytes(x) for x in (*engine.parameters(), *engine.buffers()))
-    trainable = [p for p in engine.parameters() if p.requires_grad]
-    trained = sum(map(nbytes, trainable))
-    frozen -= trained
+    """What will lie in each process's memory, as text; activations are an estimate."""
+    learning = [p for p in engine.parameters() if p.requires_grad]
+    trained = sum(map(nbytes, learning))
+    frozen = sum(map(nbytes, (*engine.parameters(), *engine.buffers()))) - trained
     if args.shard:
         shared = sum(nbytes(p) for p in engine.mmdit.parameters() if not p.requires_grad)
         frozen -= shared - shared // processes
-    image = (args.size // 8 // engine.mmdit.config.patch) ** 2
+    tokens = (args.size // 8 // engine.mmdit.config.patch) ** 2 + 552  # 40 words and a picture
     if args.stage == "unialignment":
-        parts, prompt = "MM-DiT", engine.sampling.slots
-        tokens = 2 * prompt + 3 * image  # both passes of an edit
-    else:
-        parts = "adapter" + " and LoRA" * bool(args.rank) + " (also in the LMM)" * args.lmm_lora
-        patches = engine.lmm.patches  # some words and one picture
-        prompt = 40 + patches.max_pixels // (patches.patch * patches.merge) ** 2
-        tokens = prompt + image
+        tokens = 3 * (tokens - 552) + 2 * engine.sampling.slots  # both passes of an edit
     activations = args.batch * activation_bytes(engine.mmdit, tokens, args.checkpointing)
+    count = sum(p.numel() for p in learning)
     rows = [
         (frozen, "frozen weights" + ", here" * args.shard),
-        (trained, f"{parts}: {sum(p.numel() for p in trainable):,} parameters"),
-        (trained, "their gradients"),
-        (2 * trained, "their AdamW moments"),
-        (activations, f"activations (estimate): {args.batch} x {tokens} tokens, {prompt} of prompt"),
-    ]  # fmt: skip
-    if args.lmm_lora:
-        config = engine.lmm.language_model.config
-        kept = prompt * (6 * config.hidden_size + 3 * config.intermediate_size)  # of a layer
-        kept *= config.num_hidden_layers * engine.mmdit.pos_embed.element_size()
-        rows.append((args.batch * kept, "activations of the LMM (estimate)"))
+        (4 * trained, f"{count:,} parameters that learn, gradients, AdamW's moments"),
+        (activations, f"activations of the MM-DiT (estimate): {args.batch} x {tokens} tokens"),
+    ]
     rows.append((sum(size for size, _ in rows), "together"))
     return "\n".join(f"{size / 1e9:9.3f} GB  {name}" for size, name in rows)
 
 
 def nbytes(x):
     return x.numel() * x.element_size()
-
-
-KEPT = 18  # tensors as wide as its tokens that a block of the MM-DiT keeps for the backward pass
 
 
 def activation_bytes(mmdit, tokens, checkpointing):
@@ -256,31 +238,25 @@ def activation_bytes(mmdit, tokens, checkpointing):
 
 def mixture(pools):
     """What the microbatches are drawn from, as text."""
-    weights = {}
+    weights = Counter()
     for pool in pools:
-        name = f"{pool.task} from {pool.source.name}"
-        weights[name] = weights.get(name, 0) + pool.weight
-    total = sum(weights.values())
+        weights[f"{pool.task} from {pool.source.name}"] += pool.weight
+    total = weights.total()
     return "\n".join(f"{100 * weight / total:9.1f} %   {name}" for name, weight in weights.items())
 
 
 def preview(engine, examples):
-    """A sheet of what goes in, what the engine draws (or reads, of five fields), what is right."""
+    """A sheet: what goes in, what the engine draws, what is right; and what UniAlignment reads there."""
     rows = []
-    for task, prompt, target, question, text in examples if len(examples[0]) == 5 else ():
-        *inputs, target = prompt_row(task, prompt, target)[0]
-        drawn = engine.generate([prompt], size=target.size) if prompt else []
-        (read,) = engine.answer([target], [question] if question else None)
-        words = "".join(part for part in prompt if isinstance(part, str)) or question
-        rows.append(([*inputs, *drawn, target], f"{task}: {words} / read: {read} / right: {text}"))
-    if rows:
-        return sheet(rows, height=128)
-    for (task, size), group in groupby(examples, lambda example: (example[0], example[2].size)):
-        group = list(group)
-        drawn = engine.generate([prompt for _, prompt, _ in group], size=size, task=task)
-        for example, image in zip(group, drawn):
-            (*inputs, target), text = prompt_row(*example)
-            rows.append(([*inputs, image, target], text))
+    for task, prompt, target, *text in examples:
+        options = {} if text else {"task": task}
+        drawn = engine.generate([prompt], size=target.size, **options) if prompt else []
+        question, right = text or (None, None)
+        (*inputs, target), words = prompt_row(task, prompt or [question], target)
+        if text:
+            (read,) = engine.answer([target], question and [question])
+            words += f" / read: {read} / right: {right}"
+        rows.append(([*inputs, *drawn, target], words))
     return sheet(rows, height=128)
 
 
@@ -291,14 +267,13 @@ def write_pictures(out, step, preview):
 
 def loss_curve(out):
     """The loss over the steps, and that of each fifth of t, averaged over hundredths of the run."""
-    records = read_metrics(out)
+    records, lines = read_metrics(out), {}
     window = max(1, len(records) // 100)
-    lines = {}
-    for k in range(BINS + 1):
-        values = [r["loss_by_t"][k - 1] if k else r["loss"] for r in records]
+    for k in range(-1, BINS):
+        values = [r["loss"] if k < 0 else r["loss_by_t"][k] for r in records]
         parts = [values[i : i + window] for i in range(0, len(values), window)]
         parts = [[x for x in part if x is not None and math.isfinite(x)] for part in parts]
-        name = f"t {(k - 1) / BINS:.1f} - {k / BINS:.1f}" if k else "loss"
+        name = "loss" if k < 0 else f"t {k / BINS:.1f} - {(k + 1) / BINS:.1f}"
         lines[name] = [sum(part) / len(part) if part else None for part in parts]
     return plot(lines, f"{len(records)} steps")
 
@@ -312,15 +287,10 @@ def plot(lines, below, limits=None, width=800, height=400):
     low, high = min(known), max(known)
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
-
-    def point(right, down):  # both from 0 to 1
-        return 50 + (width - 170) * right, 20 + (height - 60) * down
-
     for k, (name, line) in reversed(list(enumerate(lines.items()))):
+        right, down = (width - 170) / max(1, len(line) - 1), (height - 60) / (high - low or 1)
         points = [
-            point(i / max(1, len(line) - 1), (high - y) / (high - low or 1))
-            for i, y in enumerate(line)
-            if y is not None
+            (50 + right * i, 20 + down * (high - y)) for i, y in enumerate(line) if y is not None
         ]
         draw.line(points, fill=COLORS[k], width=3 if k == 0 else 1)
         draw.text((width - 110, 20 + 16 * k), name, fill=COLORS[k])

@@ -184,7 +184,7 @@ def test_a_run_learns_everything_but_what_is_frozen_and_leaves_a_folder(capsys):
         "transformer", "vae",
     ]  # fmt: skip
     said = capsys.readouterr().out
-    assert "MM-DiT: " in said and "50.0 %   edit from rendered scenes" in said
+    assert "parameters that learn" in said and "50.0 %   edit from rendered scenes" in said
     assert said.splitlines()[-1] == "run"
     sample.main(["--task", "caption", "--checkpoint", "run", "--image", pixel(), "--device", "cpu"])
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -239,7 +239,7 @@ def test_the_sheet_shows_what_is_drawn_and_read(manifest, monkeypatch):
     [
         (["--rank", "4"], "--rank and --lmm-lora belong to --stage 2"),
         (["--shard"], "--shard belong to --stage 1 or 2"),
-        (["--tasks", "i2i=1"], "does not learn i2i"),
+        (["--tasks", "i2i=1"], "--stage unialignment learns answer, edit, t2i"),
         (["--weights", "words=1"], "the losses being velocity, text, csa, isa"),
         (
             ["--checkpoint", "run"],
