@@ -58,29 +58,26 @@ def parse_record(line):
         raise UserError(f'"task" must be one of {", ".join(FIELDS)}')
     caption = ("caption",) if "caption" in record else ()  # of an edit, optional
     for name in (*FIELDS[record["task"]], *caption):
-        value = record.get(name)
+        text = record.get(name)
         if name == "segments":
-            if not isinstance(value, list) or not all(map(_is_segment, value)):
+            if not _are_segments(text):
                 raise UserError('"segments" must be a list of [text, [[x1, y1, x2, y2], ...]]')
-            name, value = "text of segments", "".join(text for text, _ in value)
-        if not _is_text(value):
+            name, text = "text of segments", "".join(text for text, _ in text)
+        halves = isinstance(text, str) and re.search("[\ud800-\udfff]", text)  # lone surrogates
+        if not isinstance(text, str) or halves or not text.strip() or len(text) > LONGEST:
             raise UserError(f'"{name}" must be a text of 1 to {LONGEST} letters')
     return record
 
 
-def _is_text(value):
-    whole = isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # surrogates
-    return whole and bool(value.strip()) and len(value) <= LONGEST
-
-
-def _is_segment(segment):
-    def is_box(box):
-        numbers = isinstance(box, list) and [type(x) in (int, float) for x in box] == [True] * 4
-        return numbers and 0 <= box[0] < box[2] <= 1000 and 0 <= box[1] < box[3] <= 1000
-
-    if not isinstance(segment, list) or [type(part) for part in segment] != [str, list]:
+def _are_segments(value):
+    try:
+        for text, boxes in value:
+            fit = (0 <= a < c <= 1000 and 0 <= b < d <= 1000 for a, b, c, d in boxes)
+            if not isinstance(text, str) or not all(fit):
+                return False
+        return True
+    except (TypeError, ValueError):
         return False
-    return all(map(is_box, segment[1]))
 
 
 class Manifest:

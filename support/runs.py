@@ -211,15 +211,21 @@ def memory_plan(engine, args, processes):
     if args.shard:
         shared = sum(nbytes(p) for p in engine.mmdit.parameters() if not p.requires_grad)
         frozen -= shared - shared // processes
-    tokens = (args.size // 8 // engine.mmdit.config.patch) ** 2 + 552  # 40 words and a picture
+    image, patches = (args.size // 8 // engine.mmdit.config.patch) ** 2, engine.lmm.patches
+    prompt = 40 + patches.max_pixels // (patches.patch * patches.merge) ** 2  # and one picture
+    tokens = image + prompt
     if args.stage == "unialignment":
-        tokens = 3 * (tokens - 552) + 2 * engine.sampling.slots  # both passes of an edit
-    activations = args.batch * activation_bytes(engine.mmdit, tokens, args.checkpointing)
+        tokens = 3 * image + 2 * engine.sampling.slots  # both passes of an edit
+    activations = activation_bytes(engine.mmdit, tokens, args.checkpointing)
+    if args.lmm_lora:
+        lmm = engine.lmm.language_model.config
+        kept = lmm.num_hidden_layers * (6 * lmm.hidden_size + 3 * lmm.intermediate_size)
+        activations += prompt * kept * engine.mmdit.pos_embed.element_size()
     count = sum(p.numel() for p in learning)
     rows = [
         (frozen, "frozen weights" + ", here" * args.shard),
         (4 * trained, f"{count:,} parameters that learn, gradients, AdamW's moments"),
-        (activations, f"activations of the MM-DiT (estimate): {args.batch} x {tokens} tokens"),
+        (args.batch * activations, f"activations (estimate): {args.batch} x {tokens} tokens"),
     ]
     rows.append((sum(size for size, _ in rows), "together"))
     return "\n".join(f"{size / 1e9:9.3f} GB  {name}" for size, name in rows)
