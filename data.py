@@ -198,6 +198,10 @@ class Pool:
     weight: float
     rows: np.ndarray  # (n,)
 
+    def __str__(self):
+        size = f"{self.size[0]}x{self.size[1]}"
+        return f"{self.task} {size} x {self.weight:.6g} from {self.source.identity}"
+
     def row(self, position, seed):
         """The row at a position of the endless sequence of epochs, each shuffled anew."""
         epoch, i = divmod(position, len(self.rows))

@@ -226,11 +226,9 @@ def run_settings(args, engine, pools, world):
     names = ("stage", "steps", "batch", "lr", "warmup", "clip", "seed", "rank", "alpha", "lmm_lora")
     settings = {name: getattr(args, name) for name in (*names, "loss", "blend", "null", "weights")}
     settings["microbatches a step"] = args.accumulate * world
-    named = engine.named_parameters()
-    settings["adapter"] = [list(p.shape) for name, p in named if "adapter." in name]
-    settings["examples"] = [
-        f"{p.task} {p.size[0]}x{p.size[1]} x {p.weight:.6g} from {p.source.identity}" for p in pools
-    ]
+    shapes = {name: list(p.shape) for name, p in engine.named_parameters() if "adapter." in name}
+    settings["adapter"] = list(shapes.values())
+    settings["examples"] = [str(pool) for pool in pools]
     return settings | engine.base
 
 
@@ -319,29 +317,19 @@ def parse(arguments=None):
     )
     args.steps = args.steps or STEPS[stage]
     args.out = args.out or f"runs/{'' if uni else 'stage'}{stage}"
+    total, own = args.steps * args.accumulate * world, args.text_encoder or args.slots
+    not_ours = not uni and start and start.is_dir() and not any(start.glob("stage?.safetensors"))
     for wrong, message in (
         (args.tasks and not any(tasks.values()), "--tasks: expected such as t2i=1,edit=2"),
         (tasks.keys() - learnt, f"--tasks: --stage {stage} learns {', '.join(sorted(learnt))}"),
         (stage == 2 and not args.checkpoint, "--checkpoint is missing: of stage 1, or none"),
         (args.lmm_lora and not args.rank, "--lmm-lora needs a --rank of at least 1"),
         (not miniature and not args.data, "--data is missing: what is not the miniature needs it"),
-        (
-            uni and start and (args.text_encoder or args.slots),
-            "--text-encoder and --slots: the folder of --checkpoint has its own",
-        ),
-        (
-            not uni and start and start.is_dir() and not any(start.glob("stage?.safetensors")),
-            f"--checkpoint {start}: no run of train.py, which alone it can go on from",
-        ),
+        (uni and start and own, "--text-encoder and --slots: a --checkpoint has its own"),
+        (not_ours, f"--checkpoint {start}: no run of train.py, which alone it can go on from"),
         (args.shard and world == 1, "--shard needs several processes: start with torchrun"),
-        (
-            args.steps * args.accumulate * world > 10**8,
-            "--steps times --accumulate: over 100 million microbatches in all",
-        ),
-        (
-            runs.latest(args.out) and not args.resume,
-            f"{args.out} holds a run: --resume goes on, or choose another --out",
-        ),
+        (total > 10**8, "--steps times --accumulate: over 100 million microbatches in all"),
+        (runs.latest(args.out) and not args.resume, f"{args.out} holds a run: --resume goes on"),
     ):
         if wrong:
             raise UserError(message)
