@@ -68,13 +68,11 @@ def _read_file(file):
     with reading(file, "a checkpoint; a pickle may hold tensors only, by name"):
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         pairs = tensors.items() if isinstance(tensors, dict) else [(None, None)]
-        if not all(isinstance(name, str) and _is_plain(x) for name, x in pairs):
-            raise TypeError("not a dictionary of tensors")
+        for name, x in pairs:
+            plain = torch.is_tensor(x) and x.layout == torch.strided
+            if not isinstance(name, str) or not plain or x.is_meta or x.is_quantized:
+                raise TypeError("not a dictionary of tensors")
     return tensors
-
-
-def _is_plain(x):
-    return torch.is_tensor(x) and x.layout == torch.strided and not (x.is_meta or x.is_quantized)
 
 
 def metadata(file):
@@ -177,11 +175,7 @@ def build(part, make, device="cpu", dtype=None):
     """
     with reading(part.source, "a model that can be built"), torch.device("meta"):
         model = make()
-    check(
-        part.tensors,
-        {k: x.shape for k, x in stored(model, part.rules, part.prefix).items()},
-        part.source,
-    )
+    check(part.tensors, stored(model, part.rules, part.prefix), part.source)
     swapped, filled = swapped_names(model, part.rules), {}
     for name, x in model.state_dict().items():
         parts = [part.tensors[k] for k in part.names(name)]
@@ -213,12 +207,12 @@ def swap(tensor):
     return torch.cat(tensor.chunk(2)[::-1])
 
 
-def check(tensors, shapes, source):
-    """UserError unless tensors have these names and shapes; a 1x1 convolution may be a matrix."""
-    faults = [f"missing {k}" for k in shapes.keys() - tensors.keys()]
-    faults += [f"unknown {k}" for k in tensors.keys() - shapes.keys()]
-    for name in shapes.keys() & tensors.keys():
-        shape, wanted = tuple(tensors[name].shape), tuple(shapes[name])
+def check(tensors, expected, source):
+    """UserError unless tensors have the names and shapes expected; a 1x1 convolution may be a matrix."""
+    faults = [f"missing {k}" for k in expected.keys() - tensors.keys()]
+    faults += [f"unknown {k}" for k in tensors.keys() - expected.keys()]
+    for name in expected.keys() & tensors.keys():
+        shape, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
         if shape != wanted and (wanted[2:] != (1, 1) or shape != wanted[:2]):
             faults.append(f"{name} has shape {shape}, expected {wanted}")
         elif not tensors[name].is_floating_point():

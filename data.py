@@ -377,29 +377,28 @@ class PairedMicrobatches(Microbatches):
         )
 
 
-class BadLines:
+class BadLines(dict):
     """Skipped lines, {file:line: reason}: scanned as manifests were opened, or read later on."""
 
     def __init__(self, sources):
-        sources = [source for source, _ in sources]
-        self.allowed = sum(source.total for source in sources) / 100
-        self.scanned = {f"{s.name}:{row}": why for s in sources for row, why in s.bad_lines.items()}
-        self.read = {}
+        for source, _ in sources:
+            self |= {f"{source.name}:{row}": why for row, why in source.bad_lines.items()}
+        self.scanned, self.allowed = len(self), sum(source.total for source, _ in sources) / 100
         self.check(0, 0)
-
-    def report(self, bad_lines):
-        for place, reason in bad_lines.items():
-            tqdm.write(f"skipped {place}: {reason}", file=sys.stderr)
 
     def add(self, bad_lines):
         """Count and report [(file:line, reason)] of a microbatch, each line once."""
-        new = {place: reason for place, reason in bad_lines if place not in self.read}
-        self.report(new)
-        self.read |= new
+        for place, reason in bad_lines:
+            if place not in self:
+                self.report(place, reason)
+                self[place] = reason
+
+    def report(self, place, reason):
+        tqdm.write(f"skipped {place}: {reason}", file=sys.stderr)
 
     def check(self, found, examples):
         """Raise UserError if over 1 % of all lines are bad, or of all examples read."""
-        bad = len(self.scanned) + found
+        bad = self.scanned + found
         if bad > self.allowed or found > max(10, examples / 100):
-            lines = [f"{place}: {why}" for place, why in (self.scanned | self.read).items()]
-            raise UserError(f"{bad:.0f} bad lines are over 1 %: {'; '.join(lines)[:600]}")
+            lines = "; ".join(f"{place}: {why}" for place, why in self.items())
+            raise UserError(f"{bad:.0f} bad lines are over 1 %: {lines[:600]}")

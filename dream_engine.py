@@ -148,7 +148,9 @@ class DreamEngine(nn.Module):
         """
         width, height = size or (self.default_size, self.default_size)
         guidance = self.guidance if guidance is None else guidance
-        self.check(steps, guidance, r, width, height)
+        if not 0 <= r <= 1:
+            raise UserError(f"blend must lie between 0 (LMM) and 1 (ViT), got {r}")
+        check_drawing(steps, guidance, width, height, self.mmdit.config.largest)
         if not prompts:
             raise UserError("no prompt to draw")
         positives, nulls = zip(*(apply_task(task, prompt) for prompt in prompts))
@@ -159,12 +161,6 @@ class DreamEngine(nn.Module):
         latent = denoise(self.mmdit, condition, start, steps, guidance, progress)
         return to_images(self.vae.decode(latent))
 
-    def check(self, steps, guidance, r, width, height):
-        """Raise UserError for settings that cannot be drawn, before any long work."""
-        if not 0 <= r <= 1:
-            raise UserError(f"blend must lie between 0 (LMM) and 1 (ViT), got {r}")
-        check_drawing(steps, guidance, width, height, self.mmdit.config.largest)
-
     def start_training(self, rank=None, alpha=None, lmm_lora=False):
         """Let the adapter learn, with a rank also LoRA on the MM-DiT (and LMM); all else is frozen.
 
@@ -173,20 +169,19 @@ class DreamEngine(nn.Module):
         """
         self.requires_grad_(False)
         self.adapter.requires_grad_(True)
-        for name, model, wanted in (
-            ("MM-DiT", self.mmdit, bool(rank)),
+        wanted = rank or 0, (rank or 0) if alpha is None else alpha
+        for name, model, asked in (
+            ("MM-DiT", self.mmdit, rank),
             ("LMM", self.lmm.language_model, lmm_lora),
         ):
             present = [m for m in model.modules() if isinstance(m, LoRALinear)]
-            if wanted and not present:
-                add_lora(model, rank, alpha)
+            if asked and not present:
+                add_lora(model, *wanted)
             for lora in present:
-                has, asked = (lora.rank, lora.alpha), (rank, rank if alpha is None else alpha)
-                if not wanted or has != asked:
-                    raise UserError(
-                        f"the checkpoint has LoRA on the {name} of rank {has[0]}, alpha {has[1]:g}: "
-                        "ask for the same, with --stage 2 --rank --alpha (--lmm-lora)"
-                    )
+                if not asked or (lora.rank, lora.alpha) != wanted:
+                    has = f"has LoRA on the {name} of rank {lora.rank}, alpha {lora.alpha:g}"
+                    same = "ask for the same, with --stage 2 --rank --alpha (--lmm-lora)"
+                    raise UserError(f"the checkpoint {has}: {same}")
                 lora.A.requires_grad_(True)
                 lora.B.requires_grad_(True)
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -220,7 +215,7 @@ class DreamEngine(nn.Module):
     def restore(self, file, tensors=None):
         """Take back what `save` wrote, into an engine that trains the same."""
         tensors, learned = tensors or read(file), self.learned()
-        check(tensors, {name: x.shape for name, x in learned.items()}, file)
+        check(tensors, learned, file)
         with torch.no_grad():
             for name, tensor in learned.items():
                 tensor.copy_(tensors[name])

@@ -43,26 +43,27 @@ class Transformer(MMDiT):
     """SD3's MM-DiT with a head for text, and what aligns it with a teacher."""
 
     def __init__(self, config, vocabulary, null_tokens=8, aligned=None, rounded=True):
-        """aligned: (hidden units, M) of the two adapters that only training needs, or None."""
+        """aligned: (M, hidden units) of the two adapters that only training needs, or None."""
         super().__init__(config)
         if rounded:
             self.t_embedder = RoundedEmbedder(256, config.width)
         self.text_head = nn.Linear(config.width, vocabulary)
         self.null_image = nn.Parameter(torch.zeros(1, null_tokens, config.width))  # never used
         if aligned:
-            self.add_adapters(*aligned)
+            self.align(*aligned)
 
-    def add_adapters(self, hidden, out):
-        """From the mean token of a stream (B, D) to the teacher's width, (B, M)."""
+    def align(self, out, hidden=None):
+        """Have adapters of a stream's mean token (B, D) to a teacher's width, (B, M = out).
+
+        Those for another width are replaced by new ones. hidden: their hidden units.
+        """
+        if hasattr(self, "image_adapter") and self.image_adapter[2].out_features == out:
+            return
         width, device = self.config.width, self.pos_embed.device
+        hidden = hidden or min(2048, 4 * width)
         for name in ("image_adapter", "text_adapter"):
             layers = nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, out), nn.SiLU()
             self.add_module(name, nn.Sequential(*layers).to(device))
-
-    def align(self, out):
-        """Have adapters to a teacher of width M = out, new ones where there are none of it."""
-        if not hasattr(self, "image_adapter") or self.image_adapter[2].out_features != out:
-            self.add_adapters(min(2048, 4 * self.config.width), out)
 
     def settings(self):
         """Its config.json, in the authors' names."""
@@ -113,7 +114,7 @@ def load_transformer(path, device="cpu", dtype=torch.float32):
     part = checkpoints.find_part(checkpoints.read(path), path, kind, ("",), layouts)
     aligned = None
     if part.shape("image_adapter.0.weight"):
-        aligned = [part.dimension(f"image_adapter.{i}.weight", 0) for i in (0, 2)]
+        aligned = [part.dimension(f"image_adapter.{i}.weight", 0) for i in (2, 0)]
     sizes = part.dimension("text_head.weight", 0), part.dimension("null_image", 1), aligned
     built = checkpoints.infer_mmdit(part, stated), *sizes, stated.get("float16_time", True)
     model = checkpoints.build(part, lambda: Transformer(*built), device, dtype)
@@ -199,13 +200,12 @@ def read_sampling(scheduler):
     with reading(file, "settings of sampling"):
         stated = checkpoints.read_json(file)
         known = {x.name: x.type(stated[x.name]) for x in fields(Sampling) if x.name in stated}
-        sampling = Sampling(**known)
-        counts = sampling.slots, sampling.steps, sampling.text_steps, sampling.size // 16
-        if min(counts) < 1 or not 0 < sampling.shift < 1000:
+        s = Sampling(**known)
+        if min(s.slots, s.steps, s.text_steps, s.size // 16) < 1 or not 0 < s.shift < 1000:
             raise ValueError("slots, steps, size and shift must be positive")
-        if sampling.order not in ("sampled", "confident"):
-            raise ValueError(f"order {sampling.order!r}")
-    return sampling
+        if s.order not in ("sampled", "confident"):
+            raise ValueError(f"order {s.order!r}")
+    return s
 
 
 def find_folder(folder, sd3, name):

@@ -22,12 +22,10 @@ def read_image(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")
     bomb, warning = Image.DecompressionBombError, Image.DecompressionBombWarning
+    strict = warnings.catch_warnings(action="error", category=warning)
     with reading(path, "a whole PNG, JPEG or similar file"):
         try:
-            with (
-                warnings.catch_warnings(action="error", category=warning),
-                Image.open(path) as image,
-            ):
+            with strict, Image.open(path) as image:
                 return to_rgb(image)
         except (bomb, warning) as error:
             limit = Image.MAX_IMAGE_PIXELS // 10**6
@@ -139,13 +137,13 @@ def apply_task(task, prompt):
     if not {"no image": not images, "one image": len(images) == 1, "images": images}[wanted]:
         raise UserError(f"task {task} takes {wanted}, but {len(images)} were given")
 
-    if task == "t2i":
-        return ["Generate Image: ", text], ["Generate Image: "]
-    if task == "i2i":
-        return ["Copy Image: ", images[0]], ["Copy Image: "]
-    if task == "edit":
-        null = ["Edit image ", images[0], " following:"]
-        return [*null, text], null
+    nulls = {
+        "t2i": ["Generate Image: "],
+        "i2i": ["Copy Image: "],
+        "edit": ["Edit image ", *images, " following:"],
+    }
+    if null := nulls.get(task):
+        return [*null, *(images if task == "i2i" else [text])], null
     if task == "combine":
         marked = "".join(part if isinstance(part, str) else "\udfff" for part in prompt)
         *names, text = (part.strip(" ,") for part in marked.split("\udfff"))

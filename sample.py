@@ -171,14 +171,12 @@ def save(args, images, out):
     settings = {k: v for k, v in vars(args).items() if k not in hidden and v not in miniature}
     settings = json.dumps(settings, default=str)
     texts = [text for text in args.prompt or [""] for _ in range(args.num)]
-    for i, (image, text) in enumerate(zip(images, texts)):
-        file = out if len(images) == 1 else out.with_stem(f"{out.stem}-{i}")
-        write_png(file, image, {"prompt": text, "settings": settings, "seed": args.seed + i})
-        print(file)
+    pages = [(f"-{i}", image, texts[i], args.seed + i) for i, image in enumerate(images)]
     if len(images) > 1:
-        about = {"prompt": "\n".join(args.prompt), "settings": settings, "seed": args.seed}
-        file = out.with_stem(f"{out.stem}-grid")
-        write_png(file, grid(images), about)
+        pages.append(("-grid", grid(images), "\n".join(args.prompt), args.seed))
+    for name, image, text, seed in pages:
+        file = out if len(pages) == 1 else out.with_stem(f"{out.stem}{name}")
+        write_png(file, image, {"prompt": text, "settings": settings, "seed": seed})
         print(file)
 
 

@@ -73,7 +73,8 @@ def train(args, sources, rank, world, device):
     if rank == 0:
         runs.open_folder(out, start, engine)
         print(runs.memory_plan(engine, args, world), runs.mixture(data.pools), sep="\n", flush=True)
-        bad_lines.report(bad_lines.scanned)
+        for line in bad_lines.items():
+            bad_lines.report(*line)
 
     stopped, clock = catch_signals(), runs.Clock()
     failures, skipped, bad = 0, 0, 0  # steps not finite in a row and in all; bad lines
@@ -97,7 +98,9 @@ def train(args, sources, rank, world, device):
             losses = losses.detach().cpu()
             by_t.index_add_(1, (t * runs.BINS).long(), torch.stack([losses, torch.ones(len(t))]))
             mean += losses.mean().item() / args.accumulate / world
-        totals = torch.tensor([*by_t.flatten(), mean, len(bad_lines.read), len(stopped)])
+        totals = torch.tensor(
+            [*by_t.flatten(), mean, len(bad_lines) - bad_lines.scanned, len(stopped)]
+        )
         if world > 1:
             dist.all_reduce(totals := totals.to(device))
         *by_t, loss, bad, stopping = totals.tolist()
@@ -141,8 +144,8 @@ def train(args, sources, rank, world, device):
                 print(f"stopped after step {step + 1}: saved; --resume goes on", file=sys.stderr)
             return (stopped or [signal.SIGTERM])[0]
     if rank == 0:
-        if bad_lines.scanned or bad:
-            print(f"{len(bad_lines.scanned) + bad:.0f} bad lines were skipped")
+        if bad_lines.scanned + bad:
+            print(f"{bad_lines.scanned + bad:.0f} bad lines were skipped")
         print(out if args.stage == UNI else out / f"stage{args.stage}.safetensors")
 
 

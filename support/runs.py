@@ -170,9 +170,9 @@ def read_metrics(out):
     for number, line in enumerate(lines, 1):
         with reading(f"{file}:{number}", "a line that train.py wrote"):
             record = json.loads(line)
-            values = [record["step"], record["loss"], *record["loss_by_t"]]
-            math.fsum(x for x in values if x is not None)  # raises unless all are numbers
-            if len(values) != 2 + BINS or type(record["step"]) is not int:
+            values = [record["loss"], *record["loss_by_t"]]
+            finite = all(x is None or math.isfinite(x) for x in values)  # raises unless numbers
+            if not finite or len(values) != 1 + BINS or type(record["step"]) is not int:
                 raise ValueError("not the record of a step")
         records.append(record)
     return records
@@ -278,7 +278,7 @@ def loss_curve(out):
     for k in range(-1, BINS):
         values = [r["loss"] if k < 0 else r["loss_by_t"][k] for r in records]
         parts = [values[i : i + window] for i in range(0, len(values), window)]
-        parts = [[x for x in part if x is not None and math.isfinite(x)] for part in parts]
+        parts = [[x for x in part if x is not None] for part in parts]
         name = "loss" if k < 0 else f"t {k / BINS:.1f} - {(k + 1) / BINS:.1f}"
         lines[name] = [sum(part) / len(part) if part else None for part in parts]
     return plot(lines, f"{len(records)} steps")

@@ -302,10 +302,10 @@ def test_more_than_one_percent_of_all_lines_ends_the_run(capsys):
     bad_lines = BadLines([(Lines(200, 1), 1), (Examples(), 1)])
     bad_lines.add([("a.jsonl:9", "no such image file")])
     bad_lines.add([("a.jsonl:9", "no such image file")])  # the same line once more
-    bad_lines.check(len(bad_lines.read), 16)
+    bad_lines.check(len(bad_lines) - bad_lines.scanned, 16)
     bad_lines.add([("a.jsonl:11", "damaged")])
     with pytest.raises(UserError, match="3 bad lines.*a.jsonl:7: not JSON; a.jsonl:9"):
-        bad_lines.check(len(bad_lines.read), 24)
+        bad_lines.check(len(bad_lines) - bad_lines.scanned, 24)
     assert capsys.readouterr().err.count("skipped a.jsonl") == 2
     with pytest.raises(UserError, match="3 bad lines"):
         BadLines([(Lines(200, 3), 1)])

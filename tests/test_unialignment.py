@@ -314,7 +314,7 @@ def test_what_the_folder_says_wins(uni, vae_names, tmp_path):
 def test_full_size_has_the_published_numbers():
     config = replace(mmdit.FAMILIES["SD3-medium"], pooled_dim=None, text_out=True)
     with torch.device("meta"):
-        model = Transformer(config, 32_100, 8, (2048, 3584))
+        model = Transformer(config, 32_100, 8, (3584, 2048))
     assert len(stored(model, LAYOUT)) == 696 and len(model.state_dict()) == 504
     assert len(NAMES["published"]) == 28 * UNI["depth"] + 24
     assert abs(flow.sigma_schedule(28, 3.0)[-2].item() - 0.008929) < 1e-6
