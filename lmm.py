@@ -224,17 +224,12 @@ def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=N
         ("visual.blocks.{}.norm1.weight", config.vision_config.depth),
     ):
         if (found := part.count(name)) != count:
-            raise UserError(
-                f"{folder}: config.json says {count} x {name}, the tensors have {found}"
-            )
+            raise UserError(f"{folder}: config.json says {count} of {name}, found {found}")
     entries, rows = max(tokenizer.get_vocab().values()) + 1, config.text_config.vocab_size
     if entries > rows:
         raise UserError(f"{folder}: a tokenizer of {entries} entries, embeddings of {rows}")
-
-    def make():
-        return Qwen2VL(Qwen2VLModel(config), tokenizer, patches, mrope)
-
-    lmm = build(part, make, device, dtype)
+    others = tokenizer, patches, mrope
+    lmm = build(part, lambda: Qwen2VL(Qwen2VLModel(config), *others), device, dtype)
     # Rotary frequencies are computed, not stored; they stay fp32.
     for model, attribute in ((lmm.visual, "rotary_pos_emb"), (lmm.language_model, "rotary_emb")):
         kind = type(getattr(model, attribute))
@@ -252,14 +247,11 @@ def read_lmm_config(folder):
     with reading(file, "the config of a Qwen2-VL"):
         config = Qwen2VLConfig.from_pretrained(folder)
         text, vision = config.text_config, config.vision_config
-        heads, groups = text.num_attention_heads, text.num_key_value_heads
-        sections = text.rope_parameters["mrope_section"]
-        if text.hidden_size % heads or heads % groups:
-            raise ValueError(f"{heads} heads in {groups} groups do not divide {text.hidden_size}")
-        if 2 * sum(sections) != text.hidden_size // heads or min(sections) < 0:
+        sections = text.rope_parameters["mrope_section"]  # what no shape of a tensor tells
+        if 2 * sum(sections) != text.hidden_size // text.num_attention_heads or min(sections) < 0:
             raise ValueError(f"mrope_section {sections} is not half of a head")
-        if vision.embed_dim % (4 * vision.num_heads) or vision.hidden_size != text.hidden_size:
-            raise ValueError("the vision tower's heads or hidden_size do not fit")
+        if vision.embed_dim % (4 * vision.num_heads):
+            raise ValueError(f"{vision.num_heads} heads of the vision tower do not fit")
         if type(text.max_position_embeddings) is not int or text.max_position_embeddings < 1:
             raise ValueError(f"max_position_embeddings is {text.max_position_embeddings!r}")
     return config
@@ -273,8 +265,7 @@ def load_tokenizer(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if not tokenizer.encode("a", split_special_tokens=True, add_special_tokens=False):
             raise ValueError("it reads no letters")
-        if missing := set(VISION_TOKENS) - tokenizer.get_vocab().keys():
-            raise ValueError(f"it has no {min(missing)}")
+        [tokenizer.get_vocab()[token] for token in VISION_TOKENS]  # raises where one is missing
     return tokenizer
 
 

@@ -6,6 +6,7 @@ device; `compile_blocks` hands the blocks to torch.compile.
 
 import os
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -69,8 +70,9 @@ def prepared(transformer, times, vec=None):
         for parent in transformer.modules()
         if hasattr(parent, "adaLN_modulation")
     }
-    place, ready = {t: divmod(i, CHUNK) for i, t in enumerate(times)}, None
+    place = {t: divmod(i, CHUNK) for i, t in enumerate(times)}
 
+    @lru_cache(maxsize=1)
     def compute(chunk):
         t = torch.tensor(times[chunk * CHUNK : (chunk + 1) * CHUNK], device=vec.device)
         embedded = embedder.layer[0](t)
@@ -81,11 +83,8 @@ def prepared(transformer, times, vec=None):
             table.rows = [[Modulation(*(x[i] for x in m)) for m in by_step] for i in range(len(t))]
 
     def go_to(t):
-        nonlocal ready
         chunk, i = place[t]
-        if chunk != ready:
-            compute(chunk)
-            ready = chunk
+        compute(chunk)
         for table in (embedder, *sites.values()):
             table.row = table.rows[i]
 

@@ -114,13 +114,13 @@ def restore(out, engine, optimizer, settings):
 
 
 def check_settings(before, now, out):
-    differing = {k for k in before.keys() | now.keys() if before.get(k) != now.get(k)}
-    for k in {"base", "lmm"} & differing:  # fingerprints; another dtype is no other model
-        if math.isclose(before[k], now[k], rel_tol=1e-3):
-            differing.remove(k)
-    if differing:
-        changes = [f"{k}: {before.get(k)} then, {now.get(k)} now" for k in sorted(differing)]
-        raise UserError(f"--resume: not the run in {out}: {'; '.join(changes)}")
+    def same(k):
+        a, b = before.get(k), now.get(k)  # fingerprints: another dtype is no other model
+        return a == b or (k in ("base", "lmm") and math.isclose(a, b, rel_tol=1e-3))
+
+    if differing := sorted(k for k in before.keys() | now.keys() if not same(k)):
+        changes = "; ".join(f"{k}: {before.get(k)} then, {now.get(k)} now" for k in differing)
+        raise UserError(f"--resume: not the run in {out}: {changes}")
 
 
 def load_moments(optimizer, moments):
@@ -149,14 +149,10 @@ def writing(out):
 
 def log(out, record):
     """Add a line to metrics.jsonl: six digits a number, null for what is not finite."""
-
-    def short(x):
-        if isinstance(x, list):
-            return [short(y) for y in x]
-        return x if isinstance(x, int) else float(f"{x:.6g}") if math.isfinite(x) else None
-
+    rules = {"parse_float": lambda x: float(f"{float(x):.6g}"), "parse_constant": lambda _: None}
+    record = json.loads(json.dumps(record), **rules)
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({name: short(x) for name, x in record.items()}) + "\n")
+        file.write(json.dumps(record) + "\n")
 
 
 def read_metrics(out):
@@ -206,10 +202,10 @@ KEPT = 18  # tensors as wide as its tokens that a block of the MM-DiT keeps for 
 def memory_plan(engine, args, processes):
     """What will lie in each process's memory, as text; activations are an estimate."""
     learning = [p for p in engine.parameters() if p.requires_grad]
-    trained = sum(map(nbytes, learning))
-    frozen = sum(map(nbytes, (*engine.parameters(), *engine.buffers()))) - trained
+    trained = sum(p.nbytes for p in learning)
+    frozen = sum(x.nbytes for x in (*engine.parameters(), *engine.buffers())) - trained
     if args.shard:
-        shared = sum(nbytes(p) for p in engine.mmdit.parameters() if not p.requires_grad)
+        shared = sum(p.nbytes for p in engine.mmdit.parameters() if not p.requires_grad)
         frozen -= shared - shared // processes
     image, patches = (args.size // 8 // engine.mmdit.config.patch) ** 2, engine.lmm.patches
     prompt = 40 + patches.max_pixels // (patches.patch * patches.merge) ** 2  # and one picture
@@ -229,10 +225,6 @@ def memory_plan(engine, args, processes):
     ]
     rows.append((sum(size for size, _ in rows), "together"))
     return "\n".join(f"{size / 1e9:9.3f} GB  {name}" for size, name in rows)
-
-
-def nbytes(x):
-    return x.numel() * x.element_size()
 
 
 def activation_bytes(mmdit, tokens, checkpointing):
@@ -273,14 +265,12 @@ def write_pictures(out, step, preview):
 
 def loss_curve(out):
     """The loss over the steps, and that of each fifth of t, averaged over hundredths of the run."""
-    records, lines = read_metrics(out), {}
-    window = max(1, len(records) // 100)
-    for k in range(-1, BINS):
-        values = [r["loss"] if k < 0 else r["loss_by_t"][k] for r in records]
-        parts = [values[i : i + window] for i in range(0, len(values), window)]
-        parts = [[x for x in part if x is not None] for part in parts]
-        name = "loss" if k < 0 else f"t {k / BINS:.1f} - {(k + 1) / BINS:.1f}"
-        lines[name] = [sum(part) / len(part) if part else None for part in parts]
+    records = [[r["loss"], *r["loss_by_t"]] for r in read_metrics(out)]
+    values = torch.tensor([[math.nan if x is None else x for x in row] for row in records])
+    means = [part.nanmean(0) for part in values.split(max(1, len(values) // 100))]
+    names = ["loss", *(f"t {k / BINS:.1f} - {(k + 1) / BINS:.1f}" for k in range(BINS))]
+    lines = zip(names, torch.stack(means).T.tolist())
+    lines = {name: [None if math.isnan(y) else y for y in line] for name, line in lines}
     return plot(lines, f"{len(records)} steps")
 
 
