@@ -113,21 +113,13 @@ def table(text):
     return rules
 
 
-def stored_names(name, rules, prefix=""):
-    """Where a tensor of the model lies in the file: below several names where the model fuses it.
-
-    The first rule that fits counts; a name without a rule is the same in both. prefix: of all names
-    in the file.
-    """
-    for pattern, templates in rules:
-        if match := re.fullmatch(pattern, name):
-            return [prefix + template.format(*match.groups()) for template in templates]
-    return [prefix + name]
-
-
 @dataclass
 class Part:
-    """The tensors of one model as a file holds them, by the names in the file, and the way to these."""
+    """The tensors of one model as a file holds them, by the names in the file, and the way to these.
+
+    The first of the rules that fits a name in the model counts; a name without a rule is the same in
+    both. prefix: of all names in the file.
+    """
 
     tensors: dict
     source: Path | str
@@ -135,7 +127,11 @@ class Part:
     prefix: str = ""
 
     def names(self, name):
-        return stored_names(name, self.rules, self.prefix)
+        """Where a tensor of the model lies in the file: below several names where the model fuses it."""
+        for pattern, templates in self.rules:
+            if match := re.fullmatch(pattern, name):
+                return [self.prefix + template.format(*match.groups()) for template in templates]
+        return [self.prefix + name]
 
     def shape(self, name):
         """The shape of the (first) tensor in the file for a name in the model; None if missing."""
@@ -154,6 +150,15 @@ class Part:
     def count(self, name):
         """For how many numbers from 0 on the file has name.format(number)."""
         return next(i for i in count() if self.shape(name.format(i)) is None)
+
+    def stored(self, model):
+        """A model's tensors by their names in the file: the way back from `build`."""
+        swapped, tensors = swapped_names(model, self.rules), {}
+        for name, tensor in model.state_dict().items():
+            names = self.names(name)
+            tensor = torch.cat(tensor.chunk(2)[::-1]) if name in swapped else tensor
+            tensors |= zip(names, (x.contiguous() for x in tensor.chunk(len(names))))
+        return tensors
 
 
 def find_part(tensors, source, kind, prefixes, layouts):
@@ -175,25 +180,15 @@ def build(part, make, device="cpu", dtype=None):
     """
     with reading(part.source, "a model that can be built"), torch.device("meta"):
         model = make()
-    check(part.tensors, stored(model, part.rules, part.prefix), part.source)
+    check(part.tensors, part.stored(model), part.source)
     swapped, filled = swapped_names(model, part.rules), {}
     for name, x in model.state_dict().items():
         parts = [part.tensors[k] for k in part.names(name)]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        tensor = swap(tensor) if name in swapped else tensor
+        tensor = torch.cat(tensor.chunk(2)[::-1]) if name in swapped else tensor
         filled[name] = tensor.reshape(x.shape).to(device, dtype or tensor.dtype)
     model.load_state_dict(filled, strict=True, assign=True)
     return model.eval().requires_grad_(False)
-
-
-def stored(model, rules, prefix=""):
-    """A model's tensors by their names in a file: the way back from `build`."""
-    swapped, tensors = swapped_names(model, rules), {}
-    for name, tensor in model.state_dict().items():
-        names = stored_names(name, rules, prefix)
-        tensor = swap(tensor) if name in swapped else tensor
-        tensors |= zip(names, (x.contiguous() for x in tensor.chunk(len(names))))
-    return tensors
 
 
 def swapped_names(model, rules):
@@ -201,10 +196,6 @@ def swapped_names(model, rules):
     found = {k: m[1] for k, m in model.named_modules() if rules and isinstance(m, AdaLN)}
     pairs = [k for k, linear in found.items() if linear.out_features == 2 * linear.in_features]
     return {f"{name}.1.{kind}" for name in pairs for kind in ("weight", "bias")}
-
-
-def swap(tensor):
-    return torch.cat(tensor.chunk(2)[::-1])
 
 
 def check(tensors, expected, source):

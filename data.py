@@ -198,10 +198,6 @@ class Pool:
     weight: float
     rows: np.ndarray  # (n,)
 
-    def __str__(self):
-        size = f"{self.size[0]}x{self.size[1]}"
-        return f"{self.task} {size} x {self.weight:.6g} from {self.source.identity}"
-
     def row(self, position, seed):
         """The row at a position of the endless sequence of epochs, each shuffled anew."""
         epoch, i = divmod(position, len(self.rows))
@@ -314,16 +310,13 @@ class Microbatches(torch.utils.data.Dataset):
 
     def load(self, numbers, workers=0):
         """Yield the microbatches of these numbers, made by so many processes (0: by this one)."""
-        options = {"batch_size": None, "num_workers": workers, "worker_init_fn": _ignore_signals}
-        for item in torch.utils.data.DataLoader(self, sampler=numbers, **options):
+        options = {"batch_size": None, "num_workers": workers, "sampler": numbers}
+        # Ctrl-C and other signals of the group are for the process that a worker works for
+        start = {"worker_init_fn": lambda _: os.setpgrp()}
+        for item in torch.utils.data.DataLoader(self, **options, **start):
             if isinstance(item, UserError):
                 raise item
             yield item
-
-
-def _ignore_signals(_):
-    """Ctrl-C and other signals of the group are for the process that a worker works for."""
-    os.setpgrp()
 
 
 @dataclass

@@ -197,7 +197,7 @@ def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
 
 # ---- loading ------------------------------------------------------------------------------------
 
-LAYOUTS = {  # beginning of a name in the file: rules, from the model's names to the file's
+RULES = {  # beginning of a name in the file: rules, from the model's names to the file's
     "model.language_model.": table("*  model.*"),  # transformers since 4.52
     "language_model.": (),  # a bare Qwen2VLModel of the same
     "model.": table("language_model.*  model.*"),  # as published
@@ -215,7 +215,7 @@ def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=N
     patches = patch_config(folder, config)
     published = bool(checkpoint and checkpoint.lmm)
     tensors, source = (checkpoint.lmm, checkpoint.source) if published else (read(folder), folder)
-    part = find_part(tensors, source, "Qwen2-VL (model.*)", ("lmm." * published,), LAYOUTS)
+    part = find_part(tensors, source, "Qwen2-VL (model.*)", ("lmm." * published,), RULES)
     head = part.tensors.pop(f"{part.prefix}lm_head.weight", None)  # no word is ever predicted
     if head is not None and config.tie_word_embeddings:  # a file may keep either of the two names
         part.tensors.setdefault(part.names("language_model.embed_tokens.weight")[0], head)

@@ -94,8 +94,7 @@ def grow(base, vocabulary):
 
 
 # As diffusers names SD3's, with a few other names
-LAYOUT = (
-    checkpoints.table("""
+RULES = checkpoints.table("""
     final_layer.adaLN_modulation.1.*  image_norm_out.linear.*
     final_layer.linear.*              image_proj_out.*
     text_head.*                       text_proj_out.*
@@ -103,14 +102,13 @@ LAYOUT = (
     image_adapter.*                   siglip_adapter_img.fc.*
     text_adapter.*                    siglip_adapter_text.fc.*
 """)
-    + checkpoints.MMDIT_DIFFUSERS
-)
+RULES += checkpoints.MMDIT_DIFFUSERS
 
 
 def load_transformer(path, device="cpu", dtype=torch.float32):
     """The Transformer of a published transformer/ or of one file; UserError if there is none."""
     stated = checkpoints.read_config(path) if Path(path).is_dir() else {}
-    kind, layouts = "transformer of UniAlignment", {"text_proj_out.weight": LAYOUT}
+    kind, layouts = "transformer of UniAlignment", {"text_proj_out.weight": RULES}
     part = checkpoints.find_part(checkpoints.read(path), path, kind, ("",), layouts)
     aligned = None
     if part.shape("image_adapter.0.weight"):
@@ -228,7 +226,7 @@ def save_frozen(engine, folder):
     engine.tokens.tokenizer.save_pretrained(folder / "tokenizer")
     sizes = {"latent_channels": config.latent_channels, "norm_num_groups": config.groups}
     write_json(folder / "vae" / "config.json", {"_class_name": "AutoencoderKL", **sizes})
-    tensors = checkpoints.stored(engine.vae, checkpoints.VAE_DIFFUSERS)
+    tensors = checkpoints.Part({}, folder, checkpoints.VAE_DIFFUSERS).stored(engine.vae)
     for name, x in tensors.items():
         if ".to_" in name and x.ndim == 4:  # 1x1 convolutions, there plain matrices
             tensors[name] = x.flatten(1)

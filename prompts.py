@@ -85,13 +85,10 @@ def interleave(text, images):
     """Put images, in order, in the place of each <image> of text -> a list of strings and images."""
     parts = text.split("<image>")
     if len(parts) - 1 != len(images):
-        raise UserError(
-            f"the prompt has {len(parts) - 1} <image> placeholders, but {len(images)} images were given"
-        )
-    prompt = [parts[0]]
-    for image, part in zip(images, parts[1:]):
-        prompt += [image, part]
-    return [part for part in prompt if part != ""]
+        counts = f"{len(parts) - 1} <image> placeholders, but {len(images)} images were given"
+        raise UserError(f"the prompt has {counts}")
+    pairs = zip(parts, [*images, ""])
+    return [part for pair in pairs for part in pair if part != ""]
 
 
 TASKS = {

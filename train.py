@@ -81,7 +81,9 @@ def train(args, sources, rank, world, device):
     steps, title = range(start, args.steps), f"stage {args.stage}"
     bar = tqdm(steps, title, args.steps, initial=start, disable=rank > 0)
     for step in bar:
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        # A linear warm-up, then constant, to zero over the last 30 %
+        lr = args.lr * min(1, (step + 1) / args.warmup, (args.steps - step) / (0.3 * args.steps))
+        optimizer.param_groups[0]["lr"] = lr
 
         # This process's share of the loss and the gradient
         by_t, mean = torch.zeros(2, runs.BINS), 0.0  # losses and their number by t, mean loss
@@ -190,11 +192,6 @@ def draw(args, micro, channels):
     return noise, t, r if args.blend is None else torch.full_like(r, args.blend)
 
 
-def learning_rate(step, args):
-    """Linear warm-up, constant, linear to zero over the last 30 %."""
-    return args.lr * min(1, (step + 1) / args.warmup, (args.steps - step) / (0.3 * args.steps))
-
-
 # ---- data ---------------------------------------------------------------------------------------
 
 
@@ -231,7 +228,9 @@ def run_settings(args, engine, pools, world):
     settings["microbatches a step"] = args.accumulate * world
     shapes = {name: list(p.shape) for name, p in engine.named_parameters() if "adapter." in name}
     settings["adapter"] = list(shapes.values())
-    settings["examples"] = [str(pool) for pool in pools]
+    settings["examples"] = [
+        f"{p.task} {p.size[0]}x{p.size[1]} x {p.weight:.6g} from {p.source.identity}" for p in pools
+    ]
     return settings | engine.base
 
 

@@ -12,6 +12,7 @@ MM-DiT in `dtype` (fp32 on CPU, bf16 on CUDA); VAE, latents, times and losses in
 Letters: B batch, L text slots, N image tokens, D width, V vocabulary, C channels, M the teacher's width.
 """
 
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 import flow
 import masked
 import pipeline
-from checkpoints import check, fingerprint, load_mmdit, load_vae, stored
+from checkpoints import Part, check, fingerprint, load_mmdit, load_vae
 from prompts import check_drawing, crop_to, split_prompt, to_images, to_rgb, to_tensor
 from support import fast
 from support.cli import UserError, reading
@@ -51,7 +52,7 @@ class UniAlignment(nn.Module):
                 raise UserError(f"{found} {what}: this transformer was trained with {expected}")
         if entries > text_encoder.config.vocab_size:
             raise UserError(f"a tokenizer of {entries} entries, more than T5 knows")
-        self.tokens = pipeline.Tokens(tokenizer, sampling.slots)
+        self.tokens, self.guidance = pipeline.Tokens(tokenizer, sampling.slots), sampling.guidance
 
     @classmethod
     def load(cls, folder=MINI, sd3=None, device=None, dtype=None, *, mask=None):
@@ -99,10 +100,6 @@ class UniAlignment(nn.Module):
     @property
     def device(self):
         return self.mmdit.pos_embed.device
-
-    @property
-    def guidance(self):
-        return self.sampling.guidance
 
     @property
     def default_size(self):
@@ -172,7 +169,7 @@ class UniAlignment(nn.Module):
         if counts not in ([0], [1], [3]):
             raise UserError(f"all prompts take no image, all one or all three: found {counts}")
         steps = sampling.steps if steps is None else steps
-        guidance = sampling.guidance if guidance is None else guidance
+        guidance = self.guidance if guidance is None else guidance
         size = size or (self.default_size, self.default_size)
         check_drawing(steps, guidance, *size, self.mmdit.config.largest)
 
@@ -214,16 +211,13 @@ class UniAlignment(nn.Module):
         latent = self.encode(images, (self.default_size, self.default_size), generators)
         slots, order = (sampling.slots, self.mmdit.text_head.out_features), order or sampling.order
 
-        def draws():
-            while True:
-                yield torch.stack([torch.rand(slots, generator=g) for g in generators])
-
-        def logits(ids):
-            return self.read(latent, self.context(ids))
-
+        draws = (torch.stack([torch.rand(slots, generator=g) for g in generators]) for _ in count())
         with fast.prepared(self.mmdit, [0.0]) as go_to:
             go_to(0.0)
-            ids = masked.unmask(logits, ids, steps, order, draws(), self.tokens.mask_id)
+            ids = masked.unmask(
+                lambda ids: self.read(latent, self.context(ids)),
+                ids, steps, order, draws, self.tokens.mask_id,
+            )  # fmt: skip
         return [self.tokens.text(row[new]) for row, new in zip(ids, hidden)]
 
     def start_training(self, *_):
@@ -294,7 +288,7 @@ class UniAlignment(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", self.mmdit.settings())
         with whole(folder / pipeline.WEIGHTS) as partial:
-            save_file(stored(self.mmdit, pipeline.LAYOUT), partial)
+            save_file(Part({}, folder, pipeline.RULES).stored(self.mmdit), partial)
 
     def restore(self, folder):
         """Take back what `save` wrote, into an engine that trains the same."""

@@ -16,8 +16,8 @@ from unialignment_folder import NAMES, publish, transformer_weights
 import flow
 import masked
 import mmdit
-from checkpoints import stored
-from pipeline import LAYOUT, Transformer
+from checkpoints import Part
+from pipeline import RULES, Transformer
 from prompts import to_images
 from support import fast
 from support.cli import UserError
@@ -315,7 +315,7 @@ def test_full_size_has_the_published_numbers():
     config = replace(mmdit.FAMILIES["SD3-medium"], pooled_dim=None, text_out=True)
     with torch.device("meta"):
         model = Transformer(config, 32_100, 8, (3584, 2048))
-    assert len(stored(model, LAYOUT)) == 696 and len(model.state_dict()) == 504
+    assert len(Part({}, "", RULES).stored(model)) == 696 and len(model.state_dict()) == 504
     assert len(NAMES["published"]) == 28 * UNI["depth"] + 24
     assert abs(flow.sigma_schedule(28, 3.0)[-2].item() - 0.008929) < 1e-6
     assert sum(p.numel() for p in model.parameters()) == 2_123_838_884
