@@ -290,11 +290,7 @@ class Microbatches(torch.utils.data.Dataset):
         pairs = [(apply_task(task, prompt), null) for task, prompt, _, null in examples]
         return self.collate([prompts[null] for prompts, null in pairs])
 
-    def read(self, record, size, rng):
-        """What is learnt from a record: (task, prompt, target); raises UserError if nothing can be."""
-        example = training_example(record, size, rng)
-        apply_task(*example[:2])  # refuses an empty prompt
-        return example
+    read = staticmethod(training_example)  # what is learnt from a record: (task, prompt, target)
 
     def example(self, pool, position, rng, bad_lines):
         """What `read` makes of the row at a position of a pool; bad lines are skipped and listed."""

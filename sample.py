@@ -124,15 +124,15 @@ def read_prompts(args):
 
 
 def read_questions(args):
-    """The images to read, and a question about each, or None; one image may have many questions."""
+    """Images to read and a question about each, or None, --num times; one image may have many questions."""
     images, questions = [read_image(path) for path in args.image], args.prompt
     if len(images) == 1:
         images *= max(1, len(questions))
-    wanted = len(images) if args.task == "answer" else 0
-    if not images or len(questions) != wanted:
+    if not images or len(questions) != len(images) * (args.task == "answer"):
         counts = f"{len(images)} images and {len(questions)} prompts were given"
         takes = {"caption": "images and no prompt", "answer": "an image and a prompt for each"}
         raise UserError(f"task {args.task} takes {takes[args.task]}, but {counts}")
+    images, questions = ([x for x in many for _ in range(args.num)] for many in (images, questions))
     return images, questions or None
 
 
@@ -180,19 +180,13 @@ def save(args, images, out):
         print(file)
 
 
-def read(args):
-    """Print what is read in each picture, a line for each of --num tries."""
-    images, questions = read_questions(args)
-    images = [image for image in images for _ in range(args.num)]
-    questions = questions and [question for question in questions for _ in range(args.num)]
-    texts = load(args).answer(images, questions, args.steps, args.order, seed=args.seed)
-    print(*(" ".join(text.split()) for text in texts), sep="\n")
-
-
 def main(arguments=None):
     args = parse(arguments)
     if args.task in READING:
-        return read(args)
+        images, questions = read_questions(args)
+        texts = load(args).answer(images, questions, args.steps, args.order, seed=args.seed)
+        print(*(" ".join(text.split()) for text in texts), sep="\n")
+        return
     prompts, out = read_prompts(args), writable(args.out)
     prompts = [prompt for prompt in prompts for _ in range(args.num)]
     engine = load(args)
@@ -203,10 +197,9 @@ def main(arguments=None):
     else:
         options = {"r": args.blend, "task": args.task}
     options |= {name: getattr(args, name) for name in ("steps", "guidance", "size", "seed")}
-    bar = partial(tqdm, desc="drawing", unit="step")
     with fast.compiling() if args.compile else nullcontext():
-        images = engine.generate(prompts, **options, progress=bar)
-    return save(args, images, out)
+        bar = partial(tqdm, desc="drawing", unit="step")
+        save(args, engine.generate(prompts, **options, progress=bar), out)
 
 
 if __name__ == "__main__":

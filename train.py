@@ -72,7 +72,7 @@ def train(args, sources, rank, world, device):
     model = distribute(engine, learning, args.shard, world)
     if rank == 0:
         runs.open_folder(out, start, engine)
-        print(runs.memory_plan(engine, args, world), runs.mixture(data.pools), sep="\n", flush=True)
+        print(runs.memory_plan(engine, args, world), *settings["examples"], sep="\n", flush=True)
         for line in bad_lines.items():
             bad_lines.report(*line)
 

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import time
-from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -232,15 +231,6 @@ def activation_bytes(mmdit, tokens, checkpointing):
     depth = mmdit.config.depth
     one = tokens * mmdit.config.width * mmdit.pos_embed.element_size()
     return (depth + KEPT if checkpointing else depth * KEPT) * one
-
-
-def mixture(pools):
-    """What the microbatches are drawn from, as text."""
-    weights = Counter()
-    for pool in pools:
-        weights[f"{pool.task} from {pool.source.name}"] += pool.weight
-    total = weights.total()
-    return "\n".join(f"{100 * weight / total:9.1f} %   {name}" for name, weight in weights.items())
 
 
 def preview(engine, examples):

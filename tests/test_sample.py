@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sample
+from checkpoints import metadata, read
 from dream_engine import LMM, SD3, STAGE1
 from support import fast
 from support.cli import one_line_errors
@@ -176,7 +177,7 @@ def test_one_pixel_is_an_image():
     "kind, said",
     [
         ("truncated", "c.safetensors: expected a whole .safetensors file"),
-        ("mistyped", "unknown adaptor.txt; expected adapter.* and lora.* only"),
+        ("mistyped", "c.safetensors: does not fit: unknown adaptor.txt"),
         ("code", "c.safetensors: expected a whole .safetensors file"),
     ],
 )
@@ -184,7 +185,8 @@ def test_bad_checkpoints_get_one_line(kind, said, capsys):
     if kind == "truncated":
         Path("c.safetensors").write_bytes(STAGE1.read_bytes()[:5000])
     elif kind == "mistyped":
-        save_file({"adaptor.txt": torch.zeros(2)}, "c.safetensors", {"config": '{"base": 1}'})
+        weights = read(STAGE1) | {"adaptor.txt": torch.zeros(2)}
+        save_file(weights, "c.safetensors", metadata(STAGE1))
     else:
         Path("c.safetensors").write_text("print('hello')")
     arguments = ["--prompt", "a", "--checkpoint", "c.safetensors", *FAST]

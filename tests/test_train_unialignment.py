@@ -184,7 +184,7 @@ def test_a_run_learns_everything_but_what_is_frozen_and_leaves_a_folder(capsys):
         "transformer", "vae",
     ]  # fmt: skip
     said = capsys.readouterr().out
-    assert "parameters that learn" in said and "50.0 %   edit from rendered scenes" in said
+    assert "parameters that learn" in said and "edit 64x64 x 1 from rendered scenes" in said
     assert said.splitlines()[-1] == "run"
     sample.main(["--task", "caption", "--checkpoint", "run", "--image", pixel(), "--device", "cpu"])
     assert len(capsys.readouterr().out.splitlines()) == 1
