@@ -33,9 +33,8 @@ def together(name, advice):
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not re.search("gloo|onnection", str(error)):
             raise
-        reason = str(error).splitlines()[0][:160]
-        lost = f"rank {dist.get_rank()}: lost the other processes ({reason})"
-        raise UserError(f"{lost}; {advice()}") from error
+        lost = f"lost the other processes ({str(error).splitlines()[0][:160]})"
+        raise UserError(f"rank {dist.get_rank()}: {lost}; {advice()}") from error
     dist.destroy_process_group()
 
 

@@ -100,15 +100,19 @@ def restore(out, engine, optimizer, settings):
     if not (folder := latest(out)):
         return 0
     file = folder / "state.pt"
+    shapes = [tuple(p.shape) for p in optimizer.param_groups[0]["params"]]
+    expected = {i: {"step": (), "exp_avg": x, "exp_avg_sq": x} for i, x in enumerate(shapes)}
     with reading(file, "the state of a run of train.py"):
         state = torch.load(file, map_location="cpu", weights_only=True)
         step, moments = state["step"], state["optimizer"]["state"]
         if type(step) is not int or step != int(folder.name):
             raise ValueError(f"step {step} in folder {folder.name}")
         check_settings(state["settings"], settings, out)
+        found = {i: {k: tuple(x.shape) for k, x in saved.items()} for i, saved in moments.items()}
+        if moments and found != expected:  # none before the first good step
+            raise ValueError("moments that are not those of these parameters")
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     engine.restore(weights_file(folder))
-    with reading(file):
-        load_moments(optimizer, moments)
     return step
 
 
@@ -120,16 +124,6 @@ def check_settings(before, now, out):
     if differing := sorted(k for k in before.keys() | now.keys() if not same(k)):
         changes = "; ".join(f"{k}: {before.get(k)} then, {now.get(k)} now" for k in differing)
         raise UserError(f"--resume: not the run in {out}: {changes}")
-
-
-def load_moments(optimizer, moments):
-    """Put AdamW's state {number of a parameter: tensors} into it; raises if it does not fit."""
-    shapes = [tuple(p.shape) for p in optimizer.param_groups[0]["params"]]
-    expected = {i: {"step": (), "exp_avg": x, "exp_avg_sq": x} for i, x in enumerate(shapes)}
-    found = {i: {k: tuple(x.shape) for k, x in saved.items()} for i, saved in moments.items()}
-    if moments and found != expected:  # none before the first good step
-        raise ValueError("moments that are not those of these parameters")
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
 
 @contextmanager
@@ -208,18 +202,19 @@ def memory_plan(engine, args, processes):
         frozen -= shared - shared // processes
     image, patches = (args.size // 8 // engine.mmdit.config.patch) ** 2, engine.lmm.patches
     prompt = 40 + patches.max_pixels // (patches.patch * patches.merge) ** 2  # and one picture
-    tokens = image + prompt
-    if args.stage == "unialignment":
-        tokens = 3 * image + 2 * engine.sampling.slots  # both passes of an edit
+    uni = args.stage == "unialignment"  # both passes of an edit
+    tokens = 3 * image + 2 * engine.sampling.slots if uni else image + prompt
     activations = activation_bytes(engine.mmdit, tokens, args.checkpointing)
     if args.lmm_lora:
         lmm = engine.lmm.language_model.config
         kept = lmm.num_hidden_layers * (6 * lmm.hidden_size + 3 * lmm.intermediate_size)
         activations += prompt * kept * engine.mmdit.pos_embed.element_size()
-    count = sum(p.numel() for p in learning)
     rows = [
         (frozen, "frozen weights" + ", here" * args.shard),
-        (4 * trained, f"{count:,} parameters that learn, gradients, AdamW's moments"),
+        (
+            4 * trained,
+            f"{sum(p.numel() for p in learning):,} parameters that learn, gradients, AdamW",
+        ),
         (args.batch * activations, f"activations (estimate): {args.batch} x {tokens} tokens"),
     ]
     rows.append((sum(size for size, _ in rows), "together"))
@@ -264,11 +259,9 @@ def loss_curve(out):
     return plot(lines, f"{len(records)} steps")
 
 
-COLORS = ("black", "#b2182b", "#ef8a62", "#999999", "#67a9cf", "#2166ac")
-
-
 def plot(lines, below, limits=None, width=800, height=400):
     """Lines {name: [y or None, ...]}, evenly spaced in x, the first one thick, as a picture."""
+    colors = ("black", "#b2182b", "#ef8a62", "#999999", "#67a9cf", "#2166ac")
     known = limits or [y for line in lines.values() for y in line if y is not None] or [0]
     low, high = min(known), max(known)
     page = Image.new("RGB", (width, height), "white")
@@ -278,8 +271,8 @@ def plot(lines, below, limits=None, width=800, height=400):
         points = [
             (50 + right * i, 20 + down * (high - y)) for i, y in enumerate(line) if y is not None
         ]
-        draw.line(points, fill=COLORS[k], width=3 if k == 0 else 1)
-        draw.text((width - 110, 20 + 16 * k), name, fill=COLORS[k])
+        draw.line(points, fill=colors[k], width=3 if k == 0 else 1)
+        draw.text((width - 110, 20 + 16 * k), name, fill=colors[k])
     draw.text((4, 14), f"{high:.3f}", fill="black")
     draw.text((4, height - 46), f"{low:.3f}", fill="black")
     draw.text((50, height - 24), below, fill="black")
