@@ -188,7 +188,6 @@ class Clock:
 
 # ---- what a person sees -------------------------------------------------------------------------
 
-
 KEPT = 18  # tensors as wide as its tokens that a block of the MM-DiT keeps for the backward pass
 
 
@@ -211,10 +210,7 @@ def memory_plan(engine, args, processes):
         activations += prompt * kept * engine.mmdit.pos_embed.element_size()
     rows = [
         (frozen, "frozen weights" + ", here" * args.shard),
-        (
-            4 * trained,
-            f"{sum(p.numel() for p in learning):,} parameters that learn, gradients, AdamW",
-        ),
+        (4 * trained, f"{sum(p.numel() for p in learning):,} parameters that learn, with AdamW"),
         (args.batch * activations, f"activations (estimate): {args.batch} x {tokens} tokens"),
     ]
     rows.append((sum(size for size, _ in rows), "together"))
