@@ -49,5 +49,5 @@ part base
 wait $side
 once export "$PYTHON" -m mini.pretrain export --out "$OUT"
 stage 1 2000
-stage 2 3200
+stage 2 4400
 OMP_NUM_THREADS=2 "$PYTHON" -m mini.evaluate --num "$N" --run "$OUT" --out "$OUT/scores"
