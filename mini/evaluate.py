@@ -13,6 +13,7 @@ import time
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from PIL import Image, ImageDraw, ImageOps
@@ -22,23 +23,9 @@ from transformers import T5EncoderModel
 from checkpoints import load_mmdit, load_vae, metadata, read, read_json
 from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
 from lmm import load_lmm, load_tokenizer
-from mini import world
-from mini.cases import (
-    CASES,
-    STREAM,
-    bits,
-    controls,
-    copies_of,
-    draw,
-    interval,
-    judge,
-    picture,
-    score,
-    share,
-)
+from mini import cases, pretrain, world
+from mini.cases import CASES, STREAM, bits, controls, copies_of, interval, judge, score, share
 from mini.encoders import CAPTION, continued
-from mini.pretrain import T5, TextCondition, decibels
-from mini.pretrain import draw as draw_base
 from mini.world import HELD_OUT, SEEN
 from support.cli import Parser, UserError, number, one_line_errors, whole_number
 from support.files import prompt_row, sheet, table, whole, write_json, write_png, write_text
@@ -62,15 +49,16 @@ class Base:
     """The miniature SD3.5 with its own T5, drawing as `DreamEngine.generate` does."""
 
     def __init__(self, device=None):
-        self.mmdit, self.vae = load_mmdit(SD3, device or "cpu"), load_vae(SD3, device or "cpu")
-        t5 = T5EncoderModel.from_pretrained(T5, dtype=torch.float32).eval().to(device or "cpu")
-        self.condition = TextCondition(self.mmdit, t5, load_tokenizer(T5))
+        device = device or "cpu"
+        self.mmdit, self.vae = load_mmdit(SD3, device), load_vae(SD3, device)
+        t5 = T5EncoderModel.from_pretrained(pretrain.T5, dtype=torch.float32).eval().to(device)
+        self.condition = pretrain.TextCondition(self.mmdit, t5, load_tokenizer(pretrain.T5))
 
     def generate(self, prompts, *, task=None, seed=0, steps=28, guidance=4.5, alone=False):
         """alone: without the pooled vector, and with pads attended, as UniAlignment starts."""
         texts = ["".join(prompt) for prompt in prompts] + [""] * len(prompts)
         condition = self.condition(texts, *((4, torch.zeros(len(texts))) if alone else ()))
-        return draw_base(self.mmdit, self.vae, condition, steps, guidance, seed)
+        return pretrain.draw(self.mmdit, self.vae, condition, steps, guidance, seed)
 
 
 class Card:
@@ -83,24 +71,23 @@ class Card:
     def engine(self, checkpoint=None):
         return DreamEngine.load(SD3, LMM, checkpoint or self.checkpoint, self.device)
 
-    def drawn(self, name, generate, vae, row, **settings):
+    def drawn(self, name, engine, row, **settings):
         """A row of CASES, of the pairs that training draws and of the held-out ones; and sheets."""
         for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD)):
-            groups, tiles, asked = {}, [], CASES[row](self.n, STREAM, pairs)
-            images = iter(draw(generate, chain(*asked.values()), name + suffix, **settings))
-            for group, cases in asked.items():
-                own = list(islice(images, len(cases)))
-                groups[group] = judge(cases, own) | controls(vae, cases, own)
-                right = groups[group]["exact"]
-                tiles.append([tile(*shown) for shown in zip(cases[:8], own, right)])
-            file = (name + suffix).replace(", ", "-").replace(" ", "-")
+            groups, tiles, asked, title = {}, [], CASES[row](self.n, STREAM, pairs), name + suffix
+            images = iter(cases.draw(engine.generate, chain(*asked.values()), title, **settings))
+            for group, members in asked.items():
+                drawn = list(islice(images, len(members)))
+                groups[group] = judge(members, drawn) | controls(engine.vae, members, drawn)
+                tiles.append(list(map(tile, members[:8], drawn, groups[group]["exact"])))
+            file = title.replace(", ", "-").replace(" ", "-")
             write_png(self.out / f"{file}.png", sheet(tiles))
-            yield name + suffix, groups
+            yield title, groups
 
-    def read_back(self, name, seed, reads):
+    def read_back(self, name, reads):
         """The share of random pictures of which reads([scene, ...]) -> [right, ...] is right."""
         for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD)):
-            rng = random.Random(f"{seed}{suffix} {STREAM}")
+            rng = random.Random(f"{name.lower()}{suffix} {STREAM}")
             scenes = [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(self.n)]
             yield name + suffix, {name: {"exact": bits(reads(scenes))}}
 
@@ -110,7 +97,7 @@ class Card:
             return [world.detect(copy) == scene for copy, scene in zip(copies, scenes)]
 
         vae = load_vae(SD3)
-        yield from self.read_back("VAE", "vae", reads)
+        yield from self.read_back("VAE", reads)
 
     def captions(self):
         def reads(scenes):
@@ -120,25 +107,19 @@ class Card:
 
         lmm = load_lmm(LMM)
         words = lmm.language_model.embed_tokens.weight
-        yield from self.read_back("captions", "captions", reads)
+        yield from self.read_back("captions", reads)
 
     def base(self):
         base = Base(self.device)
         guidance = self.guidance or best_guidance(base.generate, ["t2i"], 120)
-        for name, generate in (
-            ("base", base.generate),
-            (ALONE, partial(base.generate, alone=True)),
-        ):
-            yield from self.drawn(name, generate, base.vae, "t2i", guidance=guidance)
+        for name, alone in (("base", False), (ALONE, True)):
+            yield from self.drawn(name, base, "t2i", guidance=guidance, alone=alone)
 
     def stage1(self):
-        engine = self.engine(STAGE1)
-        yield from self.drawn("stage 1", engine.generate, engine.vae, "t2i", guidance=self.guidance)
+        yield from self.drawn("stage 1", self.engine(STAGE1), "t2i", guidance=self.guidance)
 
     def stage2(self, row):
-        engine = self.engine()
-        settings = {"guidance": self.guidance, "r": self.r}
-        yield from self.drawn(row, engine.generate, engine.vae, row, **settings)
+        yield from self.drawn(row, self.engine(), row, guidance=self.guidance, r=self.r)
 
 
 ROWS = {"vae": Card.vae, "captions": Card.captions, "base": Card.base, "stage1": Card.stage1}
@@ -160,36 +141,15 @@ def tile(case, image, right):
 # ---- what is measured besides -------------------------------------------------------------------
 
 
-def photographs(card):
-    """Mean of the VAE's decibels on crops of real photographs, or None without scikit-image."""
-    try:
-        from skimage import data
-    except ImportError:
-        return None
-    photos = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket()]
-    rng, crops = random.Random("photographs"), []
-    for _ in range(card.n):
-        photo = Image.fromarray(rng.choice(photos))
-        side = rng.randint(world.SIZE, min(photo.size))
-        left, top = rng.randint(0, photo.width - side), rng.randint(0, photo.height - side)
-        box = (left, top, left + side, top + side)
-        crops.append(photo.crop(box).resize((world.SIZE,) * 2, Image.LANCZOS))
-    return decibels(crops, copies_of(load_vae(SD3), crops))
-
-
 def variety(card, prompts=20, seeds=8):
     """{r: [distinct readings of `seeds` pictures of an open prompt, share of unclear pictures]}."""
-    engine, rng = card.engine(), random.Random(f"variety {STREAM}")
-    asked = [
-        [picture(a), " and ", picture(b)] for a, b in (rng.sample(SEEN, 2) for _ in range(prompts))
-    ]
-    result = {}
+    engine, rng, result = card.engine(), random.Random(f"variety {STREAM}"), {}
+    pairs = [map(cases.picture, rng.sample(SEEN, 2)) for _ in range(prompts)]
+    asked = [[a, " and ", b] for a, b in pairs]
     for r in RATIOS:
-        scenes = [
-            list(map(world.detect, engine.generate([prompt] * seeds, task="objects", r=r)))
-            for prompt in asked
-        ]
-        distinct = sum(len(set(s) - {None}) for s in scenes) / prompts
+        drawn = (engine.generate([prompt] * seeds, task="objects", r=r) for prompt in asked)
+        scenes = [list(map(world.detect, images)) for images in drawn]
+        distinct = sum(len({*found} - {None}) for found in scenes) / prompts
         result[str(r)] = [distinct, sum(s.count(None) for s in scenes) / prompts / seeds]
     return result
 
@@ -198,15 +158,14 @@ def by_steps(card):
     """{Euler steps: [share of text -> image that is right, seconds a picture]}."""
     engine, result = card.engine(), {}
     for steps in STEPS:
-        start = time.perf_counter()
-        exact = score(engine.generate, "t2i", card.n, STREAM, f"{steps} steps", steps=steps)[
-            "exact"
-        ]
-        result[str(steps)] = [share(exact), round((time.perf_counter() - start) / len(exact), 4)]
+        start, what = time.perf_counter(), f"{steps} steps"
+        checks = score(engine.generate, "t2i", card.n, STREAM, what, steps=steps)
+        seconds = (time.perf_counter() - start) / len(checks["exact"])
+        result[str(steps)] = [share(checks["exact"]), round(seconds, 4)]
     return result
 
 
-MEASURES = {"photographs": photographs, "variety": variety, "steps": by_steps}
+MEASURES = {"variety": variety, "steps": by_steps}
 
 
 # ---- guidance -----------------------------------------------------------------------------------
@@ -216,22 +175,17 @@ def best_guidance(generate, rows, n):
     """The guidance at which n cases of each row, of a stream of their own, are drawn best."""
     means = {}
     for guidance in GUIDANCES:
-        what = f"guidance {guidance:g}"
-        shares = [
-            share(score(generate, row, n, "guidance", f"{row}, {what}", guidance=guidance)["exact"])
-            for row in rows
-        ]
-        means[guidance] = sum(shares) / len(shares)
+        what, settings = f"guidance {guidance:g}", {"guidance": guidance}
+        found = [score(generate, row, n, "guidance", f"{row}, {what}", **settings) for row in rows]
+        means[guidance] = fmean(share(checks["exact"]) for checks in found)
     print(table(["guidance", "score"], [[f"{g:g}", f"{m:.3f}"] for g, m in means.items()]))
     return max(means, key=means.get)
 
 
 def store_guidance(file, n, device=None):
     """Find it for a checkpoint, and write it there: the default of sample.py."""
-    engine, config = (
-        DreamEngine.load(SD3, LMM, file, device),
-        read_json(file, metadata(file)["config"]),
-    )
+    engine = DreamEngine.load(SD3, LMM, file, device)
+    config = read_json(file, metadata(file)["config"])
     rows = ("t2i", "copies") if config["stage"] == 1 else ("t2i", "copies", "edits", "objects")
     config["guidance"] = best_guidance(engine.generate, rows, n)
     tensors = {name: tensor.clone() for name, tensor in read(file).items()}
@@ -251,13 +205,11 @@ def line(name, checks, ratio=""):
 
 def totals(rows):
     """{row: {check: bits}}, all groups of a row together."""
-    return {
-        row: {
-            check: "".join(g[check] for g in groups.values())
-            for check in next(iter(groups.values()))
-        }
-        for row, groups in rows.items()
-    }
+
+    def joined(groups):
+        return {name: "".join(group[name] for group in groups) for name in groups[0]}
+
+    return {row: joined(list(groups.values())) for row, groups in rows.items()}
 
 
 def report(scores):
@@ -271,10 +223,7 @@ def report(scores):
         lines.append(line(f"**{row}**", total[row], ratio))
         lines += [line(name, part) for name, part in groups.items() if len(groups) > 1]
     parts = [table(["", "n", "score", "95 %", "ratio", *CONTROLS.values()], lines)]
-    settings = [f"{k} {v}" for k, v in scores["settings"].items()]
-    if scores.get("photographs"):
-        settings.append(f"photographs through the VAE {scores['photographs']:.1f} dB")
-    parts.append(f"({', '.join(settings)})")
+    parts.append(f"({', '.join(f'{k} {v}' for k, v in scores['settings'].items())})")
     for name, title, columns in (
         ("variety", "**Variety** (`variety`): two pictures, their places left open, 8 seeds each",
          ["r", "distinct readings", "share unclear"]),
@@ -307,11 +256,10 @@ def parts_of(run, total):
 # ---- the command line ---------------------------------------------------------------------------
 
 
-def options():
-    parser = Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("rows", nargs="*", metavar="row",
-        help=f"of {', '.join((*ROWS, *MEASURES))}; default: all; or: guidance")  # fmt: skip
+def main(arguments=None):
+    parser, names = Parser(description=__doc__.splitlines()[0]), (*ROWS, *MEASURES)
+    add, expected = parser.add_argument, ", ".join(names)
+    add("rows", nargs="*", metavar="row", help=f"of {expected}; default: all; or: guidance")
     add("--num", type=whole_number(6, 10_000), default=300, help="cases a row")
     add("--checkpoint", default=STAGE2)
     add("--guidance", type=number(-1000, 1000), help="default: each checkpoint's own")
@@ -319,17 +267,12 @@ def options():
     add("--out", default="runs/evaluate", help="folder of scores.json, scores.md and pictures")
     add("--run", help="folder of speedrun.sh, whose minutes stand in the report")
     add("--device")
-    return parser
-
-
-def main(arguments=None):
-    args = options().parse_args(arguments)
+    args = parser.parse_args(arguments)
     if args.rows == ["guidance"]:
         return store_guidance(Path(args.checkpoint), args.num, args.device)
-    if unknown := set(args.rows) - {*ROWS, *MEASURES}:
-        expected = ", ".join((*ROWS, *MEASURES))
+    if unknown := set(args.rows) - set(names):
         raise UserError(f"unknown row {unknown.pop()!r}: expected some of {expected}, or guidance")
-    out, chosen = Path(args.out), args.rows or (*ROWS, *MEASURES)
+    out, chosen = Path(args.out), args.rows or names
     out.mkdir(parents=True, exist_ok=True)
     card = Card(args.num, out, args.checkpoint, args.device, args.guidance, args.blend)
     guidance = "each checkpoint's own" if args.guidance is None else args.guidance

@@ -53,7 +53,7 @@ def test_copies_score_one_and_edits_that_change_nothing_zero(tmp_path, monkeypat
 
 def test_what_is_read_back_is_counted_picture_by_picture(tmp_path):
     card = evaluate.Card(3, tmp_path)
-    seen, held = card.read_back("VAE", "vae", lambda scenes: [len(scenes) == 3, False, True])
+    seen, held = card.read_back("VAE", lambda scenes: [len(scenes) == 3, False, True])
     assert seen == ("VAE", {"VAE": {"exact": "101"}}) and held[0] == "VAE, held-out pairs"
 
 
