@@ -99,8 +99,8 @@ def test_full_size_runs_at_a_tiny_size(untimed):
     assert plain["of it MM-DiT, GB"] == lean["of it MM-DiT, GB"]  # on a CPU all lies there
     names = [row[""] for row in bench.full_training(CPU)["rows"]]
     assert names == ["stage 1, 8 of 64 x 64", "stage 2, 8 of 64 x 64"]
-    step = bench.sampling(TINY[0], CPU, (16, 4), steps=2, rounds=1, dtype=torch.bfloat16)
-    report = bench.report({"full step": step | {"about": ""}})
+    step = bench.sampling("tiny", TINY[0], (16, 4), 2, 1, torch.bfloat16, device=CPU)
+    report = bench.report({"full step": step})
     assert "| ours, compiled |" in report and "dtype: torch.bfloat16" in report
 
 

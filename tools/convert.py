@@ -8,7 +8,7 @@
 Shards are the .tar files of img2dataset; GRIT's boxes need its --resize_mode keep_ratio, for the
 default pads. Images in shards and parquet files are copied, byte for byte, into a folder beside the
 manifest, as FILE/NUMBER of the record. Faulty records are skipped and counted; damage inside an
-image, though, is only found by `python -m tools.check_manifest`.
+image is only found by `python -m tools.check_manifest`.
 """
 
 import json
@@ -80,27 +80,24 @@ class Bounded(FileIO):
         return super().read(size)
 
 
-def read_members(file):
+def read_members(archive):
     """(key, part, bytes) of the members of a shard; without bytes if there are too many."""
     last = -1
-    with (
-        reading(file.name, "a .tar file"),
-        Bounded(file) as stream,
-        tarfile.open(fileobj=stream, mode="r:") as archive,
-    ):
-        for member in archive:
-            if member.size < 0 or member.offset <= last:  # that would never end
-                raise tarfile.ReadError("negative size")
-            last, (key, suffix) = member.offset, os.path.splitext(member.name)
-            part, fits = PARTS.get(suffix.lower()), member.size <= LARGEST
-            if part and member.isreg() and not member.issparse():
-                yield key, part, archive.extractfile(member).read() if fits else b""
+    for member in archive:
+        if member.size < 0 or member.offset <= last:  # that would never end
+            raise tarfile.ReadError("negative size")
+        last, (key, suffix) = member.offset, os.path.splitext(member.name)
+        part, fits = PARTS.get(suffix.lower()), member.size <= LARGEST
+        if part and member.isreg() and not member.issparse():
+            yield key, part, archive.extractfile(member).read() if fits else b""
 
 
 def read_samples(file):
     """The samples of a shard: "image", "txt" and "json" in bytes."""
-    for key, members in groupby(read_members(file), itemgetter(0)):
-        yield key, {part: data for _, part, data in members}
+    with reading(file.name, "a .tar file"), Bounded(file) as stream:
+        members = read_members(tarfile.TarFile(fileobj=stream))
+        for key, parts in groupby(members, itemgetter(0)):
+            yield key, {part: data for _, part, data in parts}
 
 
 def read_rows(file):
@@ -233,11 +230,8 @@ def write_manifest(file, records, convert):
             try:
                 if isinstance(record, UserError):
                     raise record
-                line = json.dumps(
-                    convert(record, file.with_suffix("") / name),
-                    ensure_ascii=False,
-                    default=relative,
-                )
+                line = convert(record, file.with_suffix("") / name)
+                line = json.dumps(line, ensure_ascii=False, default=relative)
                 parse_record(line)  # what training would refuse is faulty, too
             except UserError as error:
                 skipped += 1
