@@ -9,7 +9,6 @@ Cases are of the reserved eighth that no training met, from a stream that nothin
 import json
 import random
 import textwrap
-import time
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -31,7 +30,6 @@ from support.cli import Parser, UserError, number, one_line_errors, whole_number
 from support.files import prompt_row, sheet, table, whole, write_json, write_png, write_text
 
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)
-STEPS = (1, 2, 4, 8, 14, 28)
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)  # r
 HELD = ", held-out pairs"
 ALONE = "base, by time alone"
@@ -61,69 +59,70 @@ class Base:
         return pretrain.draw(self.mmdit, self.vae, condition, steps, guidance, seed)
 
 
-class Card:
-    """Yields rows (name, {group: {check: bits}}), by the names in ROWS and MEASURES."""
-
-    def __init__(self, n, out, checkpoint=STAGE2, device=None, guidance=None, r=0.0):
-        self.n, self.out, self.device = n, out, device
-        self.checkpoint, self.guidance, self.r = checkpoint, guidance, r
-
-    def engine(self, checkpoint=None):
-        return DreamEngine.load(SD3, LMM, checkpoint or self.checkpoint, self.device)
-
-    def drawn(self, name, engine, row, **settings):
-        """A row of CASES, of the pairs that training draws and of the held-out ones; and sheets."""
-        for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD)):
-            groups, tiles, asked, title = {}, [], CASES[row](self.n, STREAM, pairs), name + suffix
-            images = iter(cases.draw(engine.generate, chain(*asked.values()), title, **settings))
-            for group, members in asked.items():
-                drawn = list(islice(images, len(members)))
-                groups[group] = judge(members, drawn) | controls(engine.vae, members, drawn)
-                tiles.append(list(map(tile, members[:8], drawn, groups[group]["exact"])))
-            file = title.replace(", ", "-").replace(" ", "-")
-            write_png(self.out / f"{file}.png", sheet(tiles))
-            yield title, groups
-
-    def read_back(self, name, reads):
-        """The share of random pictures of which reads([scene, ...]) -> [right, ...] is right."""
-        for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD)):
-            rng = random.Random(f"{name.lower()}{suffix} {STREAM}")
-            scenes = [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(self.n)]
-            yield name + suffix, {name: {"exact": bits(reads(scenes))}}
-
-    def vae(self):
-        def reads(scenes):
-            copies = copies_of(vae, list(map(world.render, scenes)))
-            return [world.detect(copy) == scene for copy, scene in zip(copies, scenes)]
-
-        vae = load_vae(SD3)
-        yield from self.read_back("VAE", reads)
-
-    def captions(self):
-        def reads(scenes):
-            prompts = [[CAPTION, world.render(scene)] for scene in scenes]
-            texts = continued(lmm, lambda states: states @ words.T, prompts, 26)
-            return [text.startswith(world.describe(s)) for text, s in zip(texts, scenes)]
-
-        lmm = load_lmm(LMM)
-        words = lmm.language_model.embed_tokens.weight
-        yield from self.read_back("captions", reads)
-
-    def base(self):
-        base = Base(self.device)
-        guidance = self.guidance or best_guidance(base.generate, ["t2i"], 120)
-        for name, alone in (("base", False), (ALONE, True)):
-            yield from self.drawn(name, base, "t2i", guidance=guidance, alone=alone)
-
-    def stage1(self):
-        yield from self.drawn("stage 1", self.engine(STAGE1), "t2i", guidance=self.guidance)
-
-    def stage2(self, row):
-        yield from self.drawn(row, self.engine(), row, guidance=self.guidance, r=self.r)
+# A row is a function of the program's options: it yields (name, {group: {check: bits}}).
 
 
-ROWS = {"vae": Card.vae, "captions": Card.captions, "base": Card.base, "stage1": Card.stage1}
-ROWS |= {row: partial(Card.stage2, row=row) for row in CASES}
+def drawn(args, name, engine, row, **settings):
+    """A row of CASES, of the pairs that training draws and of the held-out ones; and sheets."""
+    for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD)):
+        groups, tiles, asked, title = {}, [], CASES[row](args.num, STREAM, pairs), name + suffix
+        images = iter(cases.draw(engine.generate, chain(*asked.values()), title, **settings))
+        for group, members in asked.items():
+            shown = list(islice(images, len(members)))
+            groups[group] = judge(members, shown) | controls(engine.vae, members, shown)
+            tiles.append(list(map(tile, members[:8], shown, groups[group]["exact"])))
+        file = title.replace(", ", "-").replace(" ", "-")
+        write_png(args.out / f"{file}.png", sheet(tiles))
+        yield title, groups
+
+
+def read_back(args, name, reads):
+    """The share of random pictures of which reads([scene, ...]) -> [right, ...] is right."""
+    for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD)):
+        rng = random.Random(f"{name.lower()}{suffix} {STREAM}")
+        scenes = [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(args.num)]
+        yield name + suffix, {name: {"exact": bits(reads(scenes))}}
+
+
+def copied(args):
+    def reads(scenes):
+        copies = copies_of(vae, list(map(world.render, scenes)))
+        return [world.detect(copy) == scene for copy, scene in zip(copies, scenes)]
+
+    vae = load_vae(SD3)
+    yield from read_back(args, "VAE", reads)
+
+
+def captioned(args):
+    def reads(scenes):
+        prompts = [[CAPTION, world.render(scene)] for scene in scenes]
+        texts = continued(lmm, lambda states: states @ words.T, prompts, 26)
+        return [text.startswith(world.describe(s)) for text, s in zip(texts, scenes)]
+
+    lmm = load_lmm(LMM)
+    words = lmm.language_model.embed_tokens.weight
+    yield from read_back(args, "captions", reads)
+
+
+def drawn_by_base(args):
+    base = Base(args.device)
+    guidance = args.guidance or best_guidance(base.generate, ["t2i"], 120)
+    for name, alone in (("base", False), (ALONE, True)):
+        yield from drawn(args, name, base, "t2i", guidance=guidance, alone=alone)
+
+
+def drawn_by_stage1(args):
+    engine = DreamEngine.load(SD3, LMM, STAGE1, args.device)
+    yield from drawn(args, "stage 1", engine, "t2i", guidance=args.guidance)
+
+
+def drawn_by_checkpoint(args, row):
+    engine = DreamEngine.load(SD3, LMM, args.checkpoint, args.device)
+    yield from drawn(args, row, engine, row, guidance=args.guidance, r=args.blend)
+
+
+ROWS = {"vae": copied, "captions": captioned, "base": drawn_by_base, "stage1": drawn_by_stage1}
+ROWS |= {row: partial(drawn_by_checkpoint, row=row) for row in CASES}
 
 
 def tile(case, image, right):
@@ -136,36 +135,6 @@ def tile(case, image, right):
     words = textwrap.fill(text.partition(": ")[2], page.width // 6)
     ImageDraw.Draw(page).text((4, row.height), words, "black", font_size=10)
     return page
-
-
-# ---- what is measured besides -------------------------------------------------------------------
-
-
-def variety(card, prompts=20, seeds=8):
-    """{r: [distinct readings of `seeds` pictures of an open prompt, share of unclear pictures]}."""
-    engine, rng, result = card.engine(), random.Random(f"variety {STREAM}"), {}
-    pairs = [map(cases.picture, rng.sample(SEEN, 2)) for _ in range(prompts)]
-    asked = [[a, " and ", b] for a, b in pairs]
-    for r in RATIOS:
-        drawn = (engine.generate([prompt] * seeds, task="objects", r=r) for prompt in asked)
-        scenes = [list(map(world.detect, images)) for images in drawn]
-        distinct = sum(len({*found} - {None}) for found in scenes) / prompts
-        result[str(r)] = [distinct, sum(s.count(None) for s in scenes) / prompts / seeds]
-    return result
-
-
-def by_steps(card):
-    """{Euler steps: [share of text -> image that is right, seconds a picture]}."""
-    engine, result = card.engine(), {}
-    for steps in STEPS:
-        start, what = time.perf_counter(), f"{steps} steps"
-        checks = score(engine.generate, "t2i", card.n, STREAM, what, steps=steps)
-        seconds = (time.perf_counter() - start) / len(checks["exact"])
-        result[str(steps)] = [share(checks["exact"]), round(seconds, 4)]
-    return result
-
-
-MEASURES = {"variety": variety, "steps": by_steps}
 
 
 # ---- guidance -----------------------------------------------------------------------------------
@@ -224,16 +193,12 @@ def report(scores):
         lines += [line(name, part) for name, part in groups.items() if len(groups) > 1]
     parts = [table(["", "n", "score", "95 %", "ratio", *CONTROLS.values()], lines)]
     parts.append(f"({', '.join(f'{k} {v}' for k, v in scores['settings'].items())})")
-    for name, title, columns in (
-        ("variety", "**Variety** (`variety`): two pictures, their places left open, 8 seeds each",
-         ["r", "distinct readings", "share unclear"]),
-        ("steps", "**Euler steps** (`steps`): text -> image", ["steps", "score", "seconds a picture"]),
-        ("parts", "**From nothing** (`parts`)", ["part", "minutes", "score"]),
-    ):  # fmt: skip
-        if scores.get(name):
-            cells = [[key, *(f"{x:.3g}" if x is not None else "" for x in row)]
-                     for key, row in scores[name].items()]  # fmt: skip
-            parts += [title, table(columns, cells)]
+    if "parts" in scores:
+        rows = [
+            [name, f"{minutes:.3g}", "" if right is None else f"{right:.3g}"]
+            for name, (minutes, right) in scores["parts"].items()
+        ]
+        parts += ["**From nothing** (`parts`)", table(["part", "minutes", "score"], rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -257,39 +222,34 @@ def parts_of(run, total):
 
 
 def main(arguments=None):
-    parser, names = Parser(description=__doc__.splitlines()[0]), (*ROWS, *MEASURES)
-    add, expected = parser.add_argument, ", ".join(names)
+    parser, expected = Parser(description=__doc__.splitlines()[0]), ", ".join(ROWS)
+    add = parser.add_argument
     add("rows", nargs="*", metavar="row", help=f"of {expected}; default: all; or: guidance")
     add("--num", type=whole_number(6, 10_000), default=300, help="cases a row")
-    add("--checkpoint", default=STAGE2)
+    add("--checkpoint", default=STAGE2, type=Path)
     add("--guidance", type=number(-1000, 1000), help="default: each checkpoint's own")
     add("--blend", type=number(0, 1), default=0.0, help="r")
-    add("--out", default="runs/evaluate", help="folder of scores.json, scores.md and pictures")
+    add("--out", default="runs/evaluate", type=Path, help="of scores.json, scores.md and pictures")
     add("--run", help="folder of speedrun.sh, whose minutes stand in the report")
     add("--device")
     args = parser.parse_args(arguments)
     if args.rows == ["guidance"]:
-        return store_guidance(Path(args.checkpoint), args.num, args.device)
-    if unknown := set(args.rows) - set(names):
+        return store_guidance(args.checkpoint, args.num, args.device)
+    if unknown := set(args.rows) - ROWS.keys():
         raise UserError(f"unknown row {unknown.pop()!r}: expected some of {expected}, or guidance")
-    out, chosen = Path(args.out), args.rows or names
-    out.mkdir(parents=True, exist_ok=True)
-    card = Card(args.num, out, args.checkpoint, args.device, args.guidance, args.blend)
+    args.out.mkdir(parents=True, exist_ok=True)
     guidance = "each checkpoint's own" if args.guidance is None else args.guidance
-    settings = {"checkpoint": Path(args.checkpoint).name, "guidance": guidance, "r": args.blend}
+    settings = {"checkpoint": args.checkpoint.name, "guidance": guidance, "r": args.blend}
     scores = {"settings": settings | {"steps": 28, "cases and noise from seed": STREAM}, "rows": {}}
-    for name in chosen:
-        if name in MEASURES:
-            scores[name] = MEASURES[name](card)
-            continue
-        for row, groups in ROWS[name](card):
+    for name in args.rows or ROWS:
+        for row, groups in ROWS[name](args):
             scores["rows"][row] = groups
             exact = "".join(group["exact"] for group in groups.values())
             print(f"{row:30} {share(exact):.3f}", flush=True)
     if args.run:
         scores["parts"] = parts_of(args.run, totals(scores["rows"]))
-    write_json(out / "scores.json", scores)
-    write_text(out / "scores.md", report(scores))
+    write_json(args.out / "scores.json", scores)
+    write_text(args.out / "scores.md", report(scores))
     print(report(scores))
 
 
