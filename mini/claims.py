@@ -129,7 +129,7 @@ def random_lmm(folder, seed):
 # ---- what is asked of the committed weights -----------------------------------------------------
 
 
-def blend_curve(engine, n=200):
+def blend_curve(engine, _, n=200):
     """{row: {r: {check: bits}}}, all of the same cases."""
 
     def at(row, r):
@@ -161,10 +161,7 @@ def odd_ends(engine, out, n=50):
     return result
 
 
-EXTRAS = {  # of the committed weights
-    "curve": lambda out: blend_curve(DreamEngine.load()),
-    "odd": lambda out: odd_ends(DreamEngine.load(), out),
-}
+EXTRAS = {"curve": blend_curve, "odd": odd_ends}  # of the committed weights
 
 
 # ---- the report ---------------------------------------------------------------------------------
@@ -211,8 +208,6 @@ def report(results):
     return "\n\n".join(parts) + "\n"
 
 
-# ---- the command line ---------------------------------------------------------------------------
-
 CLAIMS = (*EXTRAS, *dict.fromkeys(c.claim for c in COMPARISONS))
 
 
@@ -229,7 +224,7 @@ def main(arguments=None):
     for name, find in EXTRAS.items():
         file = out / f"{name}.json"
         if name in chosen and not file.is_file():
-            write_json(file, find(out))
+            write_json(file, find(DreamEngine.load(), out))
         if file.is_file():
             results[name] = read_json(file)
     for c in COMPARISONS:

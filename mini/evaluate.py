@@ -33,12 +33,8 @@ GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)  # r
 HELD = ", held-out pairs"
 ALONE = "base, by time alone"
-CONTROLS = {  # name: column of the report
-    "renders": "true pictures",
-    "VAE": "their VAE copies",
-    "shuffled": "other case's",
-    "unedited": "unedited",
-}
+CONTROLS = {"renders": "true pictures", "VAE": "their VAE copies", "shuffled": "other case's",
+            "unedited": "unedited"}  # name: column of the report  # fmt: skip
 
 # ---- what is scored -----------------------------------------------------------------------------
 
@@ -76,32 +72,29 @@ def drawn(args, name, engine, row, **settings):
         yield title, groups
 
 
-def read_back(args, name, reads):
-    """The share of random pictures of which reads([scene, ...]) -> [right, ...] is right."""
+def random_scenes(args, name):
     for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD)):
         rng = random.Random(f"{name.lower()}{suffix} {STREAM}")
-        scenes = [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(args.num)]
-        yield name + suffix, {name: {"exact": bits(reads(scenes))}}
+        made = [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(args.num)]
+        yield name + suffix, made
 
 
 def copied(args):
-    def reads(scenes):
-        copies = copies_of(vae, list(map(world.render, scenes)))
-        return [world.detect(copy) == scene for copy, scene in zip(copies, scenes)]
-
     vae = load_vae(SD3)
-    yield from read_back(args, "VAE", reads)
+    for name, scenes in random_scenes(args, "VAE"):
+        copies = copies_of(vae, list(map(world.render, scenes)))
+        right = bits(world.detect(copy) == scene for copy, scene in zip(copies, scenes))
+        yield name, {"VAE": {"exact": right}}
 
 
 def captioned(args):
-    def reads(scenes):
-        prompts = [[CAPTION, world.render(scene)] for scene in scenes]
-        texts = continued(lmm, lambda states: states @ words.T, prompts, 26)
-        return [text.startswith(world.describe(s)) for text, s in zip(texts, scenes)]
-
     lmm = load_lmm(LMM)
     words = lmm.language_model.embed_tokens.weight
-    yield from read_back(args, "captions", reads)
+    for name, scenes in random_scenes(args, "captions"):
+        prompts = [[CAPTION, world.render(scene)] for scene in scenes]
+        texts = continued(lmm, lambda states: states @ words.T, prompts, 26)
+        right = bits(text.startswith(world.describe(s)) for text, s in zip(texts, scenes))
+        yield name, {"captions": {"exact": right}}
 
 
 def drawn_by_base(args):
@@ -111,18 +104,14 @@ def drawn_by_base(args):
         yield from drawn(args, name, base, "t2i", guidance=guidance, alone=alone)
 
 
-def drawn_by_stage1(args):
-    engine = DreamEngine.load(SD3, LMM, STAGE1, args.device)
-    yield from drawn(args, "stage 1", engine, "t2i", guidance=args.guidance)
+def drawn_by_engine(args, row, name=None, checkpoint=None):
+    engine = DreamEngine.load(SD3, LMM, checkpoint or args.checkpoint, args.device)
+    yield from drawn(args, name or row, engine, row, guidance=args.guidance, r=args.blend)
 
 
-def drawn_by_checkpoint(args, row):
-    engine = DreamEngine.load(SD3, LMM, args.checkpoint, args.device)
-    yield from drawn(args, row, engine, row, guidance=args.guidance, r=args.blend)
-
-
-ROWS = {"vae": copied, "captions": captioned, "base": drawn_by_base, "stage1": drawn_by_stage1}
-ROWS |= {row: partial(drawn_by_checkpoint, row=row) for row in CASES}
+ROWS = {"vae": copied, "captions": captioned, "base": drawn_by_base}
+ROWS["stage1"] = partial(drawn_by_engine, row="t2i", name="stage 1", checkpoint=STAGE1)
+ROWS |= {row: partial(drawn_by_engine, row=row) for row in CASES}
 
 
 def tile(case, image, right):
@@ -216,9 +205,6 @@ def parts_of(run, total):
         earlier = result.get(name, [0])[0]
         result[name] = [earlier + float(minutes), sum(shares) / len(shares) if shares else None]
     return result | {"together": [sum(minutes for minutes, _ in result.values()), None]}
-
-
-# ---- the command line ---------------------------------------------------------------------------
 
 
 def main(arguments=None):

@@ -52,10 +52,11 @@ def test_copies_score_one_and_edits_that_change_nothing_zero(tmp_path, monkeypat
         assert (frames["red"] in colors) == (color == "red")
 
 
-def test_what_is_read_back_is_counted_picture_by_picture():
-    args, reads = SimpleNamespace(num=3), lambda scenes: [len(scenes) == 3, False, True]
-    seen, held = evaluate.read_back(args, "VAE", reads)
-    assert seen == ("VAE", {"VAE": {"exact": "101"}}) and held[0] == "VAE, held-out pairs"
+def test_what_is_read_back_is_counted_picture_by_picture(monkeypatch):
+    monkeypatch.setattr(evaluate, "load_vae", lambda file: None)
+    monkeypatch.setattr(evaluate, "copies_of", lambda vae, images: images[:1] + images[:1])
+    seen, held = evaluate.ROWS["vae"](SimpleNamespace(num=2))
+    assert seen == ("VAE", {"VAE": {"exact": "10"}}) and held[0] == "VAE, held-out pairs"
 
 
 def test_the_best_guidance_is_stored_and_nothing_else_changes(tmp_path, monkeypatch):

@@ -92,7 +92,6 @@ def race(functions, rounds):
 
 def rows_of(times, unit, base, steps=1):
     """[{"": name, unit: milliseconds a step, "of base": ratio}], no ratio where base is missing."""
-
     rows = []
     for name, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times.get(base, ()))]
