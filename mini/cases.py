@@ -323,10 +323,7 @@ def odd_cases(n, seed=STREAM):
 
 
 def draw(generate, cases, what="", **settings):
-    """A picture for each case, case i from seed i; generate as `DreamEngine.generate`.
-
-    No two cases of a row share their noise: some noise is luckier than other.
-    """
+    """A picture for each case, case i from seed i; generate as `DreamEngine.generate`."""
     cases, images = list(cases), []
     with tqdm(total=len(cases), desc=what, leave=False) as bar:
         while left := cases[len(images) :]:
@@ -390,8 +387,8 @@ def interval(text):
 def difference(first, second):
     """Mean of second - first, paired case by case, and the half width of its 95 % interval.
 
-    first and second hold a text for each replicate: another seed of training, or of the cases. The
-    interval is the wider of two: Student's over the replicates, and the normal one over all cases.
+    They hold a text for each replicate: another seed of training, or of the cases. The interval is
+    the wider of two: Student's over the replicates, and the normal one over all cases.
     """
     pairs = [[int(b) - int(a) for a, b in zip(x, y, strict=True)] for x, y in zip(first, second)]
     means, flat = [mean(d) for d in pairs], [x for d in pairs for x in d]

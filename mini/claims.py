@@ -14,7 +14,6 @@ from collections import namedtuple
 from pathlib import Path
 
 import torch
-from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from checkpoints import read_json
@@ -22,7 +21,7 @@ from dream_engine import LMM, SD3, DreamEngine
 from mini.cases import STREAM, difference, draw, judge, odd_cases, score, share
 from mini.evaluate import RATIOS
 from support.cli import Parser, UserError, one_line_errors, reading
-from support.files import prompt_row, sheet, table, write_json, write_png, write_text
+from support.files import grid, prompt_row, sheet, table, write_json, write_png, write_text
 from support.runs import plot
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -141,13 +140,12 @@ def blend_curve(engine, _, n=200):
 
 def draw_curve(curve):
     """Each row as a plot over r: the exact score, what was kept, what was followed."""
-    page = Image.new("RGB", (1000, 600), "white")
-    for i, (row, by_r) in enumerate(curve.items()):
+    panels = []
+    for row, by_r in curve.items():
         names = [name for name in ("exact", "kept", "followed") if name in by_r["0.0"]]
         lines = {name: [share(at[name]) for at in by_r.values()] for name in names}
-        panel = plot(lines, f"{row}: r = 0 to 1, score from 0 to 1", (0, 1), 500, 300)
-        page.paste(panel, (500 * (i % 2), 300 * (i // 2)))
-    return page
+        panels.append(plot(lines, f"{row}: r = 0 to 1, score from 0 to 1", (0, 1), 500, 300))
+    return grid(panels)
 
 
 def odd_ends(engine, out, n=50):

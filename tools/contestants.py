@@ -18,8 +18,6 @@ try:
 except ImportError:
     SD3Transformer2DModel = None
 
-ATTENTION = r".*attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"  # what LoRA goes on
-
 
 class Reference(nn.Module):
     """diffusers' transformer with our forward; Dream Engine's conditions bypass its embedders."""
@@ -44,7 +42,8 @@ class Reference(nn.Module):
         return self.transformer(latent, txt, vec, 1000 * t, return_dict=False)[0]
 
     def add_lora(self, rank):
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=ATTENTION)
+        attention = r".*attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=attention)
         inject_adapter_in_model(config, self.transformer)
 
 

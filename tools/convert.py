@@ -215,9 +215,9 @@ def find_files(paths, suffix):
 
 
 def write_manifest(file, records, convert):
-    """Write convert(record) for every record; print how many there are, and how many were faulty.
+    """Write convert(record) for every record, and print how many there were, good and faulty.
 
-    Raises UserError if all are; then, and when interrupted, there is no manifest.
+    Raises UserError if all are faulty; then, and when interrupted, there is no manifest.
     """
 
     def relative(path):
