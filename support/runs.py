@@ -59,7 +59,7 @@ def open_folder(out, step):
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_metrics(out) if record["step"] <= step]
-        write_text(out / "metrics.jsonl", "".join(map(_line, kept)))
+        write_text(out / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
         if step:
             publish(out)  # again: the run may have been killed before it could
 
@@ -157,11 +157,7 @@ def log(out, record):
         return x if isinstance(x, int) else float(f"{x:.6g}") if math.isfinite(x) else None
 
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(_line({name: short(x) for name, x in record.items()}))
-
-
-def _line(record):
-    return json.dumps(record) + "\n"
+        file.write(json.dumps({name: short(x) for name, x in record.items()}) + "\n")
 
 
 def read_metrics(out):

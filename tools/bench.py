@@ -114,12 +114,6 @@ def peak(device, function):
     return max(itertools.accumulate(sizes)) / 1e9
 
 
-def resident(module, device):
-    """GB of a module's tensors on a device."""
-    tensors = module.state_dict().values()
-    return sum(x.nbytes for x in tensors if x.device.type == device.type) / 1e9
-
-
 # ---- parts: a device to {"rows": ..., and what else is to tell}; the docstring is the title ------
 
 
@@ -274,8 +268,8 @@ def full_request(device):
             save_memory(engine.to("cpu"), device)
         draw = partial(engine.generate, [prompt_of(336)])
         row = {"": name, "s a picture": median(race({name: draw}, 3)[name])}
-        row["GB"] = peak(device, draw) + resident(engine, device)
-        rows.append(row | {"of it MM-DiT, GB": resident(engine.mmdit, device)})
+        there = [x.nbytes for x in engine.state_dict().values() if x.device.type == device.type]
+        rows.append(row | {"GB": peak(device, draw) + sum(there) / 1e9})
         drawn.append(np.asarray(draw()[0], dtype=float))
         del engine, draw
     return {"rows": rows, "largest difference of 255": abs(np.subtract(*drawn)).max()}
