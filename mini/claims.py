@@ -19,13 +19,13 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from checkpoints import read_json
 from dream_engine import LMM, SD3, DreamEngine
 from mini.cases import STREAM, difference, draw, judge, odd_cases, score, share
-from mini.evaluate import RATIOS
 from support.cli import Parser, UserError, one_line_errors, reading
 from support.files import grid, prompt_row, sheet, table, write_json, write_png, write_text
 from support.runs import plot
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 GUIDANCE = 2.0  # of short trainings, which say none
+RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)  # r
 
 # ---- what is trained ----------------------------------------------------------------------------
 

@@ -30,7 +30,6 @@ from support.cli import Parser, UserError, number, one_line_errors, whole_number
 from support.files import prompt_row, sheet, table, whole, write_json, write_png, write_text
 
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)
-RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)  # r
 HELD = ", held-out pairs"
 ALONE = "base, by time alone"
 CONTROLS = {"renders": "true pictures", "VAE": "their VAE copies", "shuffled": "other case's",
