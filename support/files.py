@@ -5,6 +5,7 @@ import math
 import os
 import textwrap
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -48,16 +49,14 @@ def table(head, rows):
 
 
 def sheet(rows, height=None, gap=4, letters=60):
-    """Rows of PIL images, or of (images, text), as one picture.
+    """Rows of PIL images, or of (images, text), as one picture, the text so many letters wide.
 
-    height: that all images are scaled to; default: as they are. The text stands at the right, so many
-    letters wide.
+    height: that all images are scaled to; default: as they are.
     """
     rows = [row if isinstance(row, tuple) else (row, "") for row in rows]
     scaled = [[_scale(image, height) for image in images] for images, _ in rows]
-    tops = [gap]
-    for images in scaled:
-        tops.append(tops[-1] + max(image.height for image in images) + gap)
+    heights = [max(image.height for image in images) + gap for images in scaled]
+    tops = list(accumulate(heights, initial=gap))
     right = gap + max(sum(image.width + gap for image in images) for images in scaled)
     has_text = any(text for _, text in rows)
     page = Image.new("RGB", (right + (4 + 6 * letters) * has_text, tops[-1]), "lightgray")

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -58,7 +59,7 @@ def open_folder(out, step):
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_metrics(out) if record["step"] <= step]
-        write_text(out / "metrics.jsonl", "".join(map(_line, kept)))
+        write_text(out / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
         if step:
             publish(out)  # again: the run may have been killed before it could
 
@@ -156,11 +157,7 @@ def log(out, record):
         return x if isinstance(x, int) else float(f"{x:.6g}") if math.isfinite(x) else None
 
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(_line({name: short(x) for name, x in record.items()}))
-
-
-def _line(record):
-    return json.dumps(record) + "\n"
+        file.write(json.dumps({name: short(x) for name, x in record.items()}) + "\n")
 
 
 def read_metrics(out):
@@ -195,9 +192,8 @@ class Clock:
         self.waited += time.perf_counter() - begin
 
     def lap(self, examples):
-        now = time.perf_counter()
-        seconds, waited = now - self.start, self.waited
-        self.start, self.waited = now, 0.0
+        seconds, waited = time.perf_counter() - self.start, self.waited
+        self.__init__()
         return examples / seconds, waited / seconds
 
 
@@ -254,12 +250,12 @@ def activation_bytes(mmdit, tokens, checkpointing):
 
 def mixture(pools):
     """What the microbatches are drawn from, as text."""
-    weights = {}
+    weights = Counter()
     for pool in pools:
-        name = f"{pool.task} from {pool.source.name}"
-        weights[name] = weights.get(name, 0) + pool.weight
-    total = sum(weights.values())
-    return "\n".join(f"{100 * weight / total:9.1f} %   {name}" for name, weight in weights.items())
+        weights[f"{pool.task} from {pool.source.name}"] += pool.weight / sum(
+            p.weight for p in pools
+        )
+    return "\n".join(f"{100 * weight:9.1f} %   {name}" for name, weight in weights.items())
 
 
 def preview(engine, examples):
@@ -282,14 +278,16 @@ def write_pictures(out, step, preview):
 def loss_curve(out):
     """The loss over the steps, and that of each fifth of t, averaged over hundredths of the run."""
     records = read_metrics(out)
-    window = max(1, len(records) // 100)
-    lines = {}
+    window, lines = max(1, len(records) // 100), {}
+
+    def mean(values):
+        known = [x for x in values if x is not None and math.isfinite(x)]
+        return sum(known) / len(known) if known else None
+
     for k in range(BINS + 1):
         values = [r["loss_by_t"][k - 1] if k else r["loss"] for r in records]
-        parts = [values[i : i + window] for i in range(0, len(values), window)]
-        parts = [[x for x in part if x is not None and math.isfinite(x)] for part in parts]
         name = f"t {(k - 1) / BINS:.1f} - {k / BINS:.1f}" if k else "loss"
-        lines[name] = [sum(part) / len(part) if part else None for part in parts]
+        lines[name] = [mean(values[i : i + window]) for i in range(0, len(values), window)]
     return plot(lines, f"{len(records)} steps")
 
 
@@ -302,14 +300,11 @@ def plot(lines, below, limits=None, width=800, height=400):
     low, high = min(known), max(known)
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
-
-    def point(right, down):  # both from 0 to 1
-        return 50 + (width - 170) * right, 20 + (height - 60) * down
-
     for k, (name, line) in reversed(list(enumerate(lines.items()))):
+        x = [50 + (width - 170) * i / max(1, len(line) - 1) for i in range(len(line))]
         points = [
-            point(i / max(1, len(line) - 1), (high - y) / (high - low or 1))
-            for i, y in enumerate(line)
+            (right, 20 + (height - 60) * (high - y) / (high - low or 1))
+            for right, y in zip(x, line)
             if y is not None
         ]
         draw.line(points, fill=COLORS[k], width=3 if k == 0 else 1)
