@@ -276,7 +276,7 @@ def main(arguments=None):
     add("--checkpoint", default=STAGE2, type=Path)
     add("--guidance", type=number(-1000, 1000), help="default: each checkpoint's own")
     add("--blend", type=number(0, 1), default=0.0, help="r")
-    add("--out", default="runs/evaluate", type=Path, help="of scores.json, scores.md and pictures")
+    add("--out", default="runs/evaluate", type=Path, help="folder of scores and pictures")
     add("--run", help="folder of speedrun.sh, whose minutes stand in the report")
     add("--device")
     args = parser.parse_args(arguments)
