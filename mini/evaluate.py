@@ -232,7 +232,8 @@ def report(scores):
             ratio = f"{share(total[row]['exact']) / whole_share:.2f}" if whole_share else ""
         lines.append(line(f"**{row}**", total[row], ratio))
         lines += [line(name, part) for name, part in groups.items() if len(groups) > 1]
-    parts = [table(["", "n", "score", "95 %", "ratio", *CONTROLS.values()], lines)]
+    parts = ["**Right pictures** (`card`)"]
+    parts += [table(["", "n", "score", "95 %", "ratio", *CONTROLS.values()], lines)]
     settings = [f"{k} {v}" for k, v in scores["settings"].items()]
     if scores.get("photographs"):
         settings.append(f"photographs through the VAE {scores['photographs']:.1f} dB")
@@ -264,7 +265,7 @@ def parts_of(run, total):
             shares = [json.loads(last)["masked"]]
         earlier = result.get(name, [0])[0]
         result[name] = [earlier + float(minutes), sum(shares) / len(shares) if shares else None]
-    return result | {"together": [sum(minutes for minutes, _ in result.values()), None]}
+    return result | {"sum, two at a time": [sum(minutes for minutes, _ in result.values()), None]}
 
 
 def main(arguments=None):

@@ -83,7 +83,7 @@ def test_minutes_of_resumed_parts_add_up(tmp_path):
     (tmp_path / "minutes.txt").write_text("vae 3.5\nt5 1.0\nvae 2.0\n")
     (tmp_path / "t5.jsonl").write_text('{"masked": 0.1}\n{"masked": 0.8}\n')
     parts = evaluate.parts_of(tmp_path, {"VAE": {"exact": "1110"}})
-    assert parts == {"vae": [5.5, 0.75], "t5": [1.0, 0.8], "together": [6.5, None]}
+    assert parts == {"vae": [5.5, 0.75], "t5": [1.0, 0.8], "sum, two at a time": [6.5, None]}
 
 
 def test_the_committed_tables_are_those_of_the_committed_results():

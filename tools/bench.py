@@ -158,7 +158,7 @@ def request(device, steps=28):
     }
     base = next(iter(ways))
     ways["official way, ours, padding masked"] = partial(theirs, engine.mmdit, is_masked=True)
-    ways["ours"] = partial(engine.generate, [prompt], steps)
+    ways["ours"] = partial(engine.generate, [prompt], steps, guidance=4.5)
     *unmasked, masked, fast = (np.asarray(way()[0], dtype=float) for way in ways.values())
     apart = max(abs(unmasked[0] - unmasked[-1]).max(), abs(masked - fast).max())
     if apart > 1:
