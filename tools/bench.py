@@ -214,8 +214,8 @@ def training(device, size=16):
 
 
 def forward_backward(model, batch, device):
-    """What a training step asks of the transformer, at 16 image and 16 text tokens."""
-    latent, txt, vec = inputs_of(model.config, 16, 16, batch, device)
+    """What a training step asks of the transformer, at 9 image and 16 text tokens."""
+    latent, txt, vec = inputs_of(model.config, 9, 16, batch, device)
     model(latent, 0.5, txt.requires_grad_(), vec.requires_grad_()).sum().backward()
 
 
