@@ -1,8 +1,7 @@
 """What is asked of the miniature, and the exact judgement of what it drew.
 
-A Case is a prompt together with all that tells a right picture from a wrong one. Its scenes and
-prompts are from the eighth of the world that training never draws (`world.is_exam`). Judgements are
-strings of 0 and 1, one letter for each case, so that models can be compared case by case.
+Scenes and prompts are from the eighth of the world that training never draws (`world.is_exam`).
+Judgements are strings of 0 and 1, one letter a case, so that models can be compared case by case.
 """
 
 import random
@@ -10,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import combinations, takewhile
 from math import sqrt
 from statistics import mean, stdev
 
@@ -23,6 +22,7 @@ from mini import edits, programs, world
 from mini.world import HELD_OUT, SEEN, Mention, Object, Prompt, Reading, Scene
 from prompts import reference_prompt, to_images, to_tensor
 
+RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)  # r, at which its effect is asked
 STREAM = "second edition"  # seed of cases that were never used to choose weights or settings
 
 
@@ -44,25 +44,30 @@ def asked_for(prompt):
     return lambda read: world.matches(prompt, read.scene)
 
 
-def only(*kinds):
+def one_object(color=None, shape=None):
+    """Does a picture show one object, of this color or shape?"""
+    return asked_for(Prompt("", (Mention(shape, color),)))
+
+
+def only(*pairs):
     """Does a picture show these (color, shape) pairs and nothing else?"""
-    return lambda read: read.scene is not None and Counter(kinds_of(read)) == Counter(kinds)
+    return lambda read: read.scene is not None and kinds(read) == Counter(pairs)
 
 
-def kinds_of(read):
-    return [o.pair for o in read.objects]
+def kinds(scene):
+    return Counter(o.pair for o in scene.objects)
 
 
 def reference_checks(reference, pictured):
     """kept: what the prompt pictures is there. followed: all that its words say holds."""
-    kinds = Counter(o.pair for o in pictured)
+    wanted = Counter(o.pair for o in pictured)
     words = [
         replace(mention, shape=None, color=None) if obj in pictured else mention
         for obj, mention in zip(reference.objects, reference.prompt.mentions)
     ]
     return {
         "exact": asked_for(reference.prompt),
-        "kept": lambda read: kinds <= Counter(kinds_of(read)),
+        "kept": lambda read: wanted <= kinds(read),
         "followed": asked_for(replace(reference.prompt, mentions=tuple(words))),
     }
 
@@ -85,7 +90,7 @@ def copy_cases(n, seed, pairs=SEEN):
         checks = {
             "exact": lambda read: read.scene == scene,
             "kept": lambda read: set(scene.objects) <= set(read.objects),
-            "kinds": lambda read: Counter(o.pair for o in scene.objects) == Counter(kinds_of(read)),
+            "kinds": lambda read: kinds(read) == kinds(scene),
         }
         return Case("i2i", [world.render(scene)], scene, checks)
 
@@ -101,9 +106,8 @@ def edit_cases(n, seed, pairs=SEEN):
         background = edit.target.background
 
         def followed(read):
-            removed, added = edit.before not in read.objects, edit.after in (None, *read.objects)
-            changed = edit.kind != "background" or read.background == background
-            return removed and added and changed
+            done = edit.before not in read.objects and edit.after in (None, *read.objects)
+            return done and (edit.kind != "background" or read.background == background)
 
         checks = {
             "exact": lambda read: read.scene == edit.target,
@@ -113,13 +117,13 @@ def edit_cases(n, seed, pairs=SEEN):
         source = world.render(edit.source)
         return Case("edit", [source, edit.text], edit.target, checks, source)
 
-    result = {}
-    kinds = ("recolor", "add") if pairs is HELD_OUT else edits.EDITS
-    for which in kinds:
-        rng = random.Random(f"edits {which} {seed}")
-        made = [edits.sample_edit(which, rng, pairs, True) for _ in range(n // len(kinds))]
-        result[which] = list(map(case, made))
-    return result
+    def some(kind):
+        rng = random.Random(f"edits {kind} {seed}")
+        made = (edits.sample_edit(kind, rng, pairs, True) for _ in range(n // len(asked)))
+        return list(map(case, made))
+
+    asked = ("recolor", "add") if pairs is HELD_OUT else edits.EDITS
+    return {kind: some(kind) for kind in asked}
 
 
 def object_cases(n, seed, pairs=SEEN):
@@ -147,7 +151,7 @@ def mixing_cases(n, seed, pairs=SEEN):
         pictures = [world.portrait(o, s.background) for o, s in ((a, first), (b, second))]
         prompt = ["the shape of ", pictures[0], " in the color of ", pictures[1]]
         checks = {
-            "exact": asked_for(Prompt("", (Mention(a.shape, b.color),))),
+            "exact": only(mixed),
             "kept": lambda read, s=a.shape: {o.shape for o in read.objects} == {s},
             "followed": lambda read, c=b.color: {o.color for o in read.objects} == {c},
             "first copied": only(a.pair),
@@ -171,21 +175,41 @@ CASES = {
 # ---- cases like nothing in training, or that contradict themselves ------------------------------
 
 
+def trained_pair(rng, shape=None):
+    """A random (color, shape) that is not held out."""
+    while True:
+        pair = rng.choice(list(world.COLORS)), shape or rng.choice(world.SHAPES)
+        if pair in SEEN:
+            return pair
+
+
+def two_pairs(rng):
+    """Two pairs that differ in color and shape; b's color with a's shape is trained, too."""
+    while True:
+        a, b = trained_pair(rng), trained_pair(rng)
+        if a[0] != b[0] and a[1] != b[1] and (b[0], a[1]) in SEEN:
+            return a, b
+
+
+def picture(pair):
+    return world.portrait(Object(*pair, 4))
+
+
+def one_or_both(a, b, names):
+    return dict(zip(names, (only(a), only(b), only(a, b))))
+
+
 def five_of_a_kind(rng):
-    color, shape = trained_pair(rng)
-    text = f"five {color} {world.plural(shape)}"
-    numbers = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
-    ends = {f"{word} of them": only(*[(color, shape)] * k) for k, word in numbers.items()}
-    return Case("t2i", [text], None, ends)
+    color, shape = pair = trained_pair(rng)
+    numbers = enumerate(("two", "three", "four", "five", "six"), 2)
+    ends = {f"{word} of them": only(*[pair] * n) for n, word in numbers}
+    return Case("t2i", [f"five {color} {world.plural(shape)}"], None, ends)
 
 
 def two_colors(rng):
     (first, shape), (second, _) = two_pairs(rng)
-    ends = {
-        "the first color": only((first, shape)),
-        "the last color": only((second, shape)),
-        "both": only((first, shape), (second, shape)),
-    }
+    names = ("the first color", "the last color", "both")
+    ends = one_or_both((first, shape), (second, shape), names)
     return Case("t2i", [f"a {first} {second} {shape}"], None, ends)
 
 
@@ -203,33 +227,48 @@ def unknown_shape(rng):
 def words_against_picture(rng):
     a, b = two_pairs(rng)
     said = (b[0], a[1])
-    ends = {"as the picture": only(a), "as the words": only(said), "both": only(a, said)}
+    ends = one_or_both(a, said, ("as the picture", "as the words", "both"))
     return Case("objects", [f"a {b[0]} {a[1]} ", picture(a)], None, ends)
 
 
 def two_for_one_place(rng):
     a, b = two_pairs(rng)
-    place = world.PLACES[rng.choice(range(9))]
-    ends = {"the first": only(a), "the second": only(b), "both, one elsewhere": only(a, b)}
+    place = rng.choice(world.PLACES)
     prompt = [f"{place} ", picture(a), f", {place} ", picture(b), ", white background"]
+    ends = one_or_both(a, b, ("the first", "the second", "both, one elsewhere"))
     return Case("objects", prompt, None, ends)
 
 
 def one_object_in_colors(rng, count):
     shape = rng.choice(world.SHAPES)
     colors = [color for color in world.COLORS if (color, shape) in SEEN]
-    kinds = [(color, shape) for color in rng.sample(colors, count)]
+    pairs = [(color, shape) for color in rng.sample(colors, count)]
 
-    def some_of_them(read):
-        some = 1 < len(read.objects) < count and set(kinds_of(read)) < set(kinds)
-        return read.scene is not None and some
+    def some(read):
+        return read.scene is not None and kinds(read).keys() <= set(pairs)
 
     ends = {
-        "one of them": lambda read: any(only(one)(read) for one in kinds),
-        "some of them": some_of_them,
-        "all of them": only(*kinds),
+        "one of them": lambda read: some(read) and len(read.objects) == 1,
+        "some of them": lambda read: some(read) and 1 < len(read.objects) < count,
+        "all of them": only(*pairs),
     }
-    return Case("objects", [f"a {shape} ", *map(picture, kinds)], None, ends)
+    return Case("objects", [f"a {shape} ", *map(picture, pairs)], None, ends)
+
+
+def pointless_edit(scene, text):
+    fewer = [replace(scene, objects=o) for o in combinations(scene.objects, len(scene.objects) - 1)]
+    places = {obj.place for obj in scene.objects}
+
+    def changed(read):
+        return read.scene not in (None, scene) and {obj.place for obj in read.objects} == places
+
+    ends = {
+        "nothing changed": lambda read: read.scene == scene,
+        "an object removed": lambda read: read.scene in fewer,
+        "another color or shape": changed,
+    }
+    source = world.render(scene)
+    return Case("edit", [source, text], None, ends, source)
 
 
 def remove_absent(rng):
@@ -251,14 +290,11 @@ def each_placed(rng, count):
         (text, [world.portrait(obj, reference.scene.background)] if obj else [])
         for text, obj in reference.segments
     ]
-    task, prompt = reference_prompt(segments, named=False)
     checks = reference_checks(reference, reference.objects)
-    ends = {
-        "all right": checks["exact"],
-        "all there, some elsewhere": lambda read: (
-            checks["kept"](read) and not checks["exact"](read)
-        ),
-    }
+    right, there = checks["exact"], checks["kept"]
+    elsewhere = lambda read: there(read) and not right(read)
+    ends = {"all right": right, "all there, some elsewhere": elsewhere}
+    task, prompt = reference_prompt(segments, named=False)
     return Case(task, prompt, None, ends)
 
 
@@ -284,62 +320,18 @@ def odd_cases(n, seed=STREAM):
     return {what: [make(rng) for _ in range(n)] for what, make in ODD_CASES.items()}
 
 
-def trained_pair(rng, shape=None):
-    """A random (color, shape) that is not held out."""
-    while True:
-        pair = rng.choice(list(world.COLORS)), shape or rng.choice(world.SHAPES)
-        if pair in SEEN:
-            return pair
-
-
-def two_pairs(rng):
-    """Two pairs that differ in color and shape; b's color with a's shape is trained, too."""
-    while True:
-        a, b = trained_pair(rng), trained_pair(rng)
-        if a[0] != b[0] and a[1] != b[1] and (b[0], a[1]) in SEEN:
-            return a, b
-
-
-def picture(pair):
-    return world.portrait(Object(*pair, 4))
-
-
-def one_object(color=None, shape=None):
-    """Does a picture show one object, of this color or shape?"""
-    return asked_for(Prompt("", (Mention(shape, color),)))
-
-
-def pointless_edit(scene, text):
-    fewer = [tuple(o for o in scene.objects if o != removed) for removed in scene.objects]
-    fewer = [replace(scene, objects=objects) for objects in fewer]
-    ends = {
-        "nothing changed": lambda read: read.scene == scene,
-        "an object removed": lambda read: read.scene in fewer,
-        "another color or shape": lambda read: (
-            read.scene not in (None, scene)
-            and {obj.place for obj in read.objects} == {obj.place for obj in scene.objects}
-        ),
-    }
-    source = world.render(scene)
-    return Case("edit", [source, text], None, ends, source)
-
-
 # ---- drawing and judging ------------------------------------------------------------------------
 
 
 def draw(generate, cases, what="", **settings):
-    """A picture for each case, case i from seed i; generate as `DreamEngine.generate`.
-
-    No two cases of a row share their noise: some noise is luckier than other.
-    """
+    """A picture for each case, case i from seed i; generate as `DreamEngine.generate`."""
     cases, images = list(cases), []
     with tqdm(total=len(cases), desc=what, leave=False) as bar:
-        for task, group in groupby(cases, lambda case: case.task):
-            group = list(group)
-            for i in range(0, len(group), 50):
-                prompts = [case.prompt for case in group[i : i + 50]]
-                images += generate(prompts, task=task, seed=len(images), **settings)
-                bar.update(len(prompts))
+        while left := cases[len(images) :]:
+            same = takewhile(lambda case, task=left[0].task: case.task == task, left[:50])
+            prompts = [case.prompt for case in same]
+            images += generate(prompts, task=left[0].task, seed=len(images), **settings)
+            bar.update(len(prompts))
     return images
 
 
@@ -396,8 +388,8 @@ def interval(text):
 def difference(first, second):
     """Mean of second - first, paired case by case, and the half width of its 95 % interval.
 
-    first and second hold a text for each replicate: another seed of training, or of the cases. The
-    interval is the wider of two: Student's over the replicates, and the normal one over all cases.
+    They hold a text for each replicate: another seed of training, or of the cases. The interval is
+    the wider of two: Student's over the replicates, and the normal one over all cases.
     """
     pairs = [[int(b) - int(a) for a, b in zip(x, y, strict=True)] for x, y in zip(first, second)]
     means, flat = [mean(d) for d in pairs], [x for d in pairs for x in d]

@@ -2,28 +2,25 @@
 
     python -m mini.claims                  # all of them, or only some: adapter rank
 
-RUNS says what is trained, COMPARISONS what is asked of it. Each run is trained with three seeds or
-five, scored on cases of that seed, and kept in --out/NAME-SEED, so that an interrupted command goes
-on where it was.
+Each run is trained with three seeds or five, scored on cases of that seed, and kept in
+--out/NAME-SEED, so that an interrupted command goes on where it was.
 """
 
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 import torch
-from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from checkpoints import read_json
 from dream_engine import LMM, SD3, DreamEngine
-from mini.cases import STREAM, difference, draw, judge, odd_cases, score, share
-from mini.evaluate import RATIOS
+from mini.cases import RATIOS, STREAM, difference, draw, judge, odd_cases, score, share
 from support.cli import Parser, UserError, one_line_errors, reading
-from support.files import prompt_row, sheet, table, write_json, write_png, write_text
+from support.files import grid, prompt_row, sheet, table, write_json, write_png, write_text
 from support.runs import plot
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -64,42 +61,28 @@ AT_R1 = ("both", "r = 0", "LoRA of rank 16", "stage 2 at r = 0")  # scored at r 
 
 # ---- what is asked ------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """Is the second run, B, better than the first, A?"""
-
-    claim: str
-    question: str
-    first: str
-    second: str
-    rows: tuple[str, ...]
-    seeds: int = 3
-
-
-STAGE2_ROWS = ("edits", "objects", "copies", "t2i")
-COMPARISONS = (
-    Comparison("joint", "Does copying help text -> image?", "t2i alone", "both", ("t2i",), 5),
-    Comparison("joint", "Does text -> image help copying?", "i2i alone", "both", ("copies",)),
-    Comparison("joint", "Is copying zero-shot?", "t2i alone, 3000 steps", "both", ("copies", "t2i")),
-    Comparison("blend", "Is r at random better than r = 0?", "r = 0", "both",
-               ("t2i", "copies", "copies at r = 1")),
-    Comparison("blend", "The same in stage 2", "stage 2 at r = 0", "LoRA of rank 16",
-               ("edits", "objects", "mixing", "edits at r = 1", "objects at r = 1")),
-    Comparison("adapter", "Are two layers better than one?", "1 layer", "both", ("t2i", "copies")),
-    Comparison("adapter", "Are three better than two?", "both", "3 layers of 512", ("t2i", "copies")),
-    Comparison("adapter", "512 hidden units or 128?", "2 layers of 128", "both", ("t2i", "copies")),
-    Comparison("adapter", "The same with three layers", "3 layers of 128", "3 layers of 512",
-               ("t2i", "copies")),
-    Comparison("lmm", "Does it matter what the LMM has learnt?", "random LMM", "both",
-               ("t2i", "copies")),
-    Comparison("rank", "LoRA, or the adapter alone?", "adapter alone", "LoRA of rank 16", STAGE2_ROWS),
-    Comparison("rank", "Rank 16 or 4?", "LoRA of rank 4", "LoRA of rank 16", STAGE2_ROWS),
-    Comparison("rank", "Rank 4 or 1?", "LoRA of rank 1", "LoRA of rank 4", STAGE2_ROWS),
-    Comparison("stages", "Stage 2 from stage 1, or all in one?", "stage 2 from scratch",
-               "both, then stage 2", STAGE2_ROWS),
-    Comparison("lmm-lora", "LoRA on the LMM, too?", "LoRA of rank 16", "LoRA on the LMM", STAGE2_ROWS),
-)  # fmt: skip
+# Is run `second`, B, better than run `first`, A? By these rows, separated by commas.
+Comparison = namedtuple("Comparison", "claim question first second rows seeds", defaults=[3])
+STAGE1_ROWS, STAGE2_ROWS = "t2i, copies", "edits, objects, copies, t2i"
+COMPARISONS = [Comparison(*fields) for fields in (
+    ("joint", "Does copying help text -> image?", "t2i alone", "both", "t2i", 5),
+    ("joint", "Does text -> image help copying?", "i2i alone", "both", "copies"),
+    ("joint", "Is copying zero-shot?", "t2i alone, 3000 steps", "both", "copies, t2i"),
+    ("blend", "Is r at random better than r = 0?", "r = 0", "both", "t2i, copies, copies at r = 1"),
+    ("blend", "The same in stage 2", "stage 2 at r = 0", "LoRA of rank 16",
+     "edits, objects, mixing, edits at r = 1, objects at r = 1"),
+    ("adapter", "Are two layers better than one?", "1 layer", "both", STAGE1_ROWS),
+    ("adapter", "Are three better than two?", "both", "3 layers of 512", STAGE1_ROWS),
+    ("adapter", "512 hidden units or 128?", "2 layers of 128", "both", STAGE1_ROWS),
+    ("adapter", "The same with three layers", "3 layers of 128", "3 layers of 512", STAGE1_ROWS),
+    ("lmm", "Does it matter what the LMM has learnt?", "random LMM", "both", STAGE1_ROWS),
+    ("rank", "LoRA, or the adapter alone?", "adapter alone", "LoRA of rank 16", STAGE2_ROWS),
+    ("rank", "Rank 16 or 4?", "LoRA of rank 4", "LoRA of rank 16", STAGE2_ROWS),
+    ("rank", "Rank 4 or 1?", "LoRA of rank 1", "LoRA of rank 4", STAGE2_ROWS),
+    ("stages", "Stage 2 from stage 1, or all in one?", "stage 2 from scratch", "both, then stage 2",
+     STAGE2_ROWS),
+    ("lmm-lora", "LoRA on the LMM, too?", "LoRA of rank 16", "LoRA on the LMM", STAGE2_ROWS),
+)]  # fmt: skip
 
 
 def run(name, seed, out):
@@ -114,27 +97,21 @@ def run(name, seed, out):
         random_lmm(lmm, seed)
     if BOTH in RUNS[name]:
         run("both", seed, out)
-    train(name, seed, [*flags, "--out", str(folder)])
-    engine = DreamEngine.load(SD3, lmm, folder)
-    scores = {}
-    for r in (0.0, 1.0) if name in AT_R1 else (0.0,):
-        for row, n in ROWS[int(flags[1])].items():
-            if r and row == "t2i":  # without pictures nothing is blended
-                continue
-            at = f"{row} at r = 1" if r else row
-            what = f"{name}, {at}"
-            scores[at] = score(
-                engine.generate, row, n, f"claims {seed}", what, guidance=GUIDANCE, r=r
-            )
+    command = [sys.executable, str(TRAIN), *flags, "--out", str(folder), "--seed", str(seed)]
+    command += ["--resume", "--keep", "1", "--sample-every", "0"]
+    if code := subprocess.run(command, check=False).returncode:
+        raise UserError(f"{name}, seed {seed}: its training ended with code {code}")
+    engine, scores = DreamEngine.load(SD3, lmm, folder), {}
+    rows = dict(ROWS[int(flags[1])])
+    if name in AT_R1:  # without pictures nothing is blended
+        rows |= {f"{row} at r = 1": n for row, n in rows.items() if row != "t2i"}
+    for row, n in rows.items():
+        settings = {"guidance": GUIDANCE, "r": float(row.endswith(" at r = 1"))}
+        cases = row.removesuffix(" at r = 1"), n, f"claims {seed}"
+        scores[row] = score(engine.generate, *cases, f"{name}, {row}", **settings)
     write_json(result, scores)
     shutil.rmtree(folder / "checkpoints")  # what was learned lies beside it
     return scores
-
-
-def train(name, seed, flags):
-    command = [sys.executable, str(TRAIN), *flags, "--seed", str(seed), "--resume", "--keep", "1"]
-    if code := subprocess.run([*command, "--sample-every", "0"], check=False).returncode:
-        raise UserError(f"{name}, seed {seed}: its training ended with code {code}")
 
 
 def random_lmm(folder, seed):
@@ -142,35 +119,32 @@ def random_lmm(folder, seed):
     torch.manual_seed(seed)
     partial = Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(LMM, partial)
     Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_pretrained(LMM)).save_pretrained(partial)
-    for file in LMM.iterdir():
-        if file.suffix != ".safetensors" and not Path(partial, file.name).exists():
-            shutil.copy(file, partial)
     os.replace(partial, folder)
 
 
 # ---- what is asked of the committed weights -----------------------------------------------------
 
 
-def blend_curve(engine, n=200):
+def blend_curve(engine, _, n=200):
     """{row: {r: {check: bits}}}, all of the same cases."""
-    return {
-        row: {
-            str(r): score(engine.generate, row, n, STREAM, f"{row}, r = {r}", r=r) for r in RATIOS
-        }
-        for row in ("copies", "edits", "objects", "mixing")
-    }
+
+    def at(row, r):
+        return score(engine.generate, row, n, STREAM, f"{row}, r = {r}", r=r)
+
+    rows = ("copies", "edits", "objects", "mixing")
+    return {row: {str(r): at(row, r) for r in RATIOS} for row in rows}
 
 
 def draw_curve(curve):
     """Each row as a plot over r: the exact score, what was kept, what was followed."""
-    page = Image.new("RGB", (1000, 600), "white")
-    for i, (row, by_r) in enumerate(curve.items()):
+    panels = []
+    for row, by_r in curve.items():
         names = [name for name in ("exact", "kept", "followed") if name in by_r["0.0"]]
         lines = {name: [share(at[name]) for at in by_r.values()] for name in names}
-        panel = plot(lines, f"{row}: r = 0 to 1, score from 0 to 1", (0, 1), 500, 300)
-        page.paste(panel, (500 * (i % 2), 300 * (i // 2)))
-    return page
+        panels.append(plot(lines, f"{row}: r = 0 to 1, score from 0 to 1", (0, 1), 500, 300))
+    return grid(panels)
 
 
 def odd_ends(engine, out, n=50):
@@ -184,76 +158,52 @@ def odd_ends(engine, out, n=50):
     return result
 
 
-EXTRAS = {  # of the committed weights
-    "curve": lambda out: blend_curve(DreamEngine.load()),
-    "odd": lambda out: odd_ends(DreamEngine.load(), out),
-}
+EXTRAS = {"curve": blend_curve, "odd": odd_ends}  # of the committed weights
 
 
 # ---- the report ---------------------------------------------------------------------------------
 
-COMPARED = ("A", "B", "score of A", "of B", "B - A", "better")
-
-
-def verdict(middle, half):
-    if abs(middle) <= half:
-        return "no difference shown"
-    return "B" if middle > 0 else "A"
-
 
 def compared(first, second):
+    """The cells of a comparison: score of A, of B, B - A, which is better."""
     middle, half = difference(first, second)
+    verdict = "no difference shown" if abs(middle) <= half else "AB"[middle > 0]
     shares = [f"{sum(map(share, texts)) / len(texts):.3f}" for texts in (first, second)]
-    return [*shares, f"{middle:+.3f} ± {half:.3f}", verdict(middle, half)]
+    return [*shares, f"{middle:+.3f} ± {half:.3f}", verdict]
 
 
 def report(results):
     """All results as Markdown."""
-    parts = report_runs(results["runs"])
-    parts += report_curve(results["curve"]) if "curve" in results else []
-    parts += report_odd(results["odd"]) if "odd" in results else []
+    rows, runs = [], results["runs"]
+    for c in COMPARISONS:
+        pair, seeds = (c.first, c.second), list(map(str, range(c.seeds)))
+        if all(seed in runs.get(name, {}) for name in pair for seed in seeds):
+            for row in c.rows.split(", "):
+                texts = [[runs[name][seed][row]["exact"] for seed in seeds] for name in pair]
+                question = f"{c.question} (`{c.claim}`)"
+                rows.append([*pair, *compared(*texts), row, question, c.seeds])
+    head = ["A", "B", "score of A", "of B", "B - A", "better", "score", "question", "seeds"]
+    parts = ["**By training**", table(head, rows)]
+    if curve := results.get("curve"):
+        n = len(curve["copies"]["0.0"]["exact"])
+        rows = [
+            [row, check, *(f"{share(at[check]):.3f}" for at in by_r.values())]
+            for row, by_r in curve.items()
+            for check in by_r["0.0"]
+        ]
+        parts.append(f"**The blend** (`curve`): stage 2, {n} cases a row.")
+        parts.append(table(["", "", *(f"r = {r:g}" for r in RATIOS)], rows))
+    if odd := results.get("odd"):
+        n = len(next(text for ends in odd.values() for text in ends.values()))
+        rows = [
+            [what, ", ".join(f"{end} {share(text):.2f}" for end, text in ends.items())]
+            for what, ends in odd.items()
+        ]
+        title = "**Out of the ordinary** (`odd`)"
+        parts.append(f"{title}: stage 2, {n} cases a row; the rest is none of it.")
+        parts.append(table(["asked", "how it ended"], rows))
     return "\n\n".join(parts) + "\n"
 
-
-def report_runs(runs):
-    rows = []
-    for c in COMPARISONS:
-        pair = (c.first, c.second)
-        scored = [[runs.get(name, {}).get(str(s)) for s in range(c.seeds)] for name in pair]
-        if None in scored[0] + scored[1]:
-            continue
-        for row in c.rows:
-            texts = [[of_seed[row]["exact"] for of_seed in seeds] for seeds in scored]
-            rows.append([*pair, *compared(*texts), row, f"{c.question} (`{c.claim}`)", c.seeds])
-    return ["**By training**", table([*COMPARED, "score", "question", "seeds"], rows)]
-
-
-def report_curve(curve):
-    rows = [
-        [row, check, *(f"{share(at[check]):.3f}" for at in by_r.values())]
-        for row, by_r in curve.items()
-        for check in by_r["0.0"]
-    ]
-    n = len(curve["copies"]["0.0"]["exact"])
-    return [
-        f"**The blend** (`curve`): stage 2, {n} cases a row.",
-        table(["", "", *(f"r = {r:g}" for r in RATIOS)], rows),
-    ]
-
-
-def report_odd(odd):
-    rows = [
-        [what, ", ".join(f"{end} {share(text):.2f}" for end, text in ends.items())]
-        for what, ends in odd.items()
-    ]
-    n = len(next(iter(next(iter(odd.values())).values())))
-    return [
-        f"**Out of the ordinary** (`odd`): stage 2, {n} cases a row; the rest is none of it.",
-        table(["asked", "how it ended"], rows),
-    ]
-
-
-# ---- the command line ---------------------------------------------------------------------------
 
 CLAIMS = (*EXTRAS, *dict.fromkeys(c.claim for c in COMPARISONS))
 
@@ -271,7 +221,7 @@ def main(arguments=None):
     for name, find in EXTRAS.items():
         file = out / f"{name}.json"
         if name in chosen and not file.is_file():
-            write_json(file, find(out))
+            write_json(file, find(DreamEngine.load(), out))
         if file.is_file():
             results[name] = read_json(file)
     for c in COMPARISONS:

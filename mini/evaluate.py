@@ -13,6 +13,7 @@ import time
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from PIL import Image, ImageDraw, ImageOps
@@ -22,38 +23,19 @@ from transformers import AutoTokenizer, T5EncoderModel
 from checkpoints import load_mmdit, load_vae, metadata, read, read_json
 from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
 from lmm import load_lmm
-from mini import world
-from mini.cases import (
-    CASES,
-    STREAM,
-    bits,
-    controls,
-    copies_of,
-    draw,
-    interval,
-    judge,
-    picture,
-    score,
-    share,
-)
+from mini import cases, pretrain, world
+from mini.cases import CASES, RATIOS, STREAM, bits, copies_of, interval, score, share
 from mini.encoders import CAPTION, continued
-from mini.pretrain import T5, TextCondition, decibels
-from mini.pretrain import draw as draw_base
 from mini.world import HELD_OUT, SEEN
 from support.cli import Parser, UserError, number, one_line_errors, whole_number
 from support.files import prompt_row, sheet, table, whole, write_json, write_png, write_text
 
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)
-STEPS = (1, 2, 4, 8, 14, 28)
-RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)  # r
+STEPS = (1, 2, 4, 8, 14, 28)  # of Euler
 HELD = ", held-out pairs"
 ALONE = "base, by time alone"
-CONTROLS = {  # name: column of the report
-    "renders": "true pictures",
-    "VAE": "their VAE copies",
-    "shuffled": "other case's",
-    "unedited": "unedited",
-}
+CONTROLS = {"renders": "true pictures", "VAE": "their VAE copies", "shuffled": "other case's",
+            "unedited": "unedited"}  # name: column of the report  # fmt: skip
 
 # ---- what is scored -----------------------------------------------------------------------------
 
@@ -62,87 +44,77 @@ class Base:
     """The miniature SD3.5 with its own T5, drawing as `DreamEngine.generate` does."""
 
     def __init__(self, device=None):
-        self.mmdit, self.vae = load_mmdit(SD3, device or "cpu"), load_vae(SD3, device or "cpu")
-        t5 = T5EncoderModel.from_pretrained(T5, dtype=torch.float32).eval().to(device or "cpu")
-        self.condition = TextCondition(self.mmdit, t5, AutoTokenizer.from_pretrained(T5))
+        device = device or "cpu"
+        self.mmdit, self.vae = load_mmdit(SD3, device), load_vae(SD3, device)
+        t5 = T5EncoderModel.from_pretrained(pretrain.T5, dtype=torch.float32).eval().to(device)
+        self.condition = pretrain.TextCondition(
+            self.mmdit, t5, AutoTokenizer.from_pretrained(pretrain.T5)
+        )
 
     def generate(self, prompts, *, task=None, seed=0, steps=28, guidance=4.5, alone=False):
         """alone: without the pooled vector, and with pads attended, as UniAlignment starts."""
         texts = ["".join(prompt) for prompt in prompts] + [""] * len(prompts)
         condition = self.condition(texts, *((4, torch.zeros(len(texts))) if alone else ()))
-        return draw_base(self.mmdit, self.vae, condition, steps, guidance, seed)
+        return pretrain.draw(self.mmdit, self.vae, condition, steps, guidance, seed)
 
 
-class Card:
-    """Yields rows (name, {group: {check: bits}}), by the names in ROWS and MEASURES."""
-
-    def __init__(self, n, out, checkpoint=STAGE2, device=None, guidance=None, r=0.0):
-        self.n, self.out, self.device = n, out, device
-        self.checkpoint, self.guidance, self.r = checkpoint, guidance, r
-
-    def engine(self, checkpoint=None):
-        return DreamEngine.load(SD3, LMM, checkpoint or self.checkpoint, self.device)
-
-    def drawn(self, name, generate, vae, row, **settings):
-        """A row of CASES, of the pairs that training draws and of the held-out ones; and sheets."""
-        for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD)):
-            groups, tiles, asked = {}, [], CASES[row](self.n, STREAM, pairs)
-            images = iter(draw(generate, chain(*asked.values()), name + suffix, **settings))
-            for group, cases in asked.items():
-                own = list(islice(images, len(cases)))
-                groups[group] = judge(cases, own) | controls(vae, cases, own)
-                right = groups[group]["exact"]
-                tiles.append([tile(*shown) for shown in zip(cases[:8], own, right)])
-            file = (name + suffix).replace(", ", "-").replace(" ", "-")
-            write_png(self.out / f"{file}.png", sheet(tiles))
-            yield name + suffix, groups
-
-    def read_back(self, name, seed, reads):
-        """The share of random pictures of which reads([scene, ...]) -> [right, ...] is right."""
-        for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD)):
-            rng = random.Random(f"{seed}{suffix} {STREAM}")
-            scenes = [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(self.n)]
-            yield name + suffix, {name: {"exact": bits(reads(scenes))}}
-
-    def vae(self):
-        def reads(scenes):
-            copies = copies_of(vae, list(map(world.render, scenes)))
-            return [world.detect(copy) == scene for copy, scene in zip(copies, scenes)]
-
-        vae = load_vae(SD3)
-        yield from self.read_back("VAE", "vae", reads)
-
-    def captions(self):
-        def reads(scenes):
-            prompts = [[CAPTION, world.render(scene)] for scene in scenes]
-            texts = continued(lmm, lambda states: states @ words.T, prompts, 26)
-            return [text.startswith(world.describe(s)) for text, s in zip(texts, scenes)]
-
-        lmm = load_lmm(LMM)
-        words = lmm.language_model.embed_tokens.weight
-        yield from self.read_back("captions", "captions", reads)
-
-    def base(self):
-        base = Base(self.device)
-        guidance = self.guidance or best_guidance(base.generate, ["t2i"], 120)
-        for name, generate in (
-            ("base", base.generate),
-            (ALONE, partial(base.generate, alone=True)),
-        ):
-            yield from self.drawn(name, generate, base.vae, "t2i", guidance=guidance)
-
-    def stage1(self):
-        engine = self.engine(STAGE1)
-        yield from self.drawn("stage 1", engine.generate, engine.vae, "t2i", guidance=self.guidance)
-
-    def stage2(self, row):
-        engine = self.engine()
-        settings = {"guidance": self.guidance, "r": self.r}
-        yield from self.drawn(row, engine.generate, engine.vae, row, **settings)
+# A row is a function of the program's options: it yields (name, {group: {check: bits}}).
 
 
-ROWS = {"vae": Card.vae, "captions": Card.captions, "base": Card.base, "stage1": Card.stage1}
-ROWS |= {row: partial(Card.stage2, row=row) for row in CASES}
+def drawn(args, name, engine, row, **settings):
+    """A row of CASES, of the pairs that training draws and of the held-out ones; and sheets."""
+    for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD)):
+        groups, tiles, asked, title = {}, [], CASES[row](args.num, STREAM, pairs), name + suffix
+        images = iter(cases.draw(engine.generate, chain(*asked.values()), title, **settings))
+        for group, members in asked.items():
+            shown = list(islice(images, len(members)))
+            groups[group] = cases.judge(members, shown) | cases.controls(engine.vae, members, shown)
+            tiles.append(list(map(tile, members[:8], shown, groups[group]["exact"])))
+        file = title.replace(", ", "-").replace(" ", "-")
+        write_png(args.out / f"{file}.png", sheet(tiles))
+        yield title, groups
+
+
+def random_scenes(args, name):
+    for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD)):
+        rng = random.Random(f"{name.lower()}{suffix} {STREAM}")
+        made = [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(args.num)]
+        yield name + suffix, made
+
+
+def copied(args):
+    vae = load_vae(SD3)
+    for name, scenes in random_scenes(args, "VAE"):
+        copies = copies_of(vae, list(map(world.render, scenes)))
+        right = bits(world.detect(copy) == scene for copy, scene in zip(copies, scenes))
+        yield name, {"VAE": {"exact": right}}
+
+
+def captioned(args):
+    lmm = load_lmm(LMM)
+    words = lmm.language_model.embed_tokens.weight
+    for name, scenes in random_scenes(args, "captions"):
+        prompts = [[CAPTION, world.render(scene)] for scene in scenes]
+        texts = continued(lmm, lambda states: states @ words.T, prompts, 26)
+        right = bits(text.startswith(world.describe(s)) for text, s in zip(texts, scenes))
+        yield name, {"captions": {"exact": right}}
+
+
+def drawn_by_base(args):
+    base = Base(args.device)
+    guidance = args.guidance or best_guidance(base.generate, ["t2i"], 120)
+    for name, alone in (("base", False), (ALONE, True)):
+        yield from drawn(args, name, base, "t2i", guidance=guidance, alone=alone)
+
+
+def drawn_by_engine(args, row, name=None, checkpoint=None):
+    engine = DreamEngine.load(SD3, LMM, checkpoint or args.checkpoint, args.device)
+    yield from drawn(args, name or row, engine, row, guidance=args.guidance, r=args.blend)
+
+
+ROWS = {"vae": copied, "captions": captioned, "base": drawn_by_base}
+ROWS["stage1"] = partial(drawn_by_engine, row="t2i", name="stage 1", checkpoint=STAGE1)
+ROWS |= {row: partial(drawn_by_engine, row=row) for row in CASES}
 
 
 def tile(case, image, right):
@@ -160,7 +132,7 @@ def tile(case, image, right):
 # ---- what is measured besides -------------------------------------------------------------------
 
 
-def photographs(card):
+def photographs(args):
     """Mean of the VAE's decibels on crops of real photographs, or None without scikit-image."""
     try:
         from skimage import data
@@ -168,40 +140,36 @@ def photographs(card):
         return None
     photos = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket()]
     rng, crops = random.Random("photographs"), []
-    for _ in range(card.n):
+    for _ in range(args.num):
         photo = Image.fromarray(rng.choice(photos))
         side = rng.randint(world.SIZE, min(photo.size))
         left, top = rng.randint(0, photo.width - side), rng.randint(0, photo.height - side)
         box = (left, top, left + side, top + side)
         crops.append(photo.crop(box).resize((world.SIZE,) * 2, Image.LANCZOS))
-    return decibels(crops, copies_of(load_vae(SD3), crops))
+    return pretrain.decibels(crops, copies_of(load_vae(SD3), crops))
 
 
-def variety(card, prompts=20, seeds=8):
+def variety(args, prompts=20, seeds=8):
     """{r: [distinct readings of `seeds` pictures of an open prompt, share of unclear pictures]}."""
-    engine, rng = card.engine(), random.Random(f"variety {STREAM}")
-    asked = [
-        [picture(a), " and ", picture(b)] for a, b in (rng.sample(SEEN, 2) for _ in range(prompts))
-    ]
+    engine = DreamEngine.load(SD3, LMM, args.checkpoint, args.device)
+    rng = random.Random(f"variety {STREAM}")
+    pairs = [rng.sample(SEEN, 2) for _ in range(prompts)]
+    asked = [[cases.picture(a), " and ", cases.picture(b)] for a, b in pairs]
     result = {}
     for r in RATIOS:
-        scenes = [
-            list(map(world.detect, engine.generate([prompt] * seeds, task="objects", r=r)))
-            for prompt in asked
-        ]
-        distinct = sum(len(set(s) - {None}) for s in scenes) / prompts
-        result[str(r)] = [distinct, sum(s.count(None) for s in scenes) / prompts / seeds]
+        drawn = (engine.generate([prompt] * seeds, task="objects", r=r) for prompt in asked)
+        scenes = [list(map(world.detect, images)) for images in drawn]
+        distinct = fmean(len(set(found) - {None}) for found in scenes)
+        result[str(r)] = [distinct, fmean(found.count(None) for found in scenes) / seeds]
     return result
 
 
-def by_steps(card):
+def by_steps(args):
     """{Euler steps: [share of text -> image that is right, seconds a picture]}."""
-    engine, result = card.engine(), {}
+    engine, result = DreamEngine.load(SD3, LMM, args.checkpoint, args.device), {}
     for steps in STEPS:
-        start = time.perf_counter()
-        exact = score(engine.generate, "t2i", card.n, STREAM, f"{steps} steps", steps=steps)[
-            "exact"
-        ]
+        start, what = time.perf_counter(), f"{steps} steps"
+        exact = score(engine.generate, "t2i", args.num, STREAM, what, steps=steps)["exact"]
         result[str(steps)] = [share(exact), round((time.perf_counter() - start) / len(exact), 4)]
     return result
 
@@ -216,22 +184,17 @@ def best_guidance(generate, rows, n):
     """The guidance at which n cases of each row, of a stream of their own, are drawn best."""
     means = {}
     for guidance in GUIDANCES:
-        what = f"guidance {guidance:g}"
-        shares = [
-            share(score(generate, row, n, "guidance", f"{row}, {what}", guidance=guidance)["exact"])
-            for row in rows
-        ]
-        means[guidance] = sum(shares) / len(shares)
+        what, settings = f"guidance {guidance:g}", {"guidance": guidance}
+        found = [score(generate, row, n, "guidance", f"{row}, {what}", **settings) for row in rows]
+        means[guidance] = fmean(share(checks["exact"]) for checks in found)
     print(table(["guidance", "score"], [[f"{g:g}", f"{m:.3f}"] for g, m in means.items()]))
     return max(means, key=means.get)
 
 
 def store_guidance(file, n, device=None):
     """Find it for a checkpoint, and write it there: the default of sample.py."""
-    engine, config = (
-        DreamEngine.load(SD3, LMM, file, device),
-        read_json(file, metadata(file)["config"]),
-    )
+    engine = DreamEngine.load(SD3, LMM, file, device)
+    config = read_json(file, metadata(file)["config"])
     rows = ("t2i", "copies") if config["stage"] == 1 else ("t2i", "copies", "edits", "objects")
     config["guidance"] = best_guidance(engine.generate, rows, n)
     tensors = {name: tensor.clone() for name, tensor in read(file).items()}
@@ -251,13 +214,11 @@ def line(name, checks, ratio=""):
 
 def totals(rows):
     """{row: {check: bits}}, all groups of a row together."""
-    return {
-        row: {
-            check: "".join(g[check] for g in groups.values())
-            for check in next(iter(groups.values()))
-        }
-        for row, groups in rows.items()
-    }
+
+    def joined(groups):
+        return {name: "".join(group[name] for group in groups) for name in groups[0]}
+
+    return {row: joined(list(groups.values())) for row, groups in rows.items()}
 
 
 def report(scores):
@@ -271,7 +232,8 @@ def report(scores):
             ratio = f"{share(total[row]['exact']) / whole_share:.2f}" if whole_share else ""
         lines.append(line(f"**{row}**", total[row], ratio))
         lines += [line(name, part) for name, part in groups.items() if len(groups) > 1]
-    parts = [table(["", "n", "score", "95 %", "ratio", *CONTROLS.values()], lines)]
+    parts = ["**Right pictures** (`card`)"]
+    parts += [table(["", "n", "score", "95 %", "ratio", *CONTROLS.values()], lines)]
     settings = [f"{k} {v}" for k, v in scores["settings"].items()]
     if scores.get("photographs"):
         settings.append(f"photographs through the VAE {scores['photographs']:.1f} dB")
@@ -282,10 +244,11 @@ def report(scores):
         ("steps", "**Euler steps** (`steps`): text -> image", ["steps", "score", "seconds a picture"]),
         ("parts", "**From nothing** (`parts`)", ["part", "minutes", "score"]),
     ):  # fmt: skip
-        if scores.get(name):
-            cells = [[key, *(f"{x:.3g}" if x is not None else "" for x in row)]
-                     for key, row in scores[name].items()]  # fmt: skip
-            parts += [title, table(columns, cells)]
+        rows = [
+            [key, *("" if x is None else f"{x:.3g}" for x in values)]
+            for key, values in scores.get(name, {}).items()
+        ]
+        parts += [title, table(columns, rows)] if rows else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -302,52 +265,42 @@ def parts_of(run, total):
             shares = [json.loads(last)["masked"]]
         earlier = result.get(name, [0])[0]
         result[name] = [earlier + float(minutes), sum(shares) / len(shares) if shares else None]
-    return result | {"together": [sum(minutes for minutes, _ in result.values()), None]}
-
-
-# ---- the command line ---------------------------------------------------------------------------
-
-
-def options():
-    parser = Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("rows", nargs="*", metavar="row",
-        help=f"of {', '.join((*ROWS, *MEASURES))}; default: all; or: guidance")  # fmt: skip
-    add("--num", type=whole_number(6, 10_000), default=300, help="cases a row")
-    add("--checkpoint", default=STAGE2)
-    add("--guidance", type=number(-1000, 1000), help="default: each checkpoint's own")
-    add("--blend", type=number(0, 1), default=0.0, help="r")
-    add("--out", default="runs/evaluate", help="folder of scores.json, scores.md and pictures")
-    add("--run", help="folder of speedrun.sh, whose minutes stand in the report")
-    add("--device")
-    return parser
+    return result | {"sum, two at a time": [sum(minutes for minutes, _ in result.values()), None]}
 
 
 def main(arguments=None):
-    args = options().parse_args(arguments)
+    parser = Parser(description=__doc__.splitlines()[0])
+    expected = ", ".join((*ROWS, *MEASURES))
+    add = parser.add_argument
+    add("rows", nargs="*", metavar="row", help=f"of {expected}; default: all; or: guidance")
+    add("--num", type=whole_number(6, 10_000), default=300, help="cases a row")
+    add("--checkpoint", default=STAGE2, type=Path)
+    add("--guidance", type=number(-1000, 1000), help="default: each checkpoint's own")
+    add("--blend", type=number(0, 1), default=0.0, help="r")
+    add("--out", default="runs/evaluate", type=Path, help="folder of scores and pictures")
+    add("--run", help="folder of speedrun.sh, whose minutes stand in the report")
+    add("--device")
+    args = parser.parse_args(arguments)
     if args.rows == ["guidance"]:
-        return store_guidance(Path(args.checkpoint), args.num, args.device)
+        return store_guidance(args.checkpoint, args.num, args.device)
     if unknown := set(args.rows) - {*ROWS, *MEASURES}:
-        expected = ", ".join((*ROWS, *MEASURES))
         raise UserError(f"unknown row {unknown.pop()!r}: expected some of {expected}, or guidance")
-    out, chosen = Path(args.out), args.rows or (*ROWS, *MEASURES)
-    out.mkdir(parents=True, exist_ok=True)
-    card = Card(args.num, out, args.checkpoint, args.device, args.guidance, args.blend)
+    args.out.mkdir(parents=True, exist_ok=True)
     guidance = "each checkpoint's own" if args.guidance is None else args.guidance
-    settings = {"checkpoint": Path(args.checkpoint).name, "guidance": guidance, "r": args.blend}
+    settings = {"checkpoint": args.checkpoint.name, "guidance": guidance, "r": args.blend}
     scores = {"settings": settings | {"steps": 28, "cases and noise from seed": STREAM}, "rows": {}}
-    for name in chosen:
+    for name in args.rows or (*ROWS, *MEASURES):
         if name in MEASURES:
-            scores[name] = MEASURES[name](card)
+            scores[name] = MEASURES[name](args)
             continue
-        for row, groups in ROWS[name](card):
+        for row, groups in ROWS[name](args):
             scores["rows"][row] = groups
             exact = "".join(group["exact"] for group in groups.values())
             print(f"{row:30} {share(exact):.3f}", flush=True)
     if args.run:
         scores["parts"] = parts_of(args.run, totals(scores["rows"]))
-    write_json(out / "scores.json", scores)
-    write_text(out / "scores.md", report(scores))
+    write_json(args.out / "scores.json", scores)
+    write_text(args.out / "scores.md", report(scores))
     print(report(scores))
 
 

@@ -38,10 +38,8 @@ def number(low, high, kind=float, exclude_low=False):
         if low <= value <= high and not (exclude_low and value == low):
             return value
         what = "a whole number" if kind is int else "a number"
-        limits = (
-            f"above {low:g} and at most {high:g}" if exclude_low else f"from {low:g} to {high:g}"
-        )
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {what} {limits}")
+        limits = f"above {low:g} and at most" if exclude_low else f"from {low:g} to"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {what} {limits} {high:g}")
 
     return parse
 

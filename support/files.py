@@ -49,10 +49,9 @@ def table(head, rows):
 
 
 def sheet(rows, height=None, gap=4, letters=60):
-    """Rows of PIL images, or of (images, text), as one picture.
+    """Rows of PIL images, or of (images, text), as one picture, the text so many letters wide.
 
-    height: that all images are scaled to; default: as they are. The text stands at the right, so many
-    letters wide.
+    height: that all images are scaled to; default: as they are.
     """
     rows = [row if isinstance(row, tuple) else (row, "") for row in rows]
     scaled = [[_scale(image, height) for image in images] for images, _ in rows]

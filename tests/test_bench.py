@@ -72,8 +72,13 @@ def test_memory_is_that_of_the_tensors():
 
 @pytest.fixture
 def untimed(monkeypatch):
-    """Contestants show that they are equal; then all are equally fast, and nothing is compiled."""
-    equal = lambda functions, rounds: {name: [1.0] for name in functions}
+    """Contestants run once and are all equally fast, and nothing is compiled."""
+
+    def equal(functions, rounds):
+        for run in functions.values():
+            run()
+        return {name: [1.0] for name in functions}
+
     monkeypatch.setattr(bench, "race", equal)
     monkeypatch.setattr(bench, "compile_blocks", lambda model: None)
     monkeypatch.setattr(bench, "SIZES", [(16, 4), (64, 8)])
@@ -95,12 +100,11 @@ def test_parts_compare_equal_contestants(untimed):
 
 def test_full_size_runs_at_a_tiny_size(untimed):
     plain, lean = (found := bench.full_request(CPU))["rows"]
-    assert found["largest difference of 255"] == 0
-    assert plain["of it MM-DiT, GB"] == lean["of it MM-DiT, GB"]  # on a CPU all lies there
+    assert found["largest difference of 255"] == 0 and min(plain["GB"], lean["GB"]) > 0
     names = [row[""] for row in bench.full_training(CPU)["rows"]]
     assert names == ["stage 1, 8 of 64 x 64", "stage 2, 8 of 64 x 64"]
-    step = bench.sampling(TINY[0], CPU, (16, 4), steps=2, rounds=1, dtype=torch.bfloat16)
-    report = bench.report({"full step": step | {"about": ""}})
+    step = bench.sampling("tiny", TINY[0], (16, 4), 2, 1, torch.bfloat16, device=CPU)
+    report = bench.report({"full step": step})
     assert "| ours, compiled |" in report and "dtype: torch.bfloat16" in report
 
 

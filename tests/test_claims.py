@@ -24,7 +24,7 @@ def test_every_run_is_one_that_train_accepts():
 def test_comparisons_ask_for_what_their_runs_are_scored_on():
     for c in claims.COMPARISONS:
         for name in (c.first, c.second):
-            for row in c.rows:
+            for row in c.rows.split(", "):
                 row, _, r = row.partition(" at r = ")
                 assert row in claims.ROWS[int(claims.RUNS[name].split()[1])]
                 assert not r or name in claims.AT_R1
@@ -66,7 +66,7 @@ class Copier:
 def test_a_claim_goes_on_where_it_stopped_and_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(claims, "RUNS", {"one": "--stage 1", "two": "--stage 1 --layers 1"})
     monkeypatch.setattr(claims, "ROWS", {1: {"copies": 4}})
-    compared = claims.Comparison("adapter", "Do they help?", "one", "two", ("copies",))
+    compared = claims.Comparison("adapter", "Do they help?", "one", "two", "copies")
     monkeypatch.setattr(claims, "COMPARISONS", (compared,))
     monkeypatch.setattr(claims.DreamEngine, "load", lambda sd3, lmm, folder: Copier(folder))
     started = []

@@ -103,9 +103,6 @@ def test_journeydb(capsys):
     assert os.listdir("new") == ["j.jsonl"]
     first = Path("new/j.jsonl").read_text(encoding="utf-8").splitlines()[0]
     assert first == json.dumps(expected[0])  # the order of the keys, too
-    lines = run("journeydb anno.jsonl --text caption --images imgs --out j.jsonl")
-    assert [line["prompt"] for line in lines] == ["A golden head jewelry.", "A mountain."]
-    assert lines[0]["target"] == "imgs/000/a-1.jpg"
 
 
 def test_faulty_annotations_are_skipped_and_counted(folder, capsys):
@@ -134,8 +131,6 @@ def test_faulty_annotations_are_skipped_and_counted(folder, capsys):
     report = said(capsys)
     assert report.startswith("j.jsonl: 3 lines written, 14 records skipped; anno.jsonl:3 record: ")
     assert report.count("expected a JSON object (") == 3 and report.endswith("; ...")
-    lines = run("journeydb anno.jsonl --text caption --images imgs --out j.jsonl")
-    assert [line["prompt"] for line in lines[2:]] == ["c"] * 3  # those of the bad prompts
 
 
 def test_cc12m(capsys):

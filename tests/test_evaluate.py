@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,23 +52,20 @@ def test_copies_score_one_and_edits_that_change_nothing_zero(tmp_path, monkeypat
         assert (frames["red"] in colors) == (color == "red")
 
 
-def test_what_is_read_back_is_counted_picture_by_picture(tmp_path):
-    card = evaluate.Card(3, tmp_path)
-    seen, held = card.read_back("VAE", "vae", lambda scenes: [len(scenes) == 3, False, True])
-    assert seen == ("VAE", {"VAE": {"exact": "101"}}) and held[0] == "VAE, held-out pairs"
+def test_what_is_read_back_is_counted_picture_by_picture(monkeypatch):
+    monkeypatch.setattr(evaluate, "load_vae", lambda file: None)
+    monkeypatch.setattr(evaluate, "copies_of", lambda vae, images: images[:1] + images[:1])
+    seen, held = evaluate.ROWS["vae"](SimpleNamespace(num=2))
+    assert seen == ("VAE", {"VAE": {"exact": "10"}}) and held[0] == "VAE, held-out pairs"
 
 
-def test_variety_counts_distinct_clear_readings(tmp_path, monkeypatch):
-    card = evaluate.Card(3, tmp_path)
+def test_variety_counts_distinct_clear_readings(monkeypatch):
     scenes = [world.Scene("white", (world.Object("red", "star", i),)) for i in range(2)]
     drawn = [*map(world.render, [*scenes, scenes[0]]), Image.new("RGB", (48, 48), "red")]
-
-    class Engine:
-        def generate(self, prompts, **_):
-            return drawn[: len(prompts)]
-
-    monkeypatch.setattr(card, "engine", Engine)
-    assert set(map(tuple, evaluate.variety(card, 2, 4).values())) == {(2, 0.25)}
+    monkeypatch.setattr(DreamEngine, "load", lambda *_: DreamEngine)
+    monkeypatch.setattr(DreamEngine, "generate", lambda prompts, **_: drawn[: len(prompts)])
+    args = SimpleNamespace(checkpoint=None, device=None)
+    assert set(map(tuple, evaluate.variety(args, 2, 4).values())) == {(2, 0.25)}
 
 
 def test_the_best_guidance_is_stored_and_nothing_else_changes(tmp_path, monkeypatch):
@@ -85,7 +83,7 @@ def test_minutes_of_resumed_parts_add_up(tmp_path):
     (tmp_path / "minutes.txt").write_text("vae 3.5\nt5 1.0\nvae 2.0\n")
     (tmp_path / "t5.jsonl").write_text('{"masked": 0.1}\n{"masked": 0.8}\n')
     parts = evaluate.parts_of(tmp_path, {"VAE": {"exact": "1110"}})
-    assert parts == {"vae": [5.5, 0.75], "t5": [1.0, 0.8], "together": [6.5, None]}
+    assert parts == {"vae": [5.5, 0.75], "t5": [1.0, 0.8], "sum, two at a time": [6.5, None]}
 
 
 def test_the_committed_tables_are_those_of_the_committed_results():

@@ -4,8 +4,8 @@
     python -m tools.bench --device cuda --full      # SD3.5-large and Qwen2-VL-2B, random weights
 
 Contestants first show that they compute the same numbers, then take turns. A time is the median
-over the rounds and a ratio the median of the rounds' ratios. diffusers and peft are contestants only
-(pip install diffusers peft); their rows are left out where they are missing.
+over the rounds and a ratio the median of the rounds' ratios. Where diffusers and peft are missing
+(pip install diffusers peft), so are their rows.
 """
 
 import itertools
@@ -32,11 +32,11 @@ import flow
 from checkpoints import read_json
 from dream_engine import LMM, DreamEngine, new_adapter
 from lmm import PatchConfig, Qwen2VL, load_tokenizer
-from mini import world
+from mini.cases import picture
 from mmdit import FAMILIES, MMDiT, MMDiTConfig
 from prompts import crop_to
 from support.cli import Parser, UserError, one_line_errors, reading
-from support.fast import compile_blocks, compiling, prepared, save_memory, usable_device
+from support.fast import compile_blocks, prepared, save_memory, usable_device
 from support.files import table, write_json, write_text
 from tools.contestants import Reference, contestants, inputs_of, official, samplers
 from vae import VAE, VAEConfig
@@ -114,31 +114,20 @@ def peak(device, function):
     return max(itertools.accumulate(sizes)) / 1e9
 
 
-def resident(module, device):
-    """GB of a module's tensors on a device."""
-    tensors = module.state_dict().values()
-    return sum(x.nbytes for x in tensors if x.device.type == device.type) / 1e9
-
-
 # ---- parts: a device to {"rows": ..., and what else is to tell}; the docstring is the title ------
 
 
-def sampling(config, device, tokens, steps, rounds, dtype=torch.float32):
+def sampling(where, config, tokens, steps, rounds, dtype=torch.float32, *, device):
     """A step of sampling with guidance; tokens: of image and text."""
     inputs = inputs_of(config, *tokens, 2, device, dtype)
     models = contestants(config, device, dtype)
-    draw, ours = samplers(models, inputs, steps), models["ours"]
+    ours = models["ours"]
     twin = deepcopy(ours, {id(x): x for x in (*ours.parameters(), *ours.buffers())})
     compile_blocks(twin)
-    compiled = samplers({"ours": twin}, inputs, steps)["ours"]
-    start = time.perf_counter()
-    try:
-        with compiling():
-            compiled()
-        about = {"seconds to compile": time.perf_counter() - start}
-        draw["ours, compiled"] = compiled
-    except UserError as error:
-        about = {"not compiled": str(error)}
+    draw, start = samplers(models | {"ours, compiled": twin}, inputs, steps), time.perf_counter()
+    draw["ours, compiled"]()
+    about = {"tokens": list(tokens), "dtype": str(dtype)}
+    about["seconds to compile"] = time.perf_counter() - start
     drawn = [f() - inputs[0][:1] for f in draw.values()]
     apart = difference(drawn, 1e-4 if dtype == torch.float32 else 0.05)
     side = 2048 if device.type == "cpu" else 8192
@@ -148,26 +137,14 @@ def sampling(config, device, tokens, steps, rounds, dtype=torch.float32):
     rows, work = rows_of(times, "ms a step", "diffusers", steps), flops(ours, *inputs)
     for row in rows:
         row["of the GEMM rate"] = 1000 * work / row["ms a step"] / rate
-    about = {"tokens": list(tokens), "dtype": str(dtype), **about}
     about |= {"largest relative difference": apart, "GEMM, TFLOP/s": rate / 1e12}
-    return {"rows": rows, **about}
-
-
-def step(device):
-    """A step of sampling with guidance, in the miniature."""
-    return sampling(MINIATURE, device, (9, 14), steps=28, rounds=60)
-
-
-def mid(device):
-    """A step of sampling with guidance, 12 blocks of 768."""
-    return sampling(MID, device, (1024, 128), steps=2, rounds=7)
+    return {"about": f"A step of sampling with guidance, {where}.", "rows": rows, **about}
 
 
 def prompt_of(side):
     """Words and two pictures of side x side pixels."""
-    kinds = ("red", "circle"), ("blue", "star")
-    pictures = (world.portrait(world.Object(*kind, 4)) for kind in kinds)
-    circle, star = (crop_to(picture, side, side) for picture in pictures)
+    pictures = (picture(pair) for pair in (("red", "circle"), ("blue", "star")))
+    circle, star = (crop_to(image, side, side) for image in pictures)
     return ["top left ", circle, ", center ", star, ", white background"]
 
 
@@ -175,14 +152,13 @@ def request(device, steps=28):
     """A request in the miniature, from a prompt with two pictures to a picture: 28 steps, guidance."""
     engine, models = DreamEngine.load(device=device), contestants(MINIATURE, device)
     engine.mmdit, prompt = models["ours"], prompt_of(16)
+    theirs = partial(official, engine, prompt=prompt, steps=steps)
     ways = {
-        f"official way, transformer of {name}": partial(official, engine, model, prompt, steps)
-        for name, model in models.items()
+        f"official way, transformer of {name}": partial(theirs, m) for name, m in models.items()
     }
     base = next(iter(ways))
-    with_mask = partial(official, engine, engine.mmdit, prompt, steps, is_masked=True)
-    ways["official way, ours, padding masked"] = with_mask
-    ways["ours"] = partial(engine.generate, [prompt], steps)
+    ways["official way, ours, padding masked"] = partial(theirs, engine.mmdit, is_masked=True)
+    ways["ours"] = partial(engine.generate, [prompt], steps, guidance=4.5)
     *unmasked, masked, fast = (np.asarray(way()[0], dtype=float) for way in ways.values())
     apart = max(abs(unmasked[0] - unmasked[-1]).max(), abs(masked - fast).max())
     if apart > 1:
@@ -238,8 +214,8 @@ def training(device, size=16):
 
 
 def forward_backward(model, batch, device):
-    """What a training step asks of the transformer, at 16 image and 16 text tokens."""
-    latent, txt, vec = inputs_of(model.config, 16, 16, batch, device)
+    """What a training step asks of the transformer, at 9 image and 16 text tokens."""
+    latent, txt, vec = inputs_of(model.config, 9, 16, batch, device)
     model(latent, 0.5, txt.requires_grad_(), vec.requires_grad_()).sum().backward()
 
 
@@ -274,18 +250,13 @@ def start(device):
 def random_engine(device):
     torch.manual_seed(0)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    transformer, vae, language = LARGE
+    config, vae, language = LARGE
     with device:
-        transformer, vae = MMDiT(transformer).to(dtype), VAE(vae)
+        transformer, vae = MMDiT(config).to(dtype), VAE(vae)
         language = Qwen2VLModel(Qwen2VLConfig(**language)).to(dtype)
-    language = Qwen2VL(language, load_tokenizer(LMM), PatchConfig())
-    adapter = new_adapter(language, transformer)
-    return DreamEngine(language, adapter, transformer, vae).eval().requires_grad_(False)
-
-
-def full_step(device):
-    """A step of sampling with guidance, SD3.5-large."""
-    return sampling(LARGE[0], device, (4096, 333), steps=2, rounds=3, dtype=torch.bfloat16)
+    lmm = Qwen2VL(language, load_tokenizer(LMM), PatchConfig())
+    engine = DreamEngine(lmm, new_adapter(lmm, transformer), transformer, vae)
+    return engine.eval().requires_grad_(False)
 
 
 def full_request(device):
@@ -297,8 +268,8 @@ def full_request(device):
             save_memory(engine.to("cpu"), device)
         draw = partial(engine.generate, [prompt_of(336)])
         row = {"": name, "s a picture": median(race({name: draw}, 3)[name])}
-        row["GB"] = peak(device, draw) + resident(engine, device)
-        rows.append(row | {"of it MM-DiT, GB": resident(engine.mmdit, device)})
+        there = [x.nbytes for x in engine.state_dict().values() if x.device.type == device.type]
+        rows.append(row | {"GB": peak(device, draw) + sum(there) / 1e9})
         drawn.append(np.asarray(draw()[0], dtype=float))
         del engine, draw
     return {"rows": rows, "largest difference of 255": abs(np.subtract(*drawn)).max()}
@@ -320,8 +291,16 @@ def full_training(device):
 
 # ---- report -------------------------------------------------------------------------------------
 
-PARTS = {f.__name__: f for f in (step, mid, request, training, growth, start)}
-FULL = {f.__name__.replace("_", " "): f for f in (full_step, full_request, full_training)}
+PARTS = {
+    "step": partial(sampling, "in the miniature", MINIATURE, (9, 14), 28, 60),
+    "mid": partial(sampling, "12 blocks of 768", MID, (1024, 128), 2, 7),
+    **{part.__name__: part for part in (request, training, growth, start)},
+}
+FULL = {
+    "full step": partial(sampling, "SD3.5-large", LARGE[0], (4096, 333), 2, 3, torch.bfloat16),
+    "full request": full_request,
+    "full training": full_training,
+}
 
 
 def report(results):
@@ -366,7 +345,7 @@ def main(arguments=None):
         report(results)
     parts = FULL if args.full else {name: PARTS[name] for name in args.parts or PARTS}
     for name, part in tqdm(parts.items(), "parts"):
-        results[name] = part(device) | {"about": part.__doc__, "on": place}
+        results[name] = {"about": part.__doc__} | part(device=device) | {"on": place}
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, results)

@@ -18,8 +18,6 @@ try:
 except ImportError:
     SD3Transformer2DModel = None
 
-ATTENTION = r".*attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"  # what LoRA goes on
-
 
 class Reference(nn.Module):
     """diffusers' transformer with our forward; Dream Engine's conditions bypass its embedders."""
@@ -44,7 +42,8 @@ class Reference(nn.Module):
         return self.transformer(latent, txt, vec, 1000 * t, return_dict=False)[0]
 
     def add_lora(self, rank):
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=ATTENTION)
+        attention = r".*attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=attention)
         inject_adapter_in_model(config, self.transformer)
 
 
@@ -95,11 +94,12 @@ def inputs_of(config, image, text, batch, device, dtype=torch.float32):
 
 def samplers(models, inputs, steps):
     """{name: function that draws a latent with guidance}, from inputs of a batch of two."""
-    latent, txt, vec = inputs
-    condition, draw = Condition(txt, torch.ones_like(txt[..., 0], dtype=torch.bool), vec), {}
+    (latent, txt, vec), draw = inputs, {}
+    condition = Condition(txt, torch.ones_like(txt[..., 0], dtype=torch.bool), vec)
     for name, model in models.items():
-        draw[name] = partial(plain_denoise, model, lambda: condition, latent[:1], steps)
-        if not isinstance(model, Reference):
-            draw[f"{name}, plain forward"] = draw[name]
-            draw[name] = partial(denoise, model, condition, latent[:1], steps)
+        plain = partial(plain_denoise, model, lambda: condition, latent[:1], steps)
+        is_theirs = isinstance(model, Reference)
+        draw[name] = plain if is_theirs else partial(denoise, model, condition, latent[:1], steps)
+        if name == "ours":
+            draw["ours, plain forward"] = plain
     return {name: torch.no_grad()(function) for name, function in draw.items()}

@@ -1,14 +1,12 @@
 """Turn public datasets, in the files they are published in, into manifests for training.
 
     python -m tools.convert journeydb train_anno_realease_repath.jsonl --images imgs --out journeydb.jsonl
-    python -m tools.convert cc12m shards/ --out cc12m.jsonl
-    python -m tools.convert ultraedit data/*.parquet --out ultraedit.jsonl
-    python -m tools.convert grit shards/ --out grit.jsonl
+    python -m tools.convert cc12m shards/ --out cc12m.jsonl     # as grit; ultraedit: .parquet files
 
 Shards are the .tar files of img2dataset; GRIT's boxes need its --resize_mode keep_ratio, for the
 default pads. Images in shards and parquet files are copied, byte for byte, into a folder beside the
 manifest, as FILE/NUMBER of the record. Faulty records are skipped and counted; damage inside an
-image, though, is only found by `python -m tools.check_manifest`.
+image is only found by `python -m tools.check_manifest`.
 """
 
 import json
@@ -30,7 +28,6 @@ from prompts import upright_size
 from support.cli import Parser, UserError, one_line_errors, reading
 from support.files import whole
 
-TEXTS = {"prompt": ("prompt",), "caption": ("Task2", "Caption")}  # JourneyDB's
 COLUMNS = ["source_image", "edited_image", "edit_prompt"]  # UltraEdit's
 PARTS = {".txt": "txt", ".json": "json"}  # of img2dataset's samples
 PARTS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), "image")
@@ -80,27 +77,24 @@ class Bounded(FileIO):
         return super().read(size)
 
 
-def read_members(file):
+def read_members(archive):
     """(key, part, bytes) of the members of a shard; without bytes if there are too many."""
     last = -1
-    with (
-        reading(file.name, "a .tar file"),
-        Bounded(file) as stream,
-        tarfile.open(fileobj=stream, mode="r:") as archive,
-    ):
-        for member in archive:
-            if member.size < 0 or member.offset <= last:  # that would never end
-                raise tarfile.ReadError("negative size")
-            last, (key, suffix) = member.offset, os.path.splitext(member.name)
-            part, fits = PARTS.get(suffix.lower()), member.size <= LARGEST
-            if part and member.isreg() and not member.issparse():
-                yield key, part, archive.extractfile(member).read() if fits else b""
+    for member in archive:
+        if member.size < 0 or member.offset <= last:  # that would never end
+            raise tarfile.ReadError("negative size")
+        last, (key, suffix) = member.offset, os.path.splitext(member.name)
+        part, fits = PARTS.get(suffix.lower()), member.size <= LARGEST
+        if part and member.isreg() and not member.issparse():
+            yield key, part, archive.extractfile(member).read() if fits else b""
 
 
 def read_samples(file):
     """The samples of a shard: "image", "txt" and "json" in bytes."""
-    for key, members in groupby(read_members(file), itemgetter(0)):
-        yield key, {part: data for _, part, data in members}
+    with reading(file.name, "a .tar file"), Bounded(file) as stream:
+        members = read_members(tarfile.TarFile(fileobj=stream))
+        for key, parts in groupby(members, itemgetter(0)):
+            yield key, {part: data for _, part, data in parts}
 
 
 def read_rows(file):
@@ -129,32 +123,31 @@ def read_all(read, files):
 # ---- converters: a record, and where its image may go, to a line of the manifest ----------------
 
 
-def text_at(record, *keys):
-    for key in keys:
-        record = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(record, str) or not record.strip():
-        raise UserError(f"no {' '.join(keys)}")
-    return record
+def text_at(record, key):
+    text = record.get(key)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"no {key}")
+    return text
 
 
-def convert_journeydb(line, _, args):
+def convert_journeydb(line, _, images):
     record = read_json("record", line)
-    prompt, path = text_at(record, *TEXTS[args.text]), text_at(record, "img_path")
-    folder = os.path.abspath(args.images)
+    prompt, path = text_at(record, "prompt"), text_at(record, "img_path")
+    folder = os.path.abspath(images)
     file = Path(os.path.abspath(Path(folder, path)))
     if not file.is_relative_to(folder) or not os.path.isfile(file):
         raise UserError(f"no image {path}")
     return {"task": "t2i", "prompt": prompt, "target": file, "size": measure(file)[1]}
 
 
-def convert_cc12m(sample, path, args):
+def convert_cc12m(sample, path, _):
     with reading("txt", "UTF-8"):
         prompt = text_at({"txt": sample.get("txt", b"").decode()}, "txt")
     file, size = store(sample.get("image"), path)
     return {"task": "t2i", "prompt": prompt, "target": file, "size": size}
 
 
-def convert_ultraedit(row, path, args):
+def convert_ultraedit(row, path, _):
     line = {"task": "edit", "instruction": text_at(row, "edit_prompt")}
     for name, column in zip(("source", "target"), COLUMNS):
         image = row[column] if isinstance(row[column], dict) else {}
@@ -162,7 +155,7 @@ def convert_ultraedit(row, path, args):
     return line
 
 
-def convert_grit(sample, path, args):
+def convert_grit(sample, path, _):
     record = read_json("json", sample.get("json", b""))
     segments = split_caption(text_at(record, "caption"), record.get("noun_chunks"))
     file, size = store(sample.get("image"), path)
@@ -218,9 +211,9 @@ def find_files(paths, suffix):
 
 
 def write_manifest(file, records, convert):
-    """Write convert(record) for every record; print how many there are, and how many were faulty.
+    """Write convert(record) for every record, and print how many there were, good and faulty.
 
-    Raises UserError if all are; then, and when interrupted, there is no manifest.
+    Raises UserError if all are faulty; then, and when interrupted, there is no manifest.
     """
 
     def relative(path):
@@ -233,11 +226,8 @@ def write_manifest(file, records, convert):
             try:
                 if isinstance(record, UserError):
                     raise record
-                line = json.dumps(
-                    convert(record, file.with_suffix("") / name),
-                    ensure_ascii=False,
-                    default=relative,
-                )
+                line = convert(record, file.with_suffix("") / name)
+                line = json.dumps(line, ensure_ascii=False, default=relative)
                 parse_record(line)  # what training would refuse is faulty, too
             except UserError as error:
                 skipped += 1
@@ -256,7 +246,6 @@ def main(arguments=None):
     parser.add_argument("files", nargs="+", help="its files, or a folder of them")
     parser.add_argument("--out", required=True, help="the manifest (.jsonl)")
     parser.add_argument("--images", help="journeydb: folder of the images")
-    parser.add_argument("--text", choices=TEXTS, default="prompt", help="journeydb: which text")
     args = parser.parse_args(arguments)
     suffix, read, convert = DATASETS[args.dataset]
     files, out = find_files(args.files, suffix), Path(args.out)
@@ -268,7 +257,7 @@ def main(arguments=None):
         raise UserError(f"--images must be the folder of the images, got {args.images}")
     if suffix == ".parquet" and not find_spec("pyarrow"):
         raise UserError("parquet files are read by pyarrow: pip install pyarrow")
-    write_manifest(out, read_all(read, files), partial(convert, args=args))
+    write_manifest(out, read_all(read, files), lambda *record: convert(*record, args.images))
 
 
 if __name__ == "__main__":
