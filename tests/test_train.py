@@ -612,7 +612,7 @@ def test_manifests_of_all_tasks_train(capsys):
     assert "holds no example of task edit" in fails(2, 1, "b", *asked)
     run(1, 2, "b", "--data", "b=1.jsonl")  # its target serves to be copied, too
     said = capsys.readouterr().out
-    assert "\ni2i 64x64 x 1 from b=1.jsonl:" in said and "\nt2i 64x64 x 1 from b=1.jsonl:" in said
+    assert "\ni2i 48x48 x 1 from b=1.jsonl:" in said and "\nt2i 48x48 x 1 from b=1.jsonl:" in said
     run(2, 2, "c", "--data", "a.jsonl", "--buckets", "--size", "48")
 
 

@@ -65,7 +65,7 @@ def test_at_step_0_it_draws_what_sd3_draws_with_a_vec_of_zero():
     base = load_mmdit(SD3)
     engine = train.load_engine(train.parse([*SMALL, "--steps", "1"]), "cpu")
     ids = engine.tokens(["a red circle", "a star"])
-    context, latent = engine.context(ids), tensor("latent", (2, base.config.channels, 8, 8))
+    context, latent = engine.context(ids), tensor("latent", (2, base.config.channels, 6, 6))
     states = engine.text_encoder(input_ids=ids).last_hidden_state
     for t in (torch.tensor([0.1, 0.9]), 0.5):
         expected = base(latent, t, base.context_embedder(states), torch.zeros(2, base.config.width))
@@ -184,7 +184,7 @@ def test_a_run_learns_everything_but_what_is_frozen_and_leaves_a_folder(capsys):
         "transformer", "vae",
     ]  # fmt: skip
     said = capsys.readouterr().out
-    assert "parameters that learn" in said and "edit 64x64 x 1 from rendered scenes" in said
+    assert "parameters that learn" in said and "edit 48x48 x 1 from rendered scenes" in said
     assert said.splitlines()[-1] == "run"
     sample.main(["--task", "caption", "--checkpoint", "run", "--image", pixel(), "--device", "cpu"])
     assert len(capsys.readouterr().out.splitlines()) == 1
