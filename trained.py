@@ -93,8 +93,8 @@ def read_saved(file):
     pairs = take_pairs(tensors, r"(lora\.(?:mmdit|lmm)\..*)\.([AB])", file)
     if unknown := sorted(tensors.keys() - adapter.keys()):
         raise UserError(f"{file}: unknown {unknown[0]}; expected adapter.* and lora.* only")
-    optional = {"alpha": bool(pairs), "guidance": "guidance" in config}
-    for name in ("base", "lmm", *(name for name, is_there in optional.items() if is_there)):
+    optional = [*["alpha"] * bool(pairs), *["guidance"] * ("guidance" in config)]
+    for name in ("base", "lmm", *optional):
         value = config.get(name)
         if type(value) not in (int, float) or not 0 < value < 1e9:
             raise UserError(f"{file}: its config says {name} {str(value)[:40]}, no positive number")

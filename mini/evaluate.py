@@ -195,7 +195,7 @@ def store_guidance(file, n, device=None):
     """Find it for a checkpoint, and write it there: the default of sample.py."""
     engine = DreamEngine.load(SD3, LMM, file, device)
     config = read_json(file, metadata(file)["config"])
-    rows = ("t2i", "copies") if config["stage"] == 1 else ("t2i", "copies", "edits", "objects")
+    rows = ("t2i", "copies") if config.get("stage") == 1 else ("t2i", "copies", "edits", "objects")
     config["guidance"] = best_guidance(engine.generate, rows, n)
     tensors = {name: tensor.clone() for name, tensor in read(file).items()}
     with whole(file) as partial_file:
@@ -285,6 +285,8 @@ def main(arguments=None):
         return store_guidance(args.checkpoint, args.num, args.device)
     if unknown := set(args.rows) - {*ROWS, *MEASURES}:
         raise UserError(f"unknown row {unknown.pop()!r}: expected some of {expected}, or guidance")
+    if args.run and not Path(args.run, "minutes.txt").is_file():
+        raise UserError(f"--run {args.run}: expected a folder of speedrun.sh, with its minutes.txt")
     args.out.mkdir(parents=True, exist_ok=True)
     guidance = "each checkpoint's own" if args.guidance is None else args.guidance
     settings = {"checkpoint": args.checkpoint.name, "guidance": guidance, "r": args.blend}
@@ -299,9 +301,10 @@ def main(arguments=None):
             print(f"{row:30} {share(exact):.3f}", flush=True)
     if args.run:
         scores["parts"] = parts_of(args.run, totals(scores["rows"]))
+    text = report(scores)
     write_json(args.out / "scores.json", scores)
-    write_text(args.out / "scores.md", report(scores))
-    print(report(scores))
+    write_text(args.out / "scores.md", text)
+    print(text)
 
 
 if __name__ == "__main__":

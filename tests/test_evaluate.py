@@ -98,6 +98,7 @@ def test_the_committed_tables_are_those_of_the_committed_results():
     [
         (["nonsense"], "unknown row 'nonsense': expected some of vae, captions, base, stage1, t2i"),
         (["--num", "3"], "--num: '3': expected a whole number from 6"),
+        (["--run", "nowhere"], "--run nowhere: expected a folder of speedrun.sh"),
         (["copies", "--blend", "2"], "--blend: '2': expected a number from 0 to 1"),
     ],
 )
