@@ -48,9 +48,6 @@ class Adapter(nn.Module):
         return self.txt(hidden), self.vec(masked_mean(hidden, mask))
 
 
-# ---- LoRA (arXiv 2106.09685) --------------------------------------------------------------------
-
-
 class LoRALinear(nn.Module):
     """A frozen Linear plus scale * B A. A fused qkv has three such pairs, one for each third.
 
@@ -88,27 +85,13 @@ def lora_sites(model, kind=nn.Linear):
             yield path, (module, PROJECTIONS[name])
 
 
-def add_lora(model, rank=32, alpha=None):
-    """Wrap the attention projections of an MMDiT or a language model; only LoRA will train.
-
-    alpha defaults to rank, so that the scale alpha / rank is 1. Returns the new parameters by name.
-    """
+def add_lora(model, rank=32, alpha=None, paths=None):
+    """Wrap the attention projections, all or those at paths; only LoRA will learn: {name: parameter}."""
     model.requires_grad_(False)
     for path, (linear, parts) in lora_sites(model):
-        _replace(model, path, LoRALinear(linear, rank, rank if alpha is None else alpha, parts))
+        if paths is None or path in paths:
+            _replace(model, path, LoRALinear(linear, rank, rank if alpha is None else alpha, parts))
     return {k: p for k, p in model.named_parameters() if p.requires_grad}
-
-
-def wrap_lora(model, lora):
-    """Wrap attention projections in the trained LoRA {path: (A, B, alpha)}, frozen.
-
-    A is (parts, rank, in), B (parts, out / parts, rank).
-    """
-    for path, (a, b, alpha) in lora.items():
-        wrapped = LoRALinear(model.get_submodule(path), a.shape[1], alpha, len(a))
-        wrapped.A.data.copy_(a)
-        wrapped.B.data.copy_(b)
-        _replace(model, path, wrapped.requires_grad_(False))
 
 
 @torch.no_grad()

@@ -8,14 +8,14 @@ read as plain tensors.
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 
-from mmdit import MMDiT, MMDiTConfig
+from mmdit import AdaLN, MMDiT, MMDiTConfig
 from support.cli import UserError, reading
 from vae import SCALE, SHIFT, VAE, VAEConfig
 
@@ -44,12 +44,10 @@ def _files(path):
     if path.is_file():
         return [path]
     if indices := sorted(path.glob("*.index.json")):
-        weight_map = read_json(indices[0]).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(name, str) and Path(name).name == name for name in weight_map.values()
-        ):
-            raise UserError(f"{indices[0]}: not a weight index ('weight_map' of names of files)")
-        names = sorted(set(weight_map.values()))
+        with reading(indices[0], "a JSON object with 'weight_map', names of files"):
+            names = sorted(set(read_json(indices[0])["weight_map"].values()))
+            if any(Path(name).name != name for name in names):
+                raise ValueError("files elsewhere")
     else:  # without an index a folder holds one file, perhaps beside a variant such as x.fp16.bin
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
         names = [f.name for f in files if f.name.count(".") == 1] or [f.name for f in files]
@@ -70,13 +68,11 @@ def _read_file(file):
     with reading(file, "a checkpoint; a pickle may hold tensors only, by name"):
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         pairs = tensors.items() if isinstance(tensors, dict) else [(None, None)]
-        if not all(isinstance(name, str) and _is_plain(x) for name, x in pairs):
-            raise TypeError("not a dictionary of tensors")
+        for name, x in pairs:
+            plain = torch.is_tensor(x) and x.layout == torch.strided
+            if not isinstance(name, str) or not plain or x.is_meta or x.is_quantized:
+                raise TypeError("not a dictionary of tensors")
     return tensors
-
-
-def _is_plain(x):
-    return torch.is_tensor(x) and x.layout == torch.strided and not (x.is_meta or x.is_quantized)
 
 
 def metadata(file):
@@ -98,7 +94,7 @@ def read_config(folder):
     """The config.json of a diffusers folder; {} where there is none."""
     file = Path(folder, "config.json")
     config = read_json(file) if file.is_file() else {}
-    for name in (*_MMDIT_CONFIG, "norm_num_groups", "latent_channels", "layers_per_block"):
+    for name in (*MMDIT_CONFIG, "norm_num_groups", "latent_channels", "layers_per_block"):
         if type(config.get(name)) not in (int, type(None)):
             raise UserError(f"{file}: {name} must be a whole number, not {config[name]!r}")
     return config
@@ -108,10 +104,7 @@ def read_config(folder):
 
 
 def table(text):
-    """Lines of "name in the model   names in the file" as rules (pattern, templates) of a Layout.
-
-    # stands for a number, * for anything, on both sides in the same order.
-    """
+    """Lines of "name in the model  names in the file" as rules; # is a number, * is anything."""
     rules = []
     for line in filter(None, map(str.strip, text.splitlines())):
         name, *stored = line.split()
@@ -120,125 +113,97 @@ def table(text):
     return rules
 
 
-@dataclass(frozen=True)
-class Layout:
-    """From the name of a tensor in the model to where it lies in the file.
+@dataclass
+class Part:
+    """The tensors of one model as a file holds them, by the names in the file, and the way to these.
 
-    rules: from `table`; a fused tensor has several names in the file, in order, and is cut along its
-    first dimension. The first rule that fits counts; a name without a rule is the file's own.
+    The first of the rules that fits a name in the model counts; a name without a rule is the same in
+    both. prefix: of all names in the file.
     """
 
+    tensors: dict
+    source: Path | str
     rules: list = ()
-    prefix: str = ""  # of all names in the file
-    swapped: str = "(?!)"  # pattern of what is stored with its halves the other way round
-    levels: int = 0  # diffusers counts those of a VAE's decoder from coarse to fine
-    wrapped: frozenset[str] = frozenset()  # modules whose own tensors lie below `.base_layer`
+    prefix: str = ""
 
     def names(self, name):
-        """A tensor's names in the file."""
-        if self.levels:
-            last = self.levels - 1
-            name = re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.up.{last - int(m[1])}", name)
+        """Where a tensor of the model lies in the file: below several names where the model fuses it."""
         for pattern, templates in self.rules:
             if match := re.fullmatch(pattern, name):
-                return [self._whole(template.format(*match.groups())) for template in templates]
-        return [self._whole(name)]
-
-    def _whole(self, name):
-        path, _, kind = f"{self.prefix}{name}".rpartition(".")
-        return f"{path}.base_layer.{kind}" if path in self.wrapped else f"{self.prefix}{name}"
-
-
-class Part(NamedTuple):
-    """A model's tensors as a file holds them."""
-
-    tensors: dict
-    layout: Layout
-    source: Path | str
+                return [self.prefix + template.format(*match.groups()) for template in templates]
+        return [self.prefix + name]
 
     def shape(self, name):
-        """The shape of the (first) tensor in the file for a name of the model; None if missing."""
-        tensor = self.tensors.get(self.layout.names(name)[0])
+        """The shape of the (first) tensor in the file for a name in the model; None if missing."""
+        tensor = self.tensors.get(self.names(name)[0])
         return None if tensor is None else tuple(tensor.shape)
 
     def dimension(self, name, axis):
         """One dimension of it; raises UserError where there is none, or it is 0."""
-        shape = self.shape(name)
+        shape, stored = self.shape(name), self.names(name)[0]
         if shape is None:
-            raise UserError(f"{self.source}: missing {self.layout.names(name)[0]}")
+            raise UserError(f"{self.source}: missing {stored}")
         if not -len(shape) <= axis < len(shape) or 0 in shape:
-            raise UserError(f"{self.source}: {self.layout.names(name)[0]} has shape {shape}")
+            raise UserError(f"{self.source}: {stored} has shape {shape}")
         return shape[axis]
 
-    def count(self, pattern):
-        """How many numbers a pattern finds in the file's names; they must be 0, 1, 2, ..."""
-        prefix = re.escape(self.layout.prefix)
-        numbers = {
-            int(m[1])
-            for k in self.tensors
-            if (m := re.match(rf"{prefix}{pattern}\.(\d{{1,9}})\.", k))
-        }
-        if numbers != set(range(len(numbers))):
-            there = ", ".join(map(str, sorted(numbers)[:40]))
-            raise UserError(f"{self.source}: {pattern} must be numbered 0, 1, 2 ...: has {there}")
-        return len(numbers)
+    def count(self, name):
+        """For how many numbers from 0 on the file has name.format(number)."""
+        return next(i for i in count() if self.shape(name.format(i)) is None)
+
+    def stored(self, model):
+        """A model's tensors by their names in the file: the way back from `build`."""
+        swapped, tensors = swapped_names(model, self.rules), {}
+        for name, tensor in model.state_dict().items():
+            names = self.names(name)
+            tensor = torch.cat(tensor.chunk(2)[::-1]) if name in swapped else tensor
+            tensors |= zip(names, (x.contiguous() for x in tensor.chunk(len(names))))
+        return tensors
 
 
-def find_part(tensors, source, prefixes, layouts):
-    """The Part below the first prefix, in the first layout, whose mark is there; None without.
-
-    layouts: {beginning of a name in the file: Layout}.
-    """
+def find_part(tensors, source, kind, prefixes, layouts):
+    """The Part below the first prefix, by the first of {mark: rules}, where a name begins so."""
     for prefix in prefixes:
-        for mark, layout in layouts.items():
+        for mark, rules in layouts.items():
             if any(name.startswith(prefix + mark) for name in tensors):
                 inside = {k: x for k, x in tensors.items() if k.startswith(prefix)}
-                return Part(inside, replace(layout, prefix=prefix), source)
-    return None
+                return Part(inside, source, rules, prefix)
+    raise UserError(f"{source}: holds no {kind}")
 
 
-def fill(model, part, device="cpu", dtype=None):
-    """Put a Part's tensors into a model built on the meta device; every name and shape must fit.
+def build(part, make, device="cpu", dtype=None):
+    """The model that make() returns, filled with a Part; every name and shape must fit.
 
-    Tensors already of the right dtype and device are used as they lie in the file, uncopied. Returns
-    the model, frozen; its attribute `layout` says how the file names it. Raises UserError naming
-    what is missing, unknown or of another shape.
+    It is made on the meta device, without memory. Tensors already of the right dtype and device are
+    used as they lie in the file, uncopied. Returns the model, frozen. Raises UserError naming what is
+    missing, unknown or of another shape.
     """
-    expected = model.state_dict()
-    stored = {name: part.layout.names(name) for name in expected}
-    check(part.tensors, _shapes(expected, stored), part.source)
-    filled = {}
-    for name, names in stored.items():
-        tensor = part.tensors[names[0]]
-        if len(names) > 1:
-            tensor = torch.cat([part.tensors[k] for k in names])
-        if re.fullmatch(part.layout.swapped, name):
-            tensor = torch.cat(tensor.chunk(2)[::-1])
-        filled[name] = tensor.reshape(expected[name].shape).to(device, dtype or tensor.dtype)
+    with reading(part.source, "a model that can be built"), torch.device("meta"):
+        model = make()
+    check(part.tensors, part.stored(model), part.source)
+    swapped, filled = swapped_names(model, part.rules), {}
+    for name, x in model.state_dict().items():
+        parts = [part.tensors[k] for k in part.names(name)]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        tensor = torch.cat(tensor.chunk(2)[::-1]) if name in swapped else tensor
+        filled[name] = tensor.reshape(x.shape).to(device, dtype or tensor.dtype)
     model.load_state_dict(filled, strict=True, assign=True)
-    model.layout = part.layout
     return model.eval().requires_grad_(False)
 
 
-def _shapes(expected, stored):
-    """{name in the file: shape there}."""
-    shapes = {}
-    for name, names in stored.items():
-        first, *rest = expected[name].shape or (1,)
-        shape = (first // len(names), *rest) if expected[name].ndim else ()
-        shapes |= dict.fromkeys(names, shape)
-    return shapes
+def swapped_names(model, rules):
+    """What diffusers stores as (scale, shift), by the names in the model: where there is no gate."""
+    found = {k: m[1] for k, m in model.named_modules() if rules and isinstance(m, AdaLN)}
+    pairs = [k for k, linear in found.items() if linear.out_features == 2 * linear.in_features]
+    return {f"{name}.1.{kind}" for name in pairs for kind in ("weight", "bias")}
 
 
-def check(tensors, shapes, source):
-    """Raise UserError unless tensors have just the names and shapes expected, and real numbers.
-
-    A 1x1 convolution may be stored as the matrix that it is.
-    """
-    faults = [f"missing {k}" for k in shapes.keys() - tensors.keys()]
-    faults += [f"unknown {k}" for k in tensors.keys() - shapes.keys()]
-    for name in shapes.keys() & tensors.keys():
-        shape, wanted = tuple(tensors[name].shape), tuple(shapes[name])
+def check(tensors, expected, source):
+    """UserError unless tensors have the names and shapes expected; a 1x1 convolution may be a matrix."""
+    faults = [f"missing {k}" for k in expected.keys() - tensors.keys()]
+    faults += [f"unknown {k}" for k in tensors.keys() - expected.keys()]
+    for name in expected.keys() & tensors.keys():
+        shape, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
         if shape != wanted and (wanted[2:] != (1, 1) or shape != wanted[:2]):
             faults.append(f"{name} has shape {shape}, expected {wanted}")
         elif not tensors[name].is_floating_point():
@@ -250,7 +215,7 @@ def check(tensors, shapes, source):
 
 # ---- SD3's MM-DiT -------------------------------------------------------------------------------
 
-_MMDIT_DIFFUSERS = table("""
+MMDIT_DIFFUSERS = table("""
     pos_embed                            pos_embed.pos_embed
     x_embedder.proj.*                    pos_embed.proj.*
     t_embedder.mlp.0.*                   time_text_embed.timestep_embedder.linear_1.*
@@ -278,7 +243,7 @@ _MMDIT_DIFFUSERS = table("""
     final_layer.adaLN_modulation.1.*     norm_out.linear.*
     final_layer.linear.*                 proj_out.*
 """.replace("BLOCK", "transformer_blocks.#"))  # fmt: skip
-_MMDIT_CONFIG = {  # name in diffusers' config.json: that in MMDiTConfig
+MMDIT_CONFIG = {  # name in diffusers' config.json: that in MMDiTConfig
     "num_layers": "depth",
     "attention_head_dim": "head_dim",
     "patch_size": "patch",
@@ -290,49 +255,28 @@ _MMDIT_CONFIG = {  # name in diffusers' config.json: that in MMDiTConfig
 
 
 def load_mmdit(path, device="cpu", dtype=torch.float32):
-    """Load the transformer of a single SD3 / SD3.5 file or of a diffusers folder (its `transformer/`).
-
-    Raises FileNotFoundError, or UserError naming the tensors that do not fit.
-    """
+    """The transformer of an SD3 / SD3.5 file or a diffusers folder; UserError if there is none."""
     folder = Path(path, "transformer")
     folder = folder if folder.is_dir() else Path(path)
-    return build_mmdit(read(folder), path, device, dtype, stated=read_config(folder))
+    return build_mmdit(read(folder), path, device, dtype, read_config(folder))
 
 
-def build_mmdit(
-    tensors, source, device="cpu", dtype=torch.float32, *, stated=None, wrapped=frozenset()
-):
-    """The same from tensors at hand, {name in the file: tensor}.
-
-    stated: what a diffusers config.json says, to be checked; wrapped: see `Layout`.
-    """
-    part, config = find_mmdit(tensors, source, stated, wrapped)
-    return fill(empty(MMDiT, source, config), part, device, dtype)
-
-
-def find_mmdit(tensors, source, stated=None, wrapped=frozenset()):
-    """The Part and the MMDiTConfig of a transformer, in the single file's names or diffusers'."""
-    layouts = {"joint_blocks.": Layout(), "transformer_blocks.": Layout(_MMDIT_DIFFUSERS)}
-    layouts = {k: replace(x, wrapped=wrapped) for k, x in layouts.items()}
+def build_mmdit(tensors, source, device="cpu", dtype=torch.float32, stated=None):
+    """The same from {name: tensor}; stated: a config.json to check."""
     prefixes = ("model.diffusion_model.", "transformer.", "dit.", "")
-    part = find_part(tensors, source, prefixes, layouts)
-    if part is None:
-        raise UserError(f"{source}: holds no SD3 or SD3.5 transformer")
+    layouts = {"joint_blocks.": (), "transformer_blocks.": MMDIT_DIFFUSERS}
+    part = find_part(tensors, source, "SD3 or SD3.5 transformer", prefixes, layouts)
     config = infer_mmdit(part, stated or {})
-    if part.layout.rules:  # diffusers stores (scale, shift) where only these two exist
-        last = rf"(joint_blocks\.{config.depth - 1}\.context_block|final_layer)"
-        layout = replace(part.layout, swapped=last + r"\.adaLN_modulation\.1\.\w+")
-        part = part._replace(layout=layout)
-    return part, config
+    return build(part, lambda: MMDiT(config), device, dtype)
 
 
 def infer_mmdit(part, stated):
     """Read an MMDiTConfig off the shapes, and refuse a stated one that says otherwise."""
-    blocks = "transformer_blocks" if part.layout.rules else "joint_blocks"
-    attn = "joint_blocks.{}.x_block.{}"
-    depth = part.count(blocks)
-    norm = attn.format(0, "attn.ln_q.weight")
+    block = "joint_blocks.{}.x_block."
+    depth = part.count(block + "adaLN_modulation.1.weight")
+    norm = block.format(0) + "attn.ln_q.weight"
     has_norm = part.shape(norm) is not None
+    reads = part.shape("text_head.weight") is not None  # only UniAlignment's does
     config = MMDiTConfig(
         depth=depth,
         width=part.dimension("x_embedder.proj.weight", 0),
@@ -341,92 +285,84 @@ def infer_mmdit(part, stated):
         patch=part.dimension("x_embedder.proj.weight", 3),
         positions=math.isqrt(part.dimension("pos_embed", 1)),
         context_dim=part.dimension("context_embedder.weight", 1),
-        pooled_dim=part.dimension("y_embedder.mlp.0.weight", 1),
+        pooled_dim=None if reads else part.dimension("y_embedder.mlp.0.weight", 1),
         qk_norm=has_norm,
-        dual=tuple(i for i in range(depth) if part.shape(attn.format(i, "attn2.qkv.weight"))),
+        dual=tuple(i for i in range(depth) if part.shape(f"{block.format(i)}attn2.qkv.weight")),
+        text_out=reads,
     )
     width, head = config.width, config.head_dim
     if not depth or not 0 < head <= width or width % head or config.patch not in (1, 2):
         sizes = f"{width} wide, heads of {head}, patches of {config.patch}"
         raise UserError(f"{part.source}: no transformer of SD3: {depth} blocks, {sizes}")
-    compare(part.source, stated, {k: getattr(config, name) for k, name in _MMDIT_CONFIG.items()})
+    compare(part.source, stated, mmdit_settings(config))
     return config
+
+
+def mmdit_settings(config):
+    """What diffusers' config.json says of an MMDiTConfig."""
+    return {k: x for k, name in MMDIT_CONFIG.items() if (x := getattr(config, name)) is not None}
 
 
 def compare(source, stated, found):
     """Raise UserError where a config.json and the tensors beside it disagree."""
     for name, value in found.items():
         if stated.get(name) not in (None, value):
-            raise UserError(
-                f"{source}: config.json says {name} {stated[name]!r}, its tensors say {value!r}"
-            )
-
-
-def empty(kind, source, *config):
-    """A model on the meta device, without memory; source: whose fault it is if it cannot be built."""
-    with reading(source, f"a model of kind {kind.__name__}"), torch.device("meta"):
-        return kind(*config)
+            said = f"config.json says {name} {stated[name]!r}, its tensors say {value!r}"
+            raise UserError(f"{source}: {said}")
 
 
 # ---- SD3's autoencoder --------------------------------------------------------------------------
 
-_VAE_DIFFUSERS = table("""
+VAE_DIFFUSERS = table("""
     *.norm_out.*                            *.conv_norm_out.*
     encoder.down.#.block.#.nin_shortcut.*   encoder.down_blocks.#.resnets.#.conv_shortcut.*
     encoder.down.#.block.*                  encoder.down_blocks.#.resnets.*
     encoder.down.#.downsample.*             encoder.down_blocks.#.downsamplers.0.*
-    decoder.up.#.block.#.nin_shortcut.*     decoder.up_blocks.#.resnets.#.conv_shortcut.*
-    decoder.up.#.block.*                    decoder.up_blocks.#.resnets.*
-    decoder.up.#.upsample.*                 decoder.up_blocks.#.upsamplers.0.*
     *.mid.block_1.*                         *.mid_block.resnets.0.*
     *.mid.block_2.*                         *.mid_block.resnets.1.*
     *.mid.attn_1.norm.*                     *.mid_block.attentions.0.group_norm.*
-    *.mid.attn_1.q.*                        *.mid_block.attentions.0.to_q.*
-    *.mid.attn_1.k.*                        *.mid_block.attentions.0.to_k.*
-    *.mid.attn_1.v.*                        *.mid_block.attentions.0.to_v.*
     *.mid.attn_1.proj_out.*                 *.mid_block.attentions.0.to_out.0.*
-""")
+    *.mid.attn_1.*                          *.mid_block.attentions.0.to_*
+""" + "".join(f"""
+    decoder.up.{i}.block.#.nin_shortcut.*   decoder.up_blocks.{3 - i}.resnets.#.conv_shortcut.*
+    decoder.up.{i}.block.*                  decoder.up_blocks.{3 - i}.resnets.*
+    decoder.up.{i}.upsample.*               decoder.up_blocks.{3 - i}.upsamplers.0.*
+""" for i in range(4)))  # fmt: skip
+# diffusers counts the decoder's levels from coarse to fine
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
-    """Load the autoencoder of a single SD3 / SD3.5 file or of a diffusers folder (its `vae/`).
-
-    Raises FileNotFoundError, or UserError naming the tensors that do not fit.
-    """
+    """The autoencoder of an SD3 / SD3.5 file or a diffusers folder; UserError if there is none."""
     folder = Path(path, "vae")
     folder = folder if folder.is_dir() else Path(path)
-    layouts = {"encoder.down.": Layout(), "encoder.down_blocks.": Layout(_VAE_DIFFUSERS)}
-    part = find_part(read(folder), path, ("first_stage_model.", "vae.", ""), layouts)
-    if part is None:
-        raise UserError(f"{path}: holds no SD3.5 autoencoder (first_stage_model.*)")
+    layouts = {"encoder.down.": (), "encoder.down_blocks.": VAE_DIFFUSERS}
+    prefixes = ("first_stage_model.", "vae.", "")
+    part = find_part(read(folder), path, "SD3.5 autoencoder", prefixes, layouts)
     config = infer_vae(part, read_config(folder) if folder.is_dir() else {})
-    if part.layout.rules:
-        layout = replace(part.layout, levels=len(config.multipliers))
-        part = part._replace(layout=layout)
-    model = fill(empty(VAE, path, config), part, device, dtype)
+    model = build(part, lambda: VAE(config), device, dtype)
     return model.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
 
 
 def infer_vae(part, stated):
     """Read a VAEConfig off the shapes; only the groups of its norms stand in config.json alone."""
-    diffusers = bool(part.layout.rules)
-    levels = part.count(r"encoder\.down_blocks" if diffusers else r"encoder\.down")
-    first = r"encoder\.down_blocks\.0\.resnets" if diffusers else r"encoder\.down\.0\.block"
-    base = part.dimension("encoder.conv_in.weight", 0)
-    widths = [part.dimension(f"encoder.down.{i}.block.0.conv2.weight", 0) for i in range(levels)]
+    conv, base = (
+        "encoder.down.{}.block.{}.conv2.weight",
+        part.dimension("encoder.conv_in.weight", 0),
+    )
+    levels = part.count(conv.format("{}", 0))
+    widths = [part.dimension(conv.format(i, 0), 0) for i in range(levels)]
     config = VAEConfig(
         latent_channels=part.dimension("decoder.conv_in.weight", 1),
         base=base,
         multipliers=tuple(width // base for width in widths),
-        blocks=part.count(first),
+        blocks=part.count(conv.format(0, "{}")),
         groups=stated.get("norm_num_groups"),
     )
     if levels != 4 or any(w % base for w in widths) or config.groups < 1 or base % config.groups:
         widths = f"widths {widths} in groups of {config.groups}"
         raise UserError(f"{part.source}: no autoencoder of SD3: {widths}")
     found = {"latent_channels": config.latent_channels, "layers_per_block": config.blocks}
-    found |= {"scaling_factor": SCALE, "shift_factor": SHIFT}
-    compare(part.source, stated, found)
+    compare(part.source, stated, found | {"scaling_factor": SCALE, "shift_factor": SHIFT})
     return config
 
 

@@ -1,12 +1,14 @@
 """Training examples: from manifests to microbatches.
 
-A manifest is a JSONL file, a line an example of one of four tasks, with paths relative to the file:
+A manifest is a JSONL file, a line an example of one of five tasks, with paths relative to the file:
 
     {"task": "t2i", "prompt": "a dog on a beach", "target": "a.jpg"}
     {"task": "i2i", "target": "a.jpg"}
     {"task": "edit", "source": "a.jpg", "instruction": "remove the dog", "target": "b.jpg"}
     {"task": "objects", "target": "a.jpg", "segments": [["a dog", [[120, 300, 480, 910]]], [" on a beach", []]]}
+    {"task": "answer", "image": "a.jpg", "question": "how many dogs are there?", "answer": "two"}
 
+UniAlignment learns t2i, edits with a "caption" of the target, and answers; Dream Engine all but these.
 A segment is a piece of the caption and the boxes, in thousandths of the target, of what it names. A
 "size": [width, height] of the target may be added; it saves opening the images for --buckets.
 `python -m tools.check_manifest FILE` shows what is in a manifest and what is wrong with it.
@@ -18,7 +20,7 @@ import random
 import re
 import sys
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -27,15 +29,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import masked
 from lmm import Batch
 from prompts import apply_task, crop_to, read_image, reference_prompt, to_tensor, upright_size
 from support.cli import UserError
 
-FIELDS = {  # of a manifest's line, by task, besides "task" and "target"
-    "t2i": ("prompt",),
-    "i2i": (),
-    "edit": ("source", "instruction"),
-    "objects": ("segments",),
+FIELDS = {  # of a manifest's line, by task, besides "task"
+    "t2i": ("target", "prompt"),
+    "i2i": ("target",),
+    "edit": ("target", "source", "instruction"),
+    "objects": ("target", "segments"),
+    "answer": ("image", "question", "answer"),
 }
 LONGEST = 4000  # letters of a text
 LONGEST_LINE = 2**20  # bytes
@@ -45,44 +49,35 @@ LONGEST_LINE = 2**20  # bytes
 
 
 def parse_record(line):
-    """One line of a manifest as a dictionary; raises UserError naming what is wrong with it.
-
-    Only the fields that its task needs are looked at.
-    """
+    """A line of a manifest as a dictionary; UserError names what its task needs and lacks."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         raise UserError("not JSON") from None
     if not isinstance(record, dict) or record.get("task") not in list(FIELDS):
         raise UserError(f'"task" must be one of {", ".join(FIELDS)}')
-    for name in ("target", *FIELDS[record["task"]]):
-        value = record.get(name)
+    caption = ("caption",) if "caption" in record else ()  # of an edit, optional
+    for name in (*FIELDS[record["task"]], *caption):
+        text = record.get(name)
         if name == "segments":
-            if not isinstance(value, list) or not all(map(_is_segment, value)):
+            if not _are_segments(text):
                 raise UserError('"segments" must be a list of [text, [[x1, y1, x2, y2], ...]]')
-            name, value = "text of segments", "".join(text for text, _ in value)
-        if not _is_text(value):
+            name, text = "text of segments", "".join(text for text, _ in text)
+        halves = isinstance(text, str) and re.search("[\ud800-\udfff]", text)  # lone surrogates
+        if not isinstance(text, str) or halves or not text.strip() or len(text) > LONGEST:
             raise UserError(f'"{name}" must be a text of 1 to {LONGEST} letters')
     return record
 
 
-def _is_text(value):
-    return (
-        isinstance(value, str)
-        and bool(value.strip())
-        and len(value) <= LONGEST
-        and not re.search("[\ud800-\udfff]", value)  # half of a surrogate pair
-    )
-
-
-def _is_segment(segment):
-    def is_box(box):
-        numbers = isinstance(box, list) and [type(x) in (int, float) for x in box] == [True] * 4
-        return numbers and 0 <= box[0] < box[2] <= 1000 and 0 <= box[1] < box[3] <= 1000
-
-    if not isinstance(segment, list) or [type(part) for part in segment] != [str, list]:
+def _are_segments(value):
+    try:
+        for text, boxes in value:
+            fit = (0 <= a < c <= 1000 and 0 <= b < d <= 1000 for a, b, c, d in boxes)
+            if not isinstance(text, str) or not all(fit):
+                return False
+        return True
+    except (TypeError, ValueError):
         return False
-    return all(map(is_box, segment[1]))
 
 
 class Manifest:
@@ -115,8 +110,10 @@ class Manifest:
         self.identity = f"{self.file.name}:{crc:08x}"
 
     def rows(self, task):
-        """Rows (n,) that serve a task: those of the task; all for i2i, as any target can be copied."""
-        return np.concatenate(list(self.by_task.values())) if task == "i2i" else self.by_task[task]
+        """Rows (n,) that serve a task: those of the task; for i2i all that have a target to copy."""
+        if task != "i2i":
+            return self.by_task[task]
+        return np.concatenate([rows for t, rows in self.by_task.items() if t != "answer"])
 
     def line(self, row):
         with self.file.open("rb") as stream:
@@ -124,25 +121,20 @@ class Manifest:
             return parse_record(stream.readline(LONGEST_LINE))
 
     def record(self, row, task, rng=None):
-        """The example of a row for a task, its images read; raises UserError or OSError.
-
-        rng: for sources that draw their examples at random; here there is nothing to draw.
-        """
-        record = self.line(row)
-        names = ("source", "target") if "source" in FIELDS[task] else ("target",)
-        images = {name: read_image(self.file.parent / record[name]) for name in names}
-        return record | images | {"task": task}
+        """The example of a row for a task, its images read; rng: for sources that draw them."""
+        record = self.line(row) | {"task": task}
+        for name in {"source", "target", "image"} & {*FIELDS[task]}:
+            record[name] = read_image(self.file.parent / record[name])
+        return record
 
     def ratio(self, row):
         """Width over height of a row's target, from "size" if it says so, else from the image."""
         try:
             record = self.line(row)
-            if "size" in record:
-                width, height = record["size"]
-            else:
-                with Image.open(self.file.parent / record["target"]) as image:
-                    width, height = upright_size(image)
-            return min(max(width / height, 0.01), 100)
+            if not (size := record.get("size")):
+                with Image.open(self.file.parent / record[FIELDS[record["task"]][0]]) as image:
+                    size = upright_size(image)
+            return min(max(size[0] / size[1], 0.01), 100)
         except Exception:  # noqa: BLE001 - `record` will tell what is wrong
             return 1.0
 
@@ -160,40 +152,29 @@ def training_example(record, size, rng):
         return task, [target], target
     if task == "edit":
         return task, [crop_to(record["source"], *size), record["instruction"]], target
-    boxes = [
-        (i, box)
-        for i, (_, thousandths) in enumerate(record["segments"])
-        for box in (visible_box(b, record["target"].size, size) for b in thousandths)
-        if box
-    ]
+    old, boxes = record["target"].size, []
+    for i, (_, thousandths) in enumerate(record["segments"]):
+        boxes += [(i, box) for b in thousandths if (box := visible_box(b, old, size))]
     chosen = sorted(rng.sample(range(len(boxes)), min(3, len(boxes))))
-    pictures = [[] for _ in record["segments"]]
+    segments = [(text, []) for text, _ in record["segments"]]
     for i, box in (boxes[k] for k in chosen):
-        pictures[i].append(target.crop(box))
-    segments = [(text, images) for (text, _), images in zip(record["segments"], pictures)]
+        segments[i][1].append(target.crop(box))
     if not chosen:
         return "t2i", ["".join(text for text, _ in segments)], target
     return *reference_prompt(segments, rng.random() < 0.5), target
 
 
 def visible_box(box, old, new):
-    """A box in thousandths of a picture of size old, in pixels of its crop to size new.
-
-    None if it is too large, too small, too thin, or mostly cropped away.
-    """
+    """A box in thousandths of size old, in pixels of its crop to size new; None if unfit."""
     scale = max(new[0] / old[0], new[1] / old[1])
-    edges = [
-        x / 1000 * old[i % 2] * scale - (old[i % 2] * scale - new[i % 2]) / 2
-        for i, x in enumerate(box)
-    ]
+    shifts = [(a * scale - b) / 2 for a, b in zip(old, new)]
+    edges = [x / 1000 * old[i % 2] * scale - shifts[i % 2] for i, x in enumerate(box)]
     area = (edges[2] - edges[0]) * (edges[3] - edges[1])
     x1, y1, x2, y2 = (round(min(max(x, 0), new[i % 2])) for i, x in enumerate(edges))
     width, height = x2 - x1, y2 - y1
-    if min(width, height) < max(8, max(width, height) / 200):  # 200: the most the LMM takes
-        return None
-    if not area / 2 < width * height <= new[0] * new[1] / 2:
-        return None
-    return x1, y1, x2, y2
+    large = min(width, height) >= max(8, max(width, height) / 200)  # 200: the most the LMM takes
+    fits = large and area / 2 < width * height <= new[0] * new[1] / 2
+    return (x1, y1, x2, y2) if fits else None
 
 
 # ---- mixing -------------------------------------------------------------------------------------
@@ -229,11 +210,7 @@ def _shuffled(n, seed):
 
 
 def make_pools(sources, tasks, side, buckets=False, progress=iter):
-    """Pools of [(source, weight)] and {task: weight}; with buckets by the target's ratio.
-
-    A task's weight is its share of the microbatches; the sources that hold examples of it divide
-    that share by their own weights.
-    """
+    """Pools of [(source, weight)] and {task: share}, which its sources divide by their weights."""
     pools = []
     for task, share in tasks.items():
         holding = [(s, weight, rows) for s, weight in sources if len(rows := s.rows(task))]
@@ -265,25 +242,25 @@ class Microbatch:
     target: torch.Tensor  # (B, 3, H, W) in [-1, 1]
     bad_lines: list  # (file:line, reason) of what was skipped on the way
 
-    def pin_memory(self):
-        for x in fields(self.batch):
-            setattr(self.batch, x.name, getattr(self.batch, x.name).pin_memory())
-        self.target = self.target.pin_memory()
-        return self
-
 
 class Microbatches(torch.utils.data.Dataset):
     """Item j is the j-th microbatch of a run: a function of the seed and j, whoever asks, and when.
 
     collate: makes a Batch of prompts. size: examples in a microbatch. null: share of prompts
-    replaced by their null prompt, for guidance to know its opposite.
+    replaced by their null prompt, for guidance to know its opposite. turn: microbatches of one task,
+    before it is the next one's turn; 0: tasks come at random.
     """
 
-    def __init__(self, pools, collate, count, size, seed=0, null=0.1):
+    def __init__(self, pools, collate, count, size, seed=0, null=0.1, turn=0):
         self.pools, self.collate, self.size, self.seed, self.null = pools, collate, size, seed, null
-        shares = np.array([pool.weight for pool in pools])
+        shares, tasks = np.array([p.weight for p in pools]), np.array([p.task for p in pools])
         rng = np.random.default_rng([seed, 0])
         self.pool_of = rng.choice(len(pools), count, p=shares / shares.sum())
+        kinds = list(dict.fromkeys(tasks)) if turn else ()
+        for k, task in enumerate(kinds):
+            own = np.arange(count) // turn % len(kinds) == k
+            weights = shares * (tasks == task)
+            self.pool_of[own] = rng.choice(len(pools), own.sum(), p=weights / weights.sum())
         self.earlier = np.zeros(count, int)  # microbatches of the same pool
         for i in range(len(pools)):
             same = self.pool_of == i
@@ -299,83 +276,118 @@ class Microbatches(torch.utils.data.Dataset):
             return error  # `load` raises it: from a worker process it would come with a traceback
 
     def microbatch(self, j):
-        pool, bad_lines, prompts, targets = self.pools[self.pool_of[j]], [], [], []
+        pool, bad_lines, examples = self.pools[self.pool_of[j]], [], []
         for i in range(self.size):
             rng = random.Random(f"{self.seed} {j} {i}")
             position = int(self.earlier[j]) * self.size + i
-            task, prompt, target = self.example(pool, position, rng, bad_lines)
-            positive, null = apply_task(task, prompt)
-            prompts.append(null if rng.random() < self.null else positive)
-            targets.append(target)
-        return Microbatch(j, pool.task, self.collate(prompts), to_tensor(targets), bad_lines)
+            example = self.example(pool, position, rng, bad_lines)
+            examples.append((*example, rng.random() < self.null))
+        target = to_tensor([target for _, _, target, *_ in examples])
+        return Microbatch(j, pool.task, self.batch(examples, j), target, bad_lines)
+
+    def batch(self, examples, j):
+        """[(task, prompt, target, replaced by the null prompt?)] -> what the model gets beside targets."""
+        pairs = [(apply_task(task, prompt), null) for task, prompt, _, null in examples]
+        return self.collate([prompts[null] for prompts, null in pairs])
+
+    read = staticmethod(training_example)  # what is learnt from a record: (task, prompt, target)
 
     def example(self, pool, position, rng, bad_lines):
-        """(task, prompt, target) at a position of a pool; skips bad lines and adds them to the list."""
+        """What `read` makes of the row at a position of a pool; bad lines are skipped and listed."""
         for attempt in range(100):
             row = pool.row(position + attempt, self.seed)
             try:
                 record = pool.source.record(row, pool.task, rng)
-                task, prompt, target = training_example(record, pool.size, rng)
-                apply_task(task, prompt)  # refuses an empty prompt
-                return task, prompt, target
+                return self.read(record, pool.size, rng)
             except (UserError, OSError) as error:
                 bad_lines.append((f"{pool.source.name}:{row}", str(error)))
         place, reason = bad_lines[-1]
         raise UserError(f"100 bad lines in a row, the last one {place}: {reason}")
 
-    def load(self, numbers, workers=0, pin_memory=False):
+    def load(self, numbers, workers=0):
         """Yield the microbatches of these numbers, made by so many processes (0: by this one)."""
-        loader = torch.utils.data.DataLoader(
-            self,
-            batch_size=None,  # an item is a batch already
-            sampler=numbers,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            worker_init_fn=_ignore_signals,
-        )
-        for item in loader:
+        options = {"batch_size": None, "num_workers": workers, "sampler": numbers}
+        # Ctrl-C and other signals of the group are for the process that a worker works for
+        start = {"worker_init_fn": lambda _: os.setpgrp()}
+        for item in torch.utils.data.DataLoader(self, **options, **start):
             if isinstance(item, UserError):
                 raise item
             yield item
 
 
-def _ignore_signals(_):
-    """Ctrl-C and other signals of the group are for the process that a worker works for."""
-    os.setpgrp()
+@dataclass
+class Pairs(Batch):
+    """What both passes of UniAlignment read; the Batch, of text and target, is for its teacher."""
+
+    prompts: torch.Tensor  # (B, L) ids: what shall draw the target
+    texts: torch.Tensor  # (B, L) ids: a text about the target
+    hidden: torch.Tensor  # (B, L) the same with MASK in some slots
+    times: torch.Tensor  # (B,) t of the text
+    sources: torch.Tensor  # (B, S, 3, H, W) in [-1, 1]: what the prompt starts from
 
 
-class BadLines:
-    """The lines of manifests that were skipped; over 1 % of them end the training.
+class PairedMicrobatches(Microbatches):
+    """Examples as UniAlignment learns them, in Pairs; tokens: a `pipeline.Tokens`.
 
-    scanned, read: {file:line: reason} of those found when the manifests were opened and later on.
+    A t2i example's caption draws and is read. An edit's source and instruction draw its target, where
+    its "caption" is read. An answer is read after its question; its picture is drawn from nothing.
     """
 
-    def __init__(self, sources):
-        """sources: [(source, weight)]."""
-        sources = [source for source, _ in sources]
-        self.allowed = sum(source.total for source in sources) / 100
-        self.scanned = {f"{s.name}:{row}": why for s in sources for row, why in s.bad_lines.items()}
-        self.read = {}
-        self.check(0, 0)
+    def __init__(self, *args, tokens, **options):
+        super().__init__(*args, **options)
+        self.tokens = tokens
 
-    def report(self, bad_lines):
-        for place, reason in bad_lines.items():
-            tqdm.write(f"skipped {place}: {reason}", file=sys.stderr)
+    def read(self, record, size, rng):
+        """(task, prompt, target, question or None, text about the target)."""
+        if record["task"] == "answer":
+            image = crop_to(record["image"], *size)
+            return "answer", [], image, record["question"], record["answer"]
+        text = record.get("prompt" if record["task"] == "t2i" else "caption")
+        if not text:
+            raise UserError('an edit without a "caption" of its target, which UniAlignment reads')
+        return *training_example(record, size, rng), None, text
+
+    def batch(self, examples, j):
+        rng = np.random.default_rng([self.seed, 1, j])
+        rows = [self.tokens.about(question, text) for *_, question, text, _ in examples]
+        ids, slots = map(torch.stack, zip(*rows))
+        uniform = torch.from_numpy(rng.random((len(ids), 1 + ids.shape[1]), dtype=np.float32))
+        times = masked.stratified_times(uniform[:, 0])
+        prompts = ["" if null else (prompt or [""])[-1] for _, prompt, *_, null in examples]
+        pictures = [to_tensor([target, *prompt[:-1]]) for _, prompt, target, *_ in examples]
+        teacher = self.collate([[text, target] for _, _, target, _, text, _ in examples])
+        return Pairs(
+            **vars(teacher),
+            prompts=self.tokens(prompts),
+            texts=ids,
+            hidden=masked.mask(ids, times, uniform[:, 1:], self.tokens.mask_id, slots),
+            times=times,
+            sources=torch.stack(pictures)[:, 1:],
+        )
+
+
+class BadLines(dict):
+    """Skipped lines, {file:line: reason}: scanned as manifests were opened, or read later on."""
+
+    def __init__(self, sources):
+        for source, _ in sources:
+            self |= {f"{source.name}:{row}": why for row, why in source.bad_lines.items()}
+        self.scanned, self.allowed = len(self), sum(source.total for source, _ in sources) / 100
+        self.check(0, 0)
 
     def add(self, bad_lines):
         """Count and report [(file:line, reason)] of a microbatch, each line once."""
-        new = {place: reason for place, reason in bad_lines if place not in self.read}
-        self.report(new)
-        self.read |= new
+        for place, reason in bad_lines:
+            if place not in self:
+                self.report(place, reason)
+                self[place] = reason
+
+    def report(self, place, reason):
+        tqdm.write(f"skipped {place}: {reason}", file=sys.stderr)
 
     def check(self, found, examples):
-        """Raise UserError if over 1 % of all lines are bad, or of the examples read so far.
-
-        found: bad lines among these examples, which all processes have read.
-        """
-        bad = len(self.scanned) + found
+        """Raise UserError if over 1 % of all lines are bad, or of all examples read."""
+        bad = self.scanned + found
         if bad > self.allowed or found > max(10, examples / 100):
-            first = "; ".join(
-                f"{place}: {why}" for place, why in (self.scanned | self.read).items()
-            )
-            raise UserError(f"{bad:.0f} bad lines are over 1 %: {first[:600]}")
+            lines = "; ".join(f"{place}: {why}" for place, why in self.items())
+            raise UserError(f"{bad:.0f} bad lines are over 1 %: {lines[:600]}")

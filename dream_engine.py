@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import flow
-from adapter import Adapter, LoRALinear, add_lora, blend, merge_lora, wrap_lora
+from adapter import Adapter, LoRALinear, add_lora, blend, lora_sites, merge_lora
 from checkpoints import build_mmdit, check, fingerprint, load_mmdit, load_vae, read
 from lmm import load_lmm
-from prompts import apply_task, to_images
+from prompts import apply_task, check_drawing, to_images
 from support import fast
 from support.cli import UserError
 from support.files import whole
-from trained import load_adapter, read_checkpoint
+from trained import build_adapter, read_checkpoint
 
 MINI = Path(__file__).parent / "weights" / "mini"
 SD3, LMM = MINI / "sd3.5_mini.safetensors", MINI / "qwen2-vl-mini"
@@ -55,11 +55,11 @@ class DreamEngine(nn.Module):
         """A Qwen2VL, an Adapter, an MMDiT and a VAE; raises UserError if they do not fit together."""
         super().__init__()
         if vae is not None and vae.config.latent_channels != mmdit.config.channels:
-            raise UserError(
-                f"the autoencoder has {vae.config.latent_channels} latent channels, the MM-DiT "
-                f"{mmdit.config.channels}: --sd3 must be the model that the checkpoint was trained on"
-            )
+            has = f"the autoencoder has {vae.config.latent_channels} latent channels, the MM-DiT"
+            needed = "--sd3 must be the model that the checkpoint was trained on"
+            raise UserError(f"{has} {mmdit.config.channels}: {needed}")
         self.lmm, self.adapter, self.mmdit, self.vae = lmm, adapter, mmdit, vae
+        self.parts = {}  # of the loss by name, where it has some
         self.base = {  # tells the models that an adapter was trained for
             "base": fingerprint(mmdit.final_layer.linear.weight),
             "lmm": fingerprint(lmm.language_model.norm.weight),
@@ -72,46 +72,45 @@ class DreamEngine(nn.Module):
     ):  # fmt: skip
         """Load SD3.5 (single file or diffusers folder), Qwen2-VL (Hugging Face folder), an adapter.
 
-        checkpoint: a file of `save` or the run folder that holds it; or a folder of the published
-        DreamEngine, whose LMM and MM-DiT then replace those of lmm and sd3. Its LoRA is merged into
-        the weights, or kept apart with merge=False, to train on; lora_scale: alpha / rank of a
-        published one (1 as in the official demo, 2 as in its training; the files do not say). None
-        starts a new adapter. mrope=False counts positions as early transformers did. Raises
+        checkpoint: a file of `save` or the run folder that holds it, whose LoRA is merged into the
+        weights, or kept apart with merge=False, to train on; or a folder of the published DreamEngine,
+        whose LMM and MM-DiT, its LoRA merged, replace those of lmm and sd3. lora_scale: alpha / rank of
+        that LoRA (1 as in the official demo, 2 as in its training; the files do not say). None starts
+        a new adapter. mrope=False counts positions as early transformers did. Raises
         FileNotFoundError or UserError, with one line that says what does not fit.
         """
-        device = fast.usable_device(device)
-        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        trained = None if checkpoint is None else read_checkpoint(checkpoint, lora_scale)
+        device, dtype = fast.device_and_dtype(device, dtype)
+        trained = None if checkpoint is None else read_checkpoint(checkpoint, lora_scale, dtype)
         if trained and trained.dit:
-            source, wrapped = trained.source, trained.wrapped
-            mmdit = build_mmdit(trained.dit, source, device, dtype, wrapped=wrapped)
+            mmdit = build_mmdit(trained.dit, trained.source, device, dtype)
         else:
             mmdit = load_mmdit(sd3, device, dtype)
         vae = load_vae(sd3, device)
         language = load_lmm(lmm, device, dtype, mrope, trained)
         if trained:
             widths = language.config.text_config.hidden_size, mmdit.config.width
-            adapter = load_adapter(trained.adapter, widths, device)
+            adapter = build_adapter(trained.adapter, widths, device)
         else:
             adapter = new_adapter(language, mmdit)
-        engine = cls(language, adapter, mmdit, vae).requires_grad_(False).eval()
-        if trained:
+        engine = cls(language, adapter, mmdit, vae)
+        if trained and trained.tensors:
             engine.guidance = trained.config.get("guidance", cls.guidance)
-            engine.add_trained_lora(trained, merge)
-        return engine
-
-    def add_trained_lora(self, trained, merge):
-        """Check that a Checkpoint was trained on these models; wrap or merge its LoRA into them."""
-        for part, name in (("base", "SD3"), ("lmm", "Qwen2-VL")):
-            expected = trained.config.get(part)
-            if expected and not math.isclose(expected, self.base[part], rel_tol=1e-3):
-                raise UserError(
-                    f"{trained.source}: was trained on another {name} than the one at hand"
-                )
-        for name, model in (("mmdit", self.mmdit), ("lmm", self.lmm)):
-            wrap_lora(model, trained.lora(name, model))
+            engine.take_lora(trained)
             if merge:
-                merge_lora(model)
+                merge_lora(engine)
+        return engine.requires_grad_(False).eval()
+
+    def take_lora(self, trained):
+        """The LoRA of a Checkpoint that was trained on these models; UserError if it was not."""
+        for part, name in (("base", "SD3"), ("lmm", "Qwen2-VL")):
+            if not math.isclose(trained.config[part], self.base[part], rel_tol=1e-3):
+                raise UserError(f"{trained.source}: was trained on another {name} than this one")
+        tensors = trained.tensors
+        paths = [path for path, _ in lora_sites(self) if f"lora.{path}.A" in tensors]
+        if paths:
+            rank = max([1, *tensors[f"lora.{paths[0]}.A"].shape[-2:-1]])
+            add_lora(self, rank, trained.config["alpha"], paths)
+        self.restore(trained.source, tensors)
 
     @property
     def device(self):
@@ -120,7 +119,7 @@ class DreamEngine(nn.Module):
     @property
     def default_size(self):
         """1024, or all that a smaller position table holds."""
-        return min(1024, 8 * self.mmdit.config.patch * self.mmdit.config.positions)
+        return min(1024, self.mmdit.config.largest)
 
     def condition(self, batch, r=0.0):
         """A Batch and r in [0, 1], a number or one a row -> Condition; what learns gets gradients."""
@@ -149,35 +148,18 @@ class DreamEngine(nn.Module):
         """
         width, height = size or (self.default_size, self.default_size)
         guidance = self.guidance if guidance is None else guidance
-        self.check(steps, guidance, r, width, height)
+        if not 0 <= r <= 1:
+            raise UserError(f"blend must lie between 0 (LMM) and 1 (ViT), got {r}")
+        check_drawing(steps, guidance, width, height, self.mmdit.config.largest)
         if not prompts:
             raise UserError("no prompt to draw")
         positives, nulls = zip(*(apply_task(task, prompt) for prompt in prompts))
-        asked = (
-            [*positives, *nulls] if guidance != 1 else positives
-        )  # at 1 the null prompt cancels out
+        asked = positives if guidance == 1 else positives + nulls  # at 1 nulls cancel out
         condition = self.encode(asked, r)
         shape = (self.mmdit.config.channels, height // 8, width // 8)
         start = flow.noise(len(prompts), shape, seed)
         latent = denoise(self.mmdit, condition, start, steps, guidance, progress)
         return to_images(self.vae.decode(latent))
-
-    def check(self, steps, guidance, r, width, height):
-        """Raise UserError, naming what is wrong and what would be right, before any long work."""
-        if steps < 1:
-            raise UserError(f"steps must be at least 1, got {steps}")
-        if not abs(guidance) < float("inf"):
-            raise UserError(f"guidance must be a finite number, got {guidance}")
-        if not 0 <= r <= 1:
-            raise UserError(f"blend must lie between 0 (LMM) and 1 (ViT), got {r}")
-        largest = 8 * self.mmdit.config.patch * self.mmdit.config.positions
-        for side in (width, height):
-            if side % 16 or not 16 <= side <= largest:
-                near = min(max(round(side / 16) * 16, 16), largest)
-                limit = f"multiples of 16 up to {largest}"
-                raise UserError(f"size {width}x{height}: sides must be {limit}; nearest is {near}")
-
-    # ---- training ----
 
     def start_training(self, rank=None, alpha=None, lmm_lora=False):
         """Let the adapter learn, with a rank also LoRA on the MM-DiT (and LMM); all else is frozen.
@@ -187,20 +169,19 @@ class DreamEngine(nn.Module):
         """
         self.requires_grad_(False)
         self.adapter.requires_grad_(True)
-        for name, model, wanted in (
-            ("MM-DiT", self.mmdit, bool(rank)),
+        wanted = rank or 0, (rank or 0) if alpha is None else alpha
+        for name, model, asked in (
+            ("MM-DiT", self.mmdit, rank),
             ("LMM", self.lmm.language_model, lmm_lora),
         ):
             present = [m for m in model.modules() if isinstance(m, LoRALinear)]
-            if wanted and not present:
-                add_lora(model, rank, alpha)
+            if asked and not present:
+                add_lora(model, *wanted)
             for lora in present:
-                has, asked = (lora.rank, lora.alpha), (rank, rank if alpha is None else alpha)
-                if not wanted or has != asked:
-                    raise UserError(
-                        f"the checkpoint has LoRA on the {name} of rank {has[0]}, alpha {has[1]:g}: "
-                        "ask for the same, with --stage 2 --rank --alpha (--lmm-lora)"
-                    )
+                if not asked or (lora.rank, lora.alpha) != wanted:
+                    has = f"has LoRA on the {name} of rank {lora.rank}, alpha {lora.alpha:g}"
+                    same = "ask for the same, with --stage 2 --rank --alpha (--lmm-lora)"
+                    raise UserError(f"the checkpoint {has}: {same}")
                 lora.A.requires_grad_(True)
                 lora.B.requires_grad_(True)
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -231,10 +212,10 @@ class DreamEngine(nn.Module):
         with whole(file) as partial:
             save_file(self.learned(), partial, {"config": json.dumps({**config, **self.base})})
 
-    def restore(self, file):
+    def restore(self, file, tensors=None):
         """Take back what `save` wrote, into an engine that trains the same."""
-        tensors, learned = read(file), self.learned()
-        check(tensors, {name: x.shape for name, x in learned.items()}, file)
+        tensors, learned = tensors or read(file), self.learned()
+        check(tensors, learned, file)
         with torch.no_grad():
             for name, tensor in learned.items():
                 tensor.copy_(tensors[name])
@@ -250,10 +231,7 @@ def new_adapter(lmm, mmdit, layers=2, mlp_dim=None):
 
 
 def denoise(transformer, condition, noise, steps=28, guidance=4.5, progress=iter):
-    """Noise (B, C, h, w) -> latent, by Euler's method with classifier-free guidance.
-
-    condition holds the B prompts and, unless guidance is 1, their B null prompts.
-    """
+    """Noise (B, C, h, w) -> latent; condition: of B prompts, then their B nulls or none."""
     sigmas, padding = flow.sigma_schedule(steps), condition.padding
     copies = len(condition.vec) // len(noise)
 

@@ -52,9 +52,6 @@ def noise(n, shape, seed):
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
-# ---- training -----------------------------------------------------------------------------------
-
-
 def training_sigmas(n, shift=3.0, generator=None):
     """n noise levels in (0, 1), fp32: the sigmoid of a standard normal, then shifted.
 

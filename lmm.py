@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
-from checkpoints import Layout, empty, fill, find_part, read, read_json, table
+from checkpoints import build, find_part, read, read_json, table
 from prompts import to_rgb
 from support.cli import UserError, reading
 
@@ -41,10 +41,8 @@ class Qwen2VL(nn.Module):
             raise UserError("a prompt is empty")
         batch = collate(prompts, self.tokenizer, self.patches, self.mrope)
         limit = self.config.text_config.max_position_embeddings
-        if batch.ids.shape[1] > limit:
-            raise UserError(
-                f"a prompt of {batch.ids.shape[1]} tokens: the LMM reads {limit} at most"
-            )
+        if (length := batch.ids.shape[1]) > limit:
+            raise UserError(f"a prompt of {length} tokens: the LMM reads {limit} at most")
         return batch.to(self.language_model.embed_tokens.weight.device)
 
     def forward(self, batch):
@@ -71,10 +69,7 @@ class Qwen2VL(nn.Module):
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """How an LMM wants its images: patch side, patches merged into a token, limits of size.
-
-    At most 512 tokens an image in the official code, whatever Qwen2-VL itself would allow.
-    """
+    """How an LMM wants its images; at most 512 tokens each, as in the official code."""
 
     patch: int = 14
     merge: int = 2
@@ -83,10 +78,7 @@ class PatchConfig:
 
 
 def smart_resize(height, width, factor=28, min_pixels=56 * 56, max_pixels=512 * 28 * 28):
-    """Qwen2-VL's choice of size: sides the multiples of factor nearest to the image's own.
-
-    Returns (height, width); raises UserError where one side is over 200 times the other.
-    """
+    """Qwen2-VL's choice of (height, width): multiples of factor near the image's own."""
     if max(height, width) > 200 * min(height, width):
         raise UserError(f"image of {width}x{height}: one side is over 200 times the other")
     h, w = round(height / factor) * factor, round(width / factor) * factor
@@ -134,7 +126,8 @@ class Batch:
     grids: torch.Tensor  # (images, 3): 1, height and width in patches
 
     def to(self, device, **options):
-        return Batch(**{f.name: getattr(self, f.name).to(device, **options) for f in fields(self)})
+        moved = {f.name: getattr(self, f.name).to(device, **options) for f in fields(self)}
+        return type(self)(**moved)
 
 
 def mrope_positions(image_mask, grids, merge=2):
@@ -204,10 +197,10 @@ def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
 
 # ---- loading ------------------------------------------------------------------------------------
 
-_LAYOUTS = {  # beginning of a name in the file: the layout, from the model's names to the file's
-    "model.language_model.": Layout(table("*  model.*")),  # transformers since 4.52
-    "language_model.": Layout(),  # a bare Qwen2VLModel of the same
-    "model.": Layout(table("language_model.*  model.*")),  # as published
+RULES = {  # beginning of a name in the file: rules, from the model's names to the file's
+    "model.language_model.": table("*  model.*"),  # transformers since 4.52
+    "language_model.": (),  # a bare Qwen2VLModel of the same
+    "model.": table("language_model.*  model.*"),  # as published
 }
 
 
@@ -218,41 +211,30 @@ def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=N
     folder's. transformers would start missing tensors at random, with a warning; here they are an
     error. Raises FileNotFoundError, or UserError naming what does not fit.
     """
-    config = read_lmm_config(folder)
-    tokenizer, patches = load_tokenizer(folder), patch_config(folder, config)
-    part = find_lmm(folder, config, checkpoint)
-    counts = {"layers": config.text_config.num_hidden_layers, "blocks": config.vision_config.depth}
-    for name, count in counts.items():  # before a config that is wrong builds 10^9 of them
-        found = part.count(rf"[\w.]*\b{name}")
-        if found != count:
-            raise UserError(f"{folder}: config.json says {count} {name}, the tensors have {found}")
+    config, tokenizer = read_lmm_config(folder), load_tokenizer(folder)
+    patches = patch_config(folder, config)
+    published = bool(checkpoint and checkpoint.lmm)
+    tensors, source = (checkpoint.lmm, checkpoint.source) if published else (read(folder), folder)
+    part = find_part(tensors, source, "Qwen2-VL (model.*)", ("lmm." * published,), RULES)
+    head = part.tensors.pop(f"{part.prefix}lm_head.weight", None)  # no word is ever predicted
+    if head is not None and config.tie_word_embeddings:  # a file may keep either of the two names
+        part.tensors.setdefault(part.names("language_model.embed_tokens.weight")[0], head)
+    for name, count in (  # before a config that is wrong builds 10^9 of them
+        ("language_model.layers.{}.input_layernorm.weight", config.text_config.num_hidden_layers),
+        ("visual.blocks.{}.norm1.weight", config.vision_config.depth),
+    ):
+        if (found := part.count(name)) != count:
+            raise UserError(f"{folder}: config.json says {count} of {name}, found {found}")
     entries, rows = max(tokenizer.get_vocab().values()) + 1, config.text_config.vocab_size
     if entries > rows:
         raise UserError(f"{folder}: a tokenizer of {entries} entries, embeddings of {rows}")
-    lmm = Qwen2VL(empty(Qwen2VLModel, folder, config), tokenizer, patches, mrope)
-    fill(lmm, part, device, dtype)
+    others = tokenizer, patches, mrope
+    lmm = build(part, lambda: Qwen2VL(Qwen2VLModel(config), *others), device, dtype)
     # Rotary frequencies are computed, not stored; they stay fp32.
     for model, attribute in ((lmm.visual, "rotary_pos_emb"), (lmm.language_model, "rotary_emb")):
         kind = type(getattr(model, attribute))
         setattr(model, attribute, kind(model.config).to(device))
     return lmm
-
-
-def find_lmm(folder, config, checkpoint):
-    """The Part that holds the LMM's tensors, of a folder or of a published DreamEngine."""
-    source, tensors, prefix, wrapped = folder, None, "", frozenset()
-    if checkpoint and checkpoint.lmm:
-        source, tensors = checkpoint.source, checkpoint.lmm
-        prefix, wrapped = "lmm.", checkpoint.wrapped
-    part = find_part(tensors or read(folder), source, (prefix,), _LAYOUTS)
-    if part is None:
-        raise UserError(f"{source}: holds no Qwen2-VL ({prefix}model.*)")
-    part = part._replace(layout=replace(part.layout, wrapped=wrapped))
-    head = part.tensors.pop(f"{prefix}lm_head.weight", None)  # no word is ever to be predicted
-    (embedding,) = part.layout.names("language_model.embed_tokens.weight")
-    if head is not None and config.tie_word_embeddings:  # the file may keep either of the two names
-        part.tensors.setdefault(embedding, head)
-    return part
 
 
 def read_lmm_config(folder):
@@ -265,14 +247,11 @@ def read_lmm_config(folder):
     with reading(file, "the config of a Qwen2-VL"):
         config = Qwen2VLConfig.from_pretrained(folder)
         text, vision = config.text_config, config.vision_config
-        heads, groups = text.num_attention_heads, text.num_key_value_heads
-        sections = text.rope_parameters["mrope_section"]
-        if text.hidden_size % heads or heads % groups:
-            raise ValueError(f"{heads} heads in {groups} groups do not divide {text.hidden_size}")
-        if 2 * sum(sections) != text.hidden_size // heads or min(sections) < 0:
+        sections = text.rope_parameters["mrope_section"]  # what no shape of a tensor tells
+        if 2 * sum(sections) != text.hidden_size // text.num_attention_heads or min(sections) < 0:
             raise ValueError(f"mrope_section {sections} is not half of a head")
-        if vision.embed_dim % (4 * vision.num_heads) or vision.hidden_size != text.hidden_size:
-            raise ValueError("the vision tower's heads or hidden_size do not fit")
+        if vision.embed_dim % (4 * vision.num_heads):
+            raise ValueError(f"{vision.num_heads} heads of the vision tower do not fit")
         if type(text.max_position_embeddings) is not int or text.max_position_embeddings < 1:
             raise ValueError(f"max_position_embeddings is {text.max_position_embeddings!r}")
     return config
@@ -281,39 +260,30 @@ def read_lmm_config(folder):
 def load_tokenizer(folder):
     """The tokenizer of a Qwen2-VL folder, with its vision tokens."""
     if not any(Path(folder, name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise FileNotFoundError(
-            f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)"
-        )
+        raise FileNotFoundError(f"{folder}: no tokenizer (tokenizer.json or vocab.json)")
     with reading(folder, "the tokenizer of a Qwen2-VL"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if not tokenizer.encode("a", split_special_tokens=True, add_special_tokens=False):
             raise ValueError("it reads no letters")
-        missing = [token for token in VISION_TOKENS if token not in tokenizer.get_vocab()]
-        if missing:
-            raise ValueError(f"it has no {missing[0]}")
+        [tokenizer.get_vocab()[token] for token in VISION_TOKENS]  # raises where one is missing
     return tokenizer
 
 
 def patch_config(folder, config=None):
-    """Image sizes for this LMM; never more than 512 tokens an image, as in the official code.
-
-    The model's config says how patches are cut; preprocessor_config.json, if there, the limits.
-    """
+    """Image sizes: cut as the model's config says, limits of preprocessor_config.json."""
     vision = (config or read_lmm_config(folder)).vision_config
     patches = PatchConfig(vision.patch_size, vision.spatial_merge_size)
     file = Path(folder, "preprocessor_config.json")
-    if not file.is_file():
-        return patches
-    stated = read_json(file)
+    stated = read_json(file) if file.is_file() else {}
     with reading(file, "the image sizes of a Qwen2-VL"):
-        for name, value in (("patch_size", patches.patch), ("merge_size", patches.merge)):
-            if stated.get(name, value) != value:
-                raise ValueError(f"{name} {stated[name]!r}, but {value} in the model's config.json")
+        cut = stated.get("patch_size", patches.patch), stated.get("merge_size", patches.merge)
+        if cut != (patches.patch, patches.merge):
+            raise ValueError("other patch_size or merge_size than in the model's config.json")
         size = stated.get("size") or {}  # transformers 5 calls the limits of area edges
         low = [stated.get("min_pixels"), size.get("shortest_edge"), patches.min_pixels]
         high = [stated.get("max_pixels"), size.get("longest_edge"), patches.max_pixels]
         low, high = (next(x for x in limits if x is not None) for limits in (low, high))
-        if type(low) is not int or type(high) is not int or not 0 < low <= high:
+        if not 0 < low <= high or high != int(high):
             raise ValueError(f"min_pixels {low!r} and max_pixels {high!r}")
     high = min(high, patches.max_pixels)
     return replace(patches, min_pixels=min(low, high), max_pixels=high)

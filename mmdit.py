@@ -26,9 +26,15 @@ class MMDiTConfig:
     patch: int = 2
     positions: int = 192  # side of the position table, in patches
     context_dim: int = 4096  # of SD3's own text encoders
-    pooled_dim: int = 2048
+    pooled_dim: int | None = 2048  # None: time alone modulates, as in UniAlignment
     qk_norm: bool = True
     dual: tuple[int, ...] = ()  # blocks with a second, image-only attention
+    text_out: bool = False  # the last block's text stream goes on, as in UniAlignment
+
+    @property
+    def largest(self):
+        """The longest side of a picture, in pixels."""
+        return 8 * self.patch * self.positions
 
 
 FAMILIES = {
@@ -36,9 +42,6 @@ FAMILIES = {
     "SD3.5-medium": MMDiTConfig(24, 1536, positions=384, dual=tuple(range(13))),
     "SD3.5-large": MMDiTConfig(38, 2432),
 }
-
-
-# ---- what goes in -------------------------------------------------------------------------------
 
 
 def timestep_embedding(t, dim=256):
@@ -51,10 +54,7 @@ def timestep_embedding(t, dim=256):
 
 
 def position_table(side, width):
-    """Fixed 2-D sine-cosine table (1, side * side, width): columns first, then rows.
-
-    Only training from nothing needs it; published checkpoints carry their own.
-    """
+    """2-D sine-cosine table (1, side * side, width), columns first, to train from nothing."""
     omega = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
@@ -91,9 +91,6 @@ class PatchEmbed(nn.Module):
         return rearrange(self.proj(latent), "B D h w -> B (h w) D").contiguous()
 
 
-# ---- a block ------------------------------------------------------------------------------------
-
-
 class Modulation(NamedTuple):
     """What the time and the prompt's vector do to the tokens around a layer; each (B, 1, D)."""
 
@@ -103,10 +100,7 @@ class Modulation(NamedTuple):
 
 
 class AdaLN(nn.Sequential):
-    """c (B, D) -> a Modulation for each three of the chunks, as wide as c, of its output.
-
-    The layer knows a gain as its difference from 1.
-    """
+    """c (B, D) -> a Modulation of each three chunks; its gain is its difference from 1."""
 
     def __init__(self, width, chunks):
         super().__init__(nn.SiLU(), nn.Linear(width, chunks * width))
@@ -185,7 +179,7 @@ class JointBlock(nn.Module):
 
     def __init__(self, config, index):
         super().__init__()
-        self.last = index == config.depth - 1
+        self.last = index == config.depth - 1 and not config.text_out
         self.context_block = Stream(config, last=self.last)
         self.x_block = Stream(config, dual=index in config.dual)
 
@@ -218,18 +212,18 @@ class JointBlock(nn.Module):
         return add_gated(txt, txt_mlp, text.mlp(modulate(txt, txt_mlp))), img
 
 
-# ---- the whole ----------------------------------------------------------------------------------
-
-
 class FinalLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.linear = nn.Linear(config.width, config.patch**2 * config.channels)
         self.adaLN_modulation = AdaLN(config.width, 2)
 
-    def forward(self, img, c):
+    def features(self, img, c):
         (modulation,) = self.adaLN_modulation(c)
-        return self.linear(modulate(img, modulation))
+        return modulate(img, modulation)
+
+    def forward(self, img, c):
+        return self.linear(self.features(img, c))
 
 
 class MMDiT(nn.Module):
@@ -239,7 +233,8 @@ class MMDiT(nn.Module):
         self.checkpointing = False  # in training: keep a block's input only, compute it twice
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(256, config.width)
-        self.y_embedder = Embedder(config.pooled_dim, config.width)
+        if config.pooled_dim:
+            self.y_embedder = Embedder(config.pooled_dim, config.width)
         self.context_embedder = nn.Linear(config.context_dim, config.width)
         self.register_buffer("pos_embed", torch.zeros(1, config.positions**2, config.width))
         self.joint_blocks = nn.ModuleList(JointBlock(config, i) for i in range(config.depth))
@@ -256,21 +251,18 @@ class MMDiT(nn.Module):
         txt (B, L, D) and vec (B, D) from `embed_text` or an adapter; txt_mask (B, L) bool, False at
         padding, which then has no effect. Returns (B, C, H, W).
         """
-        h, w = self.sides(latent)
-        t = torch.as_tensor(t, dtype=torch.float32, device=latent.device).expand(len(latent))
-        c = self.t_embedder(t) + vec
-        img = self.x_embedder(latent) + self.positions(h, w)
-        mask = None if txt_mask is None else joint_mask(txt_mask, h * w, txt.dtype)
-        for block in self.joint_blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                txt, img = checkpoint(block, txt, img, c, mask, use_reentrant=False)
-            else:
-                txt, img = block(txt, img, c, mask)
-        patches, p = self.final_layer(img, c), self.config.patch
-        return rearrange(patches, "B (h w) (p q C) -> B C (h p) (w q)", h=h, p=p, q=p)
+        c, img = self.embed_time(t, len(latent)) + vec, self.embed_image(latent)
+        mask = None if txt_mask is None else joint_mask(txt_mask, img.shape[1], txt.dtype)
+        _, img, _ = self.run_blocks(txt, img, c, mask)
+        return self.unpatch(self.final_layer(img, c), latent)
 
-    def sides(self, latent):
-        """A latent's height and width in patches; ValueError where they are not whole or too many."""
+    def embed_time(self, t, rows):
+        """t (rows,) or a number -> (rows, D)."""
+        t = torch.as_tensor(t, dtype=torch.float32, device=self.pos_embed.device)
+        return self.t_embedder(t.expand(rows))
+
+    def embed_image(self, latent):
+        """latent (B, C, H, W) -> tokens (B, N, D); ValueError if its sides do not fit."""
         p, side = self.config.patch, self.config.positions
         height, width = latent.shape[2:]
         if height % p or width % p:
@@ -278,7 +270,7 @@ class MMDiT(nn.Module):
         h, w = height // p, width // p
         if h > side or w > side:
             raise ValueError(f"latent of {h}x{w} patches is larger than the table, {side}x{side}")
-        return h, w
+        return self.x_embedder(latent) + self.positions(h, w)
 
     def positions(self, h, w):
         """The centre h x w of the position table, (1, h w, D)."""
@@ -286,6 +278,25 @@ class MMDiT(nn.Module):
         top, left = (side - h) // 2, (side - w) // 2
         table = rearrange(self.pos_embed, "1 (h w) D -> h w D", h=side)
         return rearrange(table[top : top + h, left : left + w], "h w D -> 1 (h w) D")
+
+    def run_blocks(self, txt, img, c, mask=None, middle=None):
+        """All blocks on txt (B, L, D), img (B, any number, D), c (B, D) -> txt, img, pair.
+
+        txt is None unless config.text_out. pair: both streams after block number `middle`, from 1.
+        """
+        pair = None
+        for i, block in enumerate(self.joint_blocks, 1):
+            if self.checkpointing and torch.is_grad_enabled():
+                txt, img = checkpoint(block, txt, img, c, mask, use_reentrant=False)
+            else:
+                txt, img = block(txt, img, c, mask)
+            pair = (txt, img) if i == middle else pair
+        return txt, img, pair
+
+    def unpatch(self, patches, latent):
+        """(B, N, p p C) -> (B, C, H, W), the shape of latent."""
+        h, p = latent.shape[2] // self.config.patch, self.config.patch
+        return rearrange(patches, "B (h w) (p q C) -> B C (h p) (w q)", h=h, p=p, q=p)
 
 
 def joint_mask(txt_mask, image, dtype):

@@ -13,31 +13,23 @@ import torch
 from einops import rearrange
 from PIL import ExifTags, Image, ImageOps
 
-from support.cli import UserError
-
-# ---- images -------------------------------------------------------------------------------------
+from support.cli import UserError, reading
 
 
 def read_image(path):
-    """Read an image file as a person sees it: a PIL image in RGB, turned upright.
-
-    The first frame of an animation. Raises FileNotFoundError, or UserError for anything that is
-    not a whole image of a sane size.
-    """
+    """An image file, or the first frame of one, as upright RGB; UserError if it is not whole."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+    bomb, warning = Image.DecompressionBombError, Image.DecompressionBombWarning
+    strict = warnings.catch_warnings(action="error", category=warning)
+    with reading(path, "a whole PNG, JPEG or similar file"):
+        try:
+            with strict, Image.open(path) as image:
                 return to_rgb(image)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        limit = Image.MAX_IMAGE_PIXELS // 10**6
-        raise UserError(f"{path}: image too large; at most {limit} million pixels") from None
-    except Exception as error:  # noqa: BLE001 - Pillow's decoders raise anything on damaged files
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else "damaged"
-        raise UserError(f"{path}: {reason}; expected a whole PNG, JPEG or similar file") from None
+        except (bomb, warning) as error:
+            limit = Image.MAX_IMAGE_PIXELS // 10**6
+            raise UserError(f"{path}: image too large; at most {limit} million pixels") from error
 
 
 def to_rgb(image):
@@ -76,20 +68,27 @@ def to_images(batch):
     return [Image.fromarray(x) for x in rearrange(levels, "B c H W -> B H W c").cpu().numpy()]
 
 
-# ---- prompts ------------------------------------------------------------------------------------
+def check_drawing(steps, guidance, width, height, largest):
+    """Raise UserError for settings that cannot be drawn, naming what is wrong and what would be right."""
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, got {steps}")
+    if not abs(guidance) < float("inf"):
+        raise UserError(f"guidance must be a finite number, got {guidance}")
+    for side in (width, height):
+        if side % 16 or not 16 <= side <= largest:
+            near = min(max(round(side / 16) * 16, 16), largest)
+            limit = f"multiples of 16 up to {largest}"
+            raise UserError(f"size {width}x{height}: sides must be {limit}; nearest is {near}")
 
 
 def interleave(text, images):
     """Put images, in order, in the place of each <image> of text -> a list of strings and images."""
     parts = text.split("<image>")
     if len(parts) - 1 != len(images):
-        raise UserError(
-            f"the prompt has {len(parts) - 1} <image> placeholders, but {len(images)} images were given"
-        )
-    prompt = [parts[0]]
-    for image, part in zip(images, parts[1:]):
-        prompt += [image, part]
-    return [part for part in prompt if part != ""]
+        counts = f"{len(parts) - 1} <image> placeholders, but {len(images)} images were given"
+        raise UserError(f"the prompt has {counts}")
+    pairs = zip(parts, [*images, ""])
+    return [part for pair in pairs for part in pair if part != ""]
 
 
 TASKS = {
@@ -99,6 +98,16 @@ TASKS = {
     "combine": "'a dog <image>, a hat <image> the dog wears the hat': named images, then a text",
     "objects": "draw what text and images say, in any order",
 }
+READING = {
+    "caption": "say what each image shows",
+    "answer": "answer the prompt, a question about the image",
+}
+
+
+def split_prompt(prompt):
+    """A list of strings and images as one text and the list of images."""
+    images = [part for part in prompt if not isinstance(part, str)]
+    return "".join(part for part in prompt if isinstance(part, str)), images
 
 
 def apply_task(task, prompt):
@@ -110,8 +119,7 @@ def apply_task(task, prompt):
     prompt = [prompt] if isinstance(prompt, str) else list(prompt)
     if not all(isinstance(part, str | Image.Image) for part in prompt):
         raise UserError("a prompt is a list of strings and PIL images")
-    images = [part for part in prompt if not isinstance(part, str)]
-    text = "".join(part for part in prompt if isinstance(part, str))
+    text, images = split_prompt(prompt)
     if re.search("[\ud800-\udfff]", text):  # as a terminal without UTF-8 makes of an umlaut
         raise UserError("the prompt holds half a letter (a lone surrogate): use a UTF-8 terminal")
     if task is None:
@@ -126,15 +134,16 @@ def apply_task(task, prompt):
     if not {"no image": not images, "one image": len(images) == 1, "images": images}[wanted]:
         raise UserError(f"task {task} takes {wanted}, but {len(images)} were given")
 
-    if task == "t2i":
-        return ["Generate Image: ", text], ["Generate Image: "]
-    if task == "i2i":
-        return ["Copy Image: ", images[0]], ["Copy Image: "]
-    if task == "edit":
-        null = ["Edit image ", images[0], " following:"]
-        return [*null, text], null
+    nulls = {
+        "t2i": ["Generate Image: "],
+        "i2i": ["Copy Image: "],
+        "edit": ["Edit image ", *images, " following:"],
+    }
+    if null := nulls.get(task):
+        return [*null, *(images if task == "i2i" else [text])], null
     if task == "combine":
-        *names, text = _texts_around(prompt)
+        marked = "".join(part if isinstance(part, str) else "\udfff" for part in prompt)
+        *names, text = (part.strip(" ,") for part in marked.split("\udfff"))
         objects = [part for pair in zip(names, images) for part in (", ", *pair)][1:]
         null = ["Combine the objects: ", *objects, " and generate an image following: "]
         return [*null, text], null
@@ -142,17 +151,6 @@ def apply_task(task, prompt):
     prompt[0] = prompt[0].lstrip() if isinstance(prompt[0], str) else prompt[0]
     prompt[-1] = prompt[-1].rstrip() if isinstance(prompt[-1], str) else prompt[-1]
     return ["Generate Image: ", *prompt], ["Generate Image: ", text.strip()]
-
-
-def _texts_around(prompt):
-    """The text before each image, and the text after the last; commas and spaces trimmed."""
-    texts = [""]
-    for part in prompt:
-        if isinstance(part, str):
-            texts[-1] += part
-        else:
-            texts.append("")
-    return [text.strip(" ,") for text in texts]
 
 
 def reference_prompt(segments, named):

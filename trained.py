@@ -1,7 +1,7 @@
 """What training made: a file of the house, or the folder of the published DreamEngine.
 
-Both end as one Checkpoint: an adapter, LoRA on the attention projections of MM-DiT and LMM, and from
-the authors' folder the two frozen models as well.
+Both end as one Checkpoint. The authors' folder holds both frozen models as well, with LoRA beside their
+weights, which is merged as it is read.
 """
 
 import re
@@ -10,151 +10,99 @@ from pathlib import Path
 
 import torch
 
-from adapter import Adapter, lora_sites
-from checkpoints import Layout, Part, check, empty, fill, metadata, read, read_json, table
-from support.cli import UserError
+from adapter import Adapter
+from checkpoints import Part, build, metadata, read, read_json, table
+from support.cli import UserError, reading
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoint:
-    """What a trained checkpoint holds, whichever of the two layouts it lies in."""
+    """An adapter, and LoRA beside it; or both frozen models, into which LoRA is merged already."""
 
-    source: Path | str
+    source: Path
     adapter: Part
-    pairs: dict  # LoRA: {path of a module in the file: {"A" or "B": (name in the file, tensor)}}
     config: dict = field(default_factory=dict)  # of the house's files: stage, alpha, base, lmm, ...
-    scale: float | None = None  # of a published LoRA
+    tensors: dict | None = None  # all of such a file: adapter.*, lora.*
     dit: dict | None = None  # the published models, by the names in the file
     lmm: dict | None = None
-    wrapped: frozenset[str] = frozenset()  # see `Layout`
-
-    def lora(self, root, model):
-        """The LoRA of a model as `wrap_lora` takes it, {path: (A, B, alpha)}.
-
-        root: the model's name in the engine. A published file, where q, k and v have a pair each, names
-        LoRA like the weights that the model was filled with. Raises UserError naming what does not fit.
-        """
-        layout = model.layout if self.dit else Layout(prefix=f"lora.{root}.")
-        rest = {path for path in self.pairs if path.startswith(layout.prefix)}
-        found = {}
-        for path, (linear, parts) in lora_sites(model):
-            names = [k.removesuffix(".weight") for k in layout.names(f"{path}.weight")]
-            names = [k.removesuffix(".base_layer") for k in names]
-            rest -= set(names)
-            pairs = [self.pairs.get(k) for k in names]
-            if any(pairs):
-                found[path] = self._joined(pairs, linear, parts)
-        if rest:
-            raise UserError(f"{self.source}: LoRA of {min(rest)}, no attention projection here")
-        return found
-
-    def _joined(self, pairs, linear, parts):
-        """The pairs of one projection as (A (parts, rank, in), B (parts, out / parts, rank), alpha)."""
-        stacked = () if self.dit else (parts,)
-        rank = max((min(pair["A"][1].shape[-2:-1], default=0) for pair in pairs if pair), default=0)
-        shapes = {"A": (rank, linear.in_features), "B": (linear.out_features // parts, rank)}
-        tensors = dict(named for pair in pairs if pair for named in pair.values())
-        expected = {name: (*stacked, *shapes[x]) for p in pairs if p for x, (name, _) in p.items()}
-        check(tensors, expected, self.source)
-        if not rank:
-            raise UserError(f"{self.source}: {min(tensors)} is a LoRA of rank 0")
-        joined = {
-            kind: torch.cat(
-                [  # one of q, k and v without LoRA has one of zeros
-                    (pair[kind][1] if pair else torch.zeros(shape)).float().view(-1, *shape)
-                    for pair in pairs
-                ]
-            )
-            for kind, shape in shapes.items()
-        }
-        return joined["A"], joined["B"], self.scale * rank if self.dit else self.config["alpha"]
 
 
-def read_checkpoint(path, lora_scale=1.0):
+def read_checkpoint(path, lora_scale=1.0, dtype=torch.float32):
     """A file of `DreamEngine.save`, the folder of a run, or a published DreamEngine -> Checkpoint.
 
-    lora_scale: alpha / rank of a published LoRA, which its files do not say. Raises
-    FileNotFoundError, or UserError naming what does not fit.
+    lora_scale: alpha / rank of a published LoRA, which its files do not say; dtype: of what it is
+    merged into. Raises FileNotFoundError, or UserError naming what does not fit.
     """
     path = Path(path)
     if saved := sorted(path.glob("stage?.safetensors")):
         path = saved[-1]
-    return read_published(path, lora_scale) if path.is_dir() else read_saved(path)
+    return read_published(path, lora_scale, dtype) if path.is_dir() else read_saved(path)
 
 
 def read_saved(file):
     """A file of `DreamEngine.save`: adapter.*, lora.*, and a config in its metadata."""
     tensors = read(file)
-    text = metadata(file).get("config") if Path(file).suffix == ".safetensors" else None
+    text = metadata(file).get("config") if file.suffix == ".safetensors" else None
     if text is None:
         raise UserError(f"{file}: not a Dream Engine checkpoint (no config in its metadata)")
     config = read_json(file, text)
-    adapter = {k: x for k, x in tensors.items() if k.startswith("adapter.")}
-    pairs = take_pairs(tensors, r"(lora\.(?:mmdit|lmm)\..*)\.([AB])", file)
-    if unknown := sorted(tensors.keys() - adapter.keys()):
-        raise UserError(f"{file}: unknown {unknown[0]}; expected adapter.* and lora.* only")
-    optional = [*["alpha"] * bool(pairs), *["guidance"] * ("guidance" in config)]
-    for name in ("base", "lmm", *optional):
+    needed = ["base", "lmm"] + ["alpha"] * any(name.startswith("lora.") for name in tensors)
+    for name in needed + ["guidance"] * ("guidance" in config):
         value = config.get(name)
         if type(value) not in (int, float) or not 0 < value < 1e9:
             raise UserError(f"{file}: its config says {name} {str(value)[:40]}, no positive number")
-    return Checkpoint(file, Part(adapter, Layout(prefix="adapter."), file), pairs, config)
+    adapter = {k: x for k, x in tensors.items() if k.startswith("adapter.")}
+    return Checkpoint(file, Part(adapter, file, prefix="adapter."), config, tensors)
 
 
-_ADAPTER_PUBLISHED = table("""
+ADAPTER_PUBLISHED = table("""
     txt.*   input_embeds_align_mlp.*
     vec.*   condition_embeds_align_mlp.*
 """)
-_NO_EFFECT = r"norm_lmm_out\.weight|pooled_proj\.(weight|bias)"  # in the official forward
+NO_EFFECT = ("norm_lmm_out.weight", "pooled_proj.weight", "pooled_proj.bias")  # official forward
 
 
-def read_published(folder, scale=1.0):
-    """The published DreamEngine, in shards: both frozen models with LoRA beside, and the adapter."""
-    inner = Path(folder, "transformer")
-    tensors = read(inner if inner.is_dir() else folder)
-    tensors = {k: x for k, x in tensors.items() if not re.fullmatch(_NO_EFFECT, k)}
-    pairs = take_pairs(tensors, r"((?:dit|lmm)\..*)\.lora_([AB])(?:\.default)?\.weight", folder)
-    wrapped = {k.rpartition(".base_layer.")[0] for k in tensors if ".base_layer." in k}
-    wrapped |= {path for path in pairs if f"{path}.weight" not in tensors}
-    heads = ("input_embeds_align_mlp.", "condition_embeds_align_mlp.")
-    dit, lmm, adapter = (
-        {k: x for k, x in tensors.items() if k.startswith(start)}
-        for start in ("dit.", "lmm.", heads)
-    )
-    if unknown := sorted(tensors.keys() - dit.keys() - lmm.keys() - adapter.keys()):
-        raise UserError(f"{folder}: not a DreamEngine checkpoint: unknown {unknown[0]}")
+def read_published(folder, scale=1.0, dtype=torch.float32):
+    """The published DreamEngine, in shards: both frozen models, LoRA beside them, the adapter."""
+    inner, tensors = folder / "transformer", {}
+    for name, x in read(inner if inner.is_dir() else folder).items():
+        name = name.replace(".base_layer.", ".")  # as peft names what LoRA wraps
+        if name in tensors:
+            raise UserError(f"{folder}: {name} is stored twice")
+        if name not in NO_EFFECT:
+            tensors[name] = x
+    merge_published_lora(tensors, folder, scale, dtype)
+    starts = "dit.", "lmm.", ("input_embeds_align_mlp.", "condition_embeds_align_mlp.")
+    dit, lmm, adapter = ({k: x for k, x in tensors.items() if k.startswith(s)} for s in starts)
+    if unknown := tensors.keys() - dit.keys() - lmm.keys() - adapter.keys():
+        raise UserError(f"{folder}: not a DreamEngine checkpoint: unknown {min(unknown)}")
     for name, part in (("dit", dit), ("lmm", lmm)):
         if not part:
             raise UserError(f"{folder}: not a DreamEngine checkpoint: missing {name}.*")
-    adapter = Part(adapter, Layout(_ADAPTER_PUBLISHED), folder)
-    return Checkpoint(folder, adapter, pairs, {}, scale, dit, lmm, frozenset(wrapped))
+    return Checkpoint(folder, Part(adapter, folder, ADAPTER_PUBLISHED), dit=dit, lmm=lmm)
 
 
-def take_pairs(tensors, pattern, source):
-    """Move LoRA out of tensors: {path: {"A": (name, tensor), "B": ...}}; none may be alone."""
-    pairs = {}
-    for name in list(tensors):
-        if match := re.fullmatch(pattern, name):
-            path, kind = match.groups()
-            if kind in pairs.setdefault(path, {}):
-                raise UserError(f"{source}: two LoRA of {path}")
-            pairs[path][kind] = name, tensors.pop(name)
-    for path, pair in pairs.items():
-        if len(pair) == 1:
-            raise UserError(f"{source}: missing the other half of the LoRA of {path}")
-    return pairs
+def merge_published_lora(tensors, source, scale, dtype):
+    """Add scale * B A, in fp32, to each weight that has LoRA beside it, and drop the LoRA."""
+    pattern = r"(.*)\.lora_([AB])(?:\.default)?\.weight"
+    found = {match.groups(): k for k in tensors if (match := re.fullmatch(pattern, k))}
+    halves = {key: tensors.pop(name).float() for key, name in found.items()}
+    for path in sorted({path for path, _ in halves}):
+        with reading(source, f"a weight and both halves of the LoRA of {path}, which fit"):
+            weight, delta = tensors[f"{path}.weight"], halves[path, "B"] @ halves[path, "A"]
+            if delta.shape != weight.shape:
+                raise ValueError(f"{tuple(delta.shape)} to be added to {tuple(weight.shape)}")
+            tensors[f"{path}.weight"] = (weight.float() + scale * delta).to(dtype)
 
 
-def load_adapter(part, widths, device):
+def build_adapter(part, widths, device):
     """An Adapter for (LMM width, MM-DiT width), filled with a Part, whose shapes say how it is built."""
     layers = sum(part.shape(f"txt.{2 * i}.weight") is not None for i in range(9))
     if not layers:
-        raise UserError(f"{part.source}: holds no adapter ({part.layout.names('txt.0.weight')[0]})")
+        raise UserError(f"{part.source}: holds no adapter ({part.names('txt.0.weight')[0]})")
     mlp_dim, lmm_width = (part.dimension("txt.0.weight", i) for i in (0, 1))
     width = part.dimension(f"txt.{2 * layers - 2}.weight", 0)
     if (lmm_width, width) != widths:
-        raise UserError(
-            f"{part.source}: this adapter joins an LMM {lmm_width} wide to an MM-DiT {width} wide; "
-            f"the models at hand are {widths[0]} and {widths[1]} wide"
-        )
-    return fill(empty(Adapter, part.source, *widths, mlp_dim, layers), part, device, torch.float32)
+        joins = f"this adapter joins an LMM {lmm_width} wide to an MM-DiT {width} wide"
+        raise UserError(f"{part.source}: {joins}, not {widths[0]} to {widths[1]}")
+    return build(part, lambda: Adapter(*widths, mlp_dim, layers), device, torch.float32)

@@ -4,7 +4,9 @@ Module names are those of the published single file (below `first_stage_model.`)
 a strict load. Letters: B batch, C latent channels (16 in SD3.5), H W pixels, h w = H/8 W/8.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -80,15 +82,25 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0))
 
 
+class Level(nn.ModuleDict):
+    """Residual blocks from c_in to c_out channels, then a change of size, if any: {name: kind}."""
+
+    def __init__(self, c_in, c_out, blocks, groups, resize):
+        widths = pairwise([c_in, *[c_out] * blocks])
+        super().__init__({"block": nn.Sequential(*(ResnetBlock(*w, groups) for w in widths))})
+        for name, kind in resize.items():
+            self[name] = kind(c_out)
+
+    def forward(self, x):
+        for part in self.values():
+            x = part(x)
+        return x
+
+
 def middle(c, groups):
     """What encoder and decoder do at their coarsest level."""
-    return nn.ModuleDict(
-        {
-            "block_1": ResnetBlock(c, c, groups),
-            "attn_1": Attention(c, groups),
-            "block_2": ResnetBlock(c, c, groups),
-        }
-    )
+    parts = {"block_1": ResnetBlock(c, c, groups), "attn_1": Attention(c, groups)}
+    return nn.Sequential(OrderedDict(parts, block_2=ResnetBlock(c, c, groups)))
 
 
 class Encoder(nn.Module):
@@ -97,14 +109,10 @@ class Encoder(nn.Module):
         groups, c = config.groups, config.base
         self.conv_in = nn.Conv2d(3, c, 3, padding=1)
         self.down = nn.ModuleList()
-        for i, multiplier in enumerate(config.multipliers):
-            level = nn.ModuleDict({"block": nn.ModuleList()})
-            for _ in range(config.blocks):
-                level["block"].append(ResnetBlock(c, config.base * multiplier, groups))
-                c = config.base * multiplier
-            if i + 1 < len(config.multipliers):
-                level["downsample"] = Downsample(c)
-            self.down.append(level)
+        for i, multiplier in enumerate(config.multipliers, 1):
+            resize = {"downsample": Downsample} if i < len(config.multipliers) else {}
+            self.down.append(Level(c, config.base * multiplier, config.blocks, groups, resize))
+            c = config.base * multiplier
         self.mid = middle(c, groups)
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, 2 * config.latent_channels, 3, padding=1)
@@ -112,13 +120,8 @@ class Encoder(nn.Module):
     def forward(self, x):  # (B, 3, H, W) -> mean and log-variance (B, 2C, h, w)
         x = self.conv_in(x)
         for level in self.down:
-            for block in level["block"]:
-                x = block(x)
-            if "downsample" in level:
-                x = level["downsample"](x)
-        for block in self.mid.values():
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -129,26 +132,17 @@ class Decoder(nn.Module):
         self.mid = middle(c, groups)
         levels = []
         for i, multiplier in reversed(list(enumerate(config.multipliers))):
-            level = nn.ModuleDict({"block": nn.ModuleList()})
-            for _ in range(config.blocks + 1):
-                level["block"].append(ResnetBlock(c, config.base * multiplier, groups))
-                c = config.base * multiplier
-            if i > 0:
-                level["upsample"] = Upsample(c)
-            levels.append(level)
+            resize = {"upsample": Upsample} if i > 0 else {}
+            levels.append(Level(c, config.base * multiplier, config.blocks + 1, groups, resize))
+            c = config.base * multiplier
         self.up = nn.ModuleList(reversed(levels))  # the published names count from fine to coarse
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, z):  # (B, C, h, w) -> (B, 3, H, W)
-        x = self.conv_in(z)
-        for block in self.mid.values():
-            x = block(x)
+        x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            for block in level["block"]:
-                x = block(x)
-            if "upsample" in level:
-                x = level["upsample"](x)
+            x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -166,14 +160,16 @@ class VAE(nn.Module):
         mean, logvar = self.encoder(image).chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
-    def encode(self, image, generator=None):
+    def encode(self, image, noise=None):
         """image (B, 3, H, W) in [-1, 1] -> normalised latent (B, C, H/8, W/8).
 
-        The mean of the posterior; with a generator, a sample of it.
+        The posterior's mean; a sample where noise like it, or a generator of noise, is given.
         """
         mean, std = self.posterior(image)
-        if generator is not None:
-            mean = mean + std * torch.randn(std.shape, generator=generator).to(std)
+        if isinstance(noise, torch.Generator):
+            noise = torch.randn(std.shape, generator=noise)
+        if noise is not None:
+            mean = mean + std * noise.to(std)
         return (mean - SHIFT) * SCALE
 
     def decode(self, latent):

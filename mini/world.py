@@ -3,9 +3,9 @@
 import numpy as np
 
 from mini.edits import EDITS, sample_edit
-from mini.programs import reference_record, sample_reference
+from mini.programs import QUESTIONS, answer, reference_record, sample_question, sample_reference
 from mini.scenes import *
-from mini.scenes import TASKS, render, sample_caption
+from mini.scenes import TASKS, describe, render, sample_caption
 
 
 class Examples:
@@ -24,7 +24,12 @@ class Examples:
         if task == "edit":
             edit = sample_edit(rng.choice(EDITS), rng)
             source, target = render(edit.source), render(edit.target)
-            return {"task": task, "source": source, "instruction": edit.text, "target": target}
+            record = {"task": task, "source": source, "instruction": edit.text, "target": target}
+            return record | {"caption": describe(edit.target)}
+        if task == "answer":
+            scene, question = sample_question(rng.choice(QUESTIONS), rng)
+            record = {"task": task, "image": render(scene), "question": question.text}
+            return record | {"answer": answer(question, scene)}
         if task == "objects":
             return reference_record(sample_reference(rng))
         scene, prompt = sample_caption(rng.choice((*TASKS, "scene")), rng)

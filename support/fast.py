@@ -6,6 +6,7 @@ device; `compile_blocks` hands the blocks to torch.compile.
 
 import os
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -15,10 +16,7 @@ from support.cli import UserError
 
 
 def usable_device(name=None):
-    """A device by name, checked; None means CUDA where there is a GPU, else the CPU.
-
-    Under torchrun "cuda" is the process's own GPU.
-    """
+    """A device by name, checked; default: the process's own GPU, or else the CPU."""
     name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -27,6 +25,12 @@ def usable_device(name=None):
         return torch.device(name)
     except Exception as error:  # backends raise anything
         raise UserError(f"device {name}: not usable on this machine; try cpu") from error
+
+
+def device_and_dtype(device=None, dtype=None):
+    """A usable device, and the dtype of models there: fp32 on a CPU, else bf16, unless one is named."""
+    device = usable_device(device)
+    return device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
 # ---- once for many steps ------------------------------------------------------------------------
@@ -47,25 +51,28 @@ class Table(nn.Module):
 
 
 @contextmanager
-def prepared(transformer, times, vec):
+def prepared(transformer, times, vec=None):
     """Within, all that depends on t and vec alone is looked up and not computed at every step.
 
     That is `t_embedder` and every `adaLN_modulation`, a third of an MMDiT's parameters. times: the
-    sampler's values of t, in order; vec (B, D). Yields a function to be called with t before each
+    sampler's values of t, in order; vec (B, D), default: zero. Yields a function to be called with t before each
     forward at that t. Sharded transformers (FSDP) are left alone: their layers are whole in their own
     forward only.
     """
     if hasattr(transformer, "reshard"):
         yield lambda t: None
         return
+    if vec is None:
+        vec = transformer.pos_embed.new_zeros(1, transformer.config.width)
     embedder = Table(transformer.t_embedder)
     sites = {
         parent: Table(parent.adaLN_modulation)
         for parent in transformer.modules()
         if hasattr(parent, "adaLN_modulation")
     }
-    place, ready = {t: divmod(i, CHUNK) for i, t in enumerate(times)}, None
+    place = {t: divmod(i, CHUNK) for i, t in enumerate(times)}
 
+    @lru_cache(maxsize=1)
     def compute(chunk):
         t = torch.tensor(times[chunk * CHUNK : (chunk + 1) * CHUNK], device=vec.device)
         embedded = embedder.layer[0](t)
@@ -76,11 +83,8 @@ def prepared(transformer, times, vec):
             table.rows = [[Modulation(*(x[i] for x in m)) for m in by_step] for i in range(len(t))]
 
     def go_to(t):
-        nonlocal ready
         chunk, i = place[t]
-        if chunk != ready:
-            compute(chunk)
-            ready = chunk
+        compute(chunk)
         for table in (embedder, *sites.values()):
             table.row = table.rows[i]
 
@@ -105,10 +109,10 @@ def save_memory(engine, device):
     drawn changes; what the engine cannot do any more is learn.
     """
     mmdit = engine.mmdit
-    once = [m for name, m in mmdit.named_modules() if name.endswith("adaLN_modulation")]
-    once += [mmdit.t_embedder, mmdit.y_embedder, mmdit.context_embedder]
-    once += [engine.adapter, engine.vae.encoder, engine.vae.decoder]
-    once += [part for part in engine.lmm.modules() if not list(part.children())]
+    ends = "adaLN_modulation", "t_embedder", "y_embedder", "context_embedder"
+    once = [module for name, module in mmdit.named_modules() if name.endswith(ends)]
+    others = [part for part in engine.children() if part is not mmdit]
+    once += [leaf for part in others for leaf in part.modules() if not list(leaf.children())]
     for part in once:
         on_demand(part, device)
     inside = {inner for part in once for inner in part.modules()}

@@ -58,8 +58,8 @@ def sheet(rows, height=None, gap=4, letters=60):
     heights = [max(image.height for image in images) + gap for images in scaled]
     tops = list(accumulate(heights, initial=gap))
     right = gap + max(sum(image.width + gap for image in images) for images in scaled)
-    has_text = any(text for _, text in rows)
-    page = Image.new("RGB", (right + (4 + 6 * letters) * has_text, tops[-1]), "lightgray")
+    beside = 4 + 6 * letters if any(text for _, text in rows) else 0
+    page = Image.new("RGB", (right + beside, tops[-1]), "lightgray")
     draw = ImageDraw.Draw(page)
     for top, images, (_, text) in zip(tops, scaled, rows):
         x = gap

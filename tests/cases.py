@@ -80,3 +80,45 @@ OFFICIAL = {
         "pictures, plain positions": (1, 0.3, False, PICTURES, GRIDS),
     },
 }
+
+
+# ---- UniAlignment: its smallest relative, its T5, and a vocabulary ------------------------------
+
+WORDS = [
+    "a", "the", "red", "green", "blue", "circle", "star", "ring", "and", "left", "right", "of", "on",
+    "make", "it", "Q:", "A:", "how", "many",
+]  # fmt: skip
+SLOTS = 12
+UNI = {"width": 128, "heads": 2, "depth": 3, "context": 48, "positions": 24, "aligned": (40, 28)}
+T5 = {
+    "vocab_size": 40,
+    "d_model": 48,
+    "d_kv": 16,
+    "num_heads": 3,
+    "d_ff": 64,
+    "num_layers": 2,
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+}
+PROMPTS = ["a red circle and a blue star on the left", "make the star green"]
+
+
+def t5_tokenizer():
+    """A tokenizer that ends texts as T5's does, with <extra_id_0> as its last entry."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    entries = ["<pad>", "</s>", "<unk>", *WORDS, "<extra_id_0>"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(entries)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=["<extra_id_0>"], model_max_length=512,
+    )  # fmt: skip
+
+
+VOCABULARY = 3 + len(WORDS) + 1

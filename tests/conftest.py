@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import GOLDEN, tensors
+from unialignment_folder import publish
 
 from dream_engine import DreamEngine
 
@@ -26,6 +27,12 @@ def names():
 def engine():
     """The miniature; nobody may change it."""
     return DreamEngine.load(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def uni_folder(tmp_path_factory, names):
+    """A tiny random UniAlignment as published; nobody may change it."""
+    return publish(tmp_path_factory.mktemp("pipelines") / "uni", names["vae/16/diffusers"])
 
 
 @pytest.fixture

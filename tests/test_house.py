@@ -9,7 +9,7 @@ FILES = [
     *(f for room in ("support", "mini", "tools") for f in ROOT.glob(f"{room}/*.py")),
 ]
 NAMES = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in FILES}
-LEAVES = {"flow", "mmdit", "vae", "adapter"}
+LEAVES = {"flow", "masked", "mmdit", "vae", "adapter"}
 
 
 def imports(file):

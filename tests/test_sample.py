@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sample
+from checkpoints import metadata, read
 from dream_engine import LMM, SD3, STAGE1
 from support import fast
 from support.cli import one_line_errors
@@ -176,7 +177,7 @@ def test_one_pixel_is_an_image():
     "kind, said",
     [
         ("truncated", "c.safetensors: expected a whole .safetensors file"),
-        ("mistyped", "unknown adaptor.txt; expected adapter.* and lora.* only"),
+        ("mistyped", "c.safetensors: does not fit: unknown adaptor.txt"),
         ("code", "c.safetensors: expected a whole .safetensors file"),
     ],
 )
@@ -184,11 +185,87 @@ def test_bad_checkpoints_get_one_line(kind, said, capsys):
     if kind == "truncated":
         Path("c.safetensors").write_bytes(STAGE1.read_bytes()[:5000])
     elif kind == "mistyped":
-        save_file({"adaptor.txt": torch.zeros(2)}, "c.safetensors", {"config": '{"base": 1}'})
+        weights = read(STAGE1) | {"adaptor.txt": torch.zeros(2)}
+        save_file(weights, "c.safetensors", metadata(STAGE1))
     else:
         Path("c.safetensors").write_text("print('hello')")
     arguments = ["--prompt", "a", "--checkpoint", "c.safetensors", *FAST]
     assert said in fails(sample.main, arguments, capsys)
+
+
+# ---- UniAlignment -------------------------------------------------------------------------------
+
+
+def test_unialignment_draws_and_edits(uni_folder, capsys):
+    uni = ["--engine", "unialignment", "--checkpoint", str(uni_folder), *FAST]
+    drawn = {}
+    for name, arguments in {
+        "drawn": ["--prompt", "a red circle", "--size", "48x32"],
+        "edited": ["--prompt", "make it red", "--task", "edit", "--image", "dog.png"],
+        "same": ["--prompt", "<image> make it red", "--image", "dog.png"],
+        "else": ["--prompt", "make it red", "--image", "dog.png", "--negative", "a circle"],
+        "composed": ["--prompt", "make a ring", *["--image", "dog.png"] * 3],
+        "low": ["--prompt", "make it red", "--image", "dog.png", "--low-memory"],
+    }.items():
+        sample.main([*uni, *arguments, "--out", f"{name}.png"])
+        drawn[name] = Image.open(f"{name}.png")
+    assert drawn["drawn"].size == (48, 32) and drawn["composed"].size == (32, 32)
+    assert drawn["edited"].tobytes() == drawn["same"].tobytes() == drawn["low"].tobytes()
+    assert len({image.tobytes() for image in drawn.values()}) == 4
+    settings = json.loads(drawn["edited"].text["settings"])
+    assert (settings["steps"], settings["guidance"], settings["negative"]) == (2, 7.0, None)
+
+
+def test_unialignment_reads(uni_folder, capsys):
+    common = ["--checkpoint", str(uni_folder), "--image", "dog.png", *FAST]
+    said = []
+    for arguments in (
+        ["--task", "caption"],
+        ["--task", "caption", "--num", "2", "--order", "confident"],
+        ["--task", "answer", "--prompt", "how many", "--prompt", "how many red"],
+    ):
+        sample.main([*common, *arguments])
+        said.append(capsys.readouterr().out.splitlines())
+    assert [len(lines) for lines in said] == [1, 2, 2] and all(
+        x.strip() for lines in said for x in lines
+    )
+    sample.main([*common, "--task", "caption"])
+    assert capsys.readouterr().out.splitlines() == said[0]
+    assert os.listdir() == ["dog.png"]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--task", "caption"], "takes images and no prompt, but 0 images"),
+        (["--task", "caption", "--image", "dog.png", "--prompt", "a"], "1 images and 1 prompts"),
+        (["--task", "answer", "--image", "dog.png"], "a prompt for each, but 1 images and 0 prompts"),
+        (["--task", "answer", "--image", "dog.png", "--prompt", "a " * 12], "leaves no room"),
+        (["--task", "answer", "--image", "dog.png", "--prompt", " "], "empty question"),
+        (["--task", "caption", "--engine", "dream-engine"], "needs --engine unialignment"),
+        (["--task", "caption", "--image", "dog.png", "--out", "a.png"], "--out has no effect with read"),
+        (["--task", "caption", "--image", "dog.png", "--sd3", "x", "--checkpoint", "x"], "x: no such"),
+        (["--task", "i2i", "--image", "dog.png"], "knows no task i2i"),
+        (["--prompt", "a", "--blend", "0.5"], "--blend has no effect with unialignment"),
+        (["--prompt", "a", "--order", "confident"], "--order has no effect with drawing"),
+        (["--prompt", " "], "empty prompt"),
+        (["--task", "edit", "--prompt", "a"], "task edit takes one image"),
+        (["--prompt", "a", "--image", "dog.png", "--image", "dog.png"], "take no image, all one or all three"),
+        (["--prompt", "a", "--size", "40"], "multiples of 16 up to 384"),
+        (["--prompt", "a", "--checkpoint", "dog.png"], "dog.png"),
+    ],
+)  # fmt: skip
+def test_mistakes_with_unialignment_get_one_line(arguments, said, uni_folder, capsys):
+    engine = [] if "--task" in arguments else ["--engine", "unialignment"]
+    if "i2i" in arguments or "edit" in arguments:
+        engine = ["--engine", "unialignment"]
+    found = fails(sample.main, [*engine, "--checkpoint", uni_folder, *FAST, *arguments], capsys)
+    assert said in found
+
+
+def test_dream_engine_has_no_negative_prompt(capsys):
+    said = fails(sample.main, ["--prompt", "a", "--negative", "b"], capsys)
+    assert said == "error: --negative has no effect with dream-engine"
 
 
 def test_an_unwritable_folder_gets_one_line(monkeypatch, capsys):

@@ -11,6 +11,7 @@ from PIL import Image
 from mini import world
 from support.cli import one_line_errors
 from tools import check_manifest, geneval, reconstruct
+from unialignment import UniAlignment
 
 METADATA = [  # as in the public evaluation_metadata.jsonl
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a red circle"},
@@ -79,6 +80,16 @@ def test_geneval_draws_into_the_public_layout(monkeypatch, engine):
     assert np.array_equal(grid[:48, 48:], pictures[1]) and np.array_equal(
         grid[48:, :48], pictures[2]
     )
+
+
+def test_geneval_draws_with_unialignment(uni_folder):
+    write_jsonl("metadata.jsonl", METADATA[:1])
+    engine = ["--engine", "unialignment", "--checkpoint", str(uni_folder), "--device", "cpu"]
+    geneval.main([*DRAW, "out", "--num", "1", "--steps", "2", "--seed", "7", *engine])
+    expected = UniAlignment.load(uni_folder, device="cpu").generate(
+        ["a red circle"], steps=2, seed=7
+    )
+    assert np.array_equal(Image.open("out/00000/samples/0000.png"), expected[0])
 
 
 def test_geneval_goes_on_where_it_was_stopped(painter, capsys):

@@ -20,6 +20,11 @@ def tensor(name, shape):
     return x
 
 
+def uniform(name, shape):
+    """Numbers in [0, 1)."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+
 def tensors(shapes):
     return {name: tensor(name, shape) for name, shape in shapes.items()}
 

@@ -9,7 +9,7 @@ import sys
 from tqdm import tqdm
 
 from data import Manifest, training_example
-from prompts import apply_task
+from prompts import crop_to
 from support.cli import Parser, UserError, one_line_errors
 from support.files import prompt_row, sheet, write_png
 
@@ -27,8 +27,11 @@ def main(arguments=None):
         for line in tqdm(lines, task, leave=False):
             try:
                 record = manifest.record(line, task)
-                example = training_example(record, (SIDE, SIDE), random.Random(0))
-                apply_task(*example[:2])  # refuses an empty prompt
+                if task == "answer":
+                    words = [record["question"], record["answer"]]
+                    example = task, words, crop_to(record["image"], SIDE, SIDE)
+                else:
+                    example = training_example(record, (SIDE, SIDE), random.Random(0))
             except (UserError, OSError) as error:
                 bad_lines[line] = str(error)
             else:

@@ -17,6 +17,7 @@ from data import LONGEST_LINE
 from dream_engine import LMM, SD3, STAGE2, DreamEngine
 from support.cli import Parser, UserError, number, one_line_errors, reading, whole_number
 from support.files import grid, write_png, write_text
+from unialignment import MINI, UniAlignment
 
 
 def add_engine_options(parser, out):
@@ -34,6 +35,9 @@ def add_engine_options(parser, out):
 
 
 def load_engine(args):
+    if getattr(args, "engine", None) == "unialignment":
+        sd3, folder = (None if x in (SD3, STAGE2) else x for x in (args.sd3, args.checkpoint))
+        return UniAlignment.load(folder or MINI, sd3, args.device)
     return DreamEngine.load(args.sd3, args.lmm, args.checkpoint, args.device)
 
 
@@ -65,6 +69,8 @@ def draw(args):
     """
     records = read_jsonl(args.metadata, prompt=str, tag=str)
     engine = load_engine(args)
+    settings = {"steps": args.steps, "guidance": args.guidance}
+    settings = {name: value for name, value in settings.items() if value is not None}
     size = args.size and (args.size, args.size)
     names = [f"{k:04d}.png" for k in range(args.num)]
     rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
@@ -79,13 +85,7 @@ def draw(args):
             raise UserError(f"{pictures}: holds {len(found)} pictures, more than --num {args.num}")
         if found == names and (folder / "grid.png").is_file():
             continue
-        images = engine.generate(
-            [[prompt]] * args.num,
-            steps=args.steps,
-            guidance=args.guidance,
-            size=size,
-            seed=args.seed,
-        )
+        images = engine.generate([[prompt]] * args.num, **settings, size=size, seed=args.seed)
         pictures.mkdir(parents=True, exist_ok=True)
         write_text(metadata, line)
         for k, image in enumerate(images):
@@ -118,7 +118,10 @@ def main(arguments=None):
             continue
         command.add_argument("--metadata", required=True, help="evaluation_metadata.jsonl")
         command.add_argument("--num", type=whole_number(1, 1000), default=4, help="of each prompt")
+        engines = ("dream-engine", "unialignment")
+        command.add_argument("--engine", choices=engines, default=engines[0])
         add_engine_options(command, "runs/geneval")
+        command.set_defaults(steps=None, guidance=None)  # the engine's own
     args = parser.parse_args(arguments)
     args.run(args)
 

@@ -1,0 +1,234 @@
+"""UniAlignment's network, T5 and settings, and the folder that holds them as published.
+
+    transformer/  vae/  text_encoder/  tokenizer/  scheduler/
+
+Beside a folder of SD3-medium transformer/ alone is enough. The VAE is read by `checkpoints.load_vae`.
+"""
+
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+import checkpoints
+from mmdit import MMDiT, TimestepEmbedder, timestep_embedding
+from support.cli import UserError, reading
+from support.files import whole, write_json
+
+PARTS = {  # of a pipeline folder: where it lies in a folder of SD3-medium
+    "vae": "vae",
+    "text_encoder": "text_encoder_3",
+    "tokenizer": "tokenizer_3",
+    "scheduler": "scheduler",
+}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+MASK = "<extra_id_0>"  # the entry of T5's vocabulary that stands for a hidden token
+NEGATIVE = (
+    "low quality, blurry, low resolution, backlit, cartoon, animated, deformed, oversaturated, "
+    "undersaturated, out of frame"
+)
+
+
+class RoundedEmbedder(TimestepEmbedder):
+    """The sinusoid of t passes through float16, as where the published weights were trained."""
+
+    def forward(self, t):
+        return self.mlp(timestep_embedding(t).half().to(self.mlp[0].weight.dtype))
+
+
+class Transformer(MMDiT):
+    """SD3's MM-DiT with a head for text, and what aligns it with a teacher."""
+
+    def __init__(self, config, vocabulary, null_tokens=8, aligned=None, rounded=True):
+        """aligned: (M, hidden units) of the two adapters that only training needs, or None."""
+        super().__init__(config)
+        if rounded:
+            self.t_embedder = RoundedEmbedder(256, config.width)
+        self.text_head = nn.Linear(config.width, vocabulary)
+        self.null_image = nn.Parameter(torch.zeros(1, null_tokens, config.width))  # never used
+        if aligned:
+            self.align(*aligned)
+
+    def align(self, out, hidden=None):
+        """Have adapters of a stream's mean token (B, D) to a teacher's width, (B, M = out).
+
+        Those for another width are replaced by new ones. hidden: their hidden units.
+        """
+        if hasattr(self, "image_adapter") and self.image_adapter[2].out_features == out:
+            return
+        width, device = self.config.width, self.pos_embed.device
+        hidden = hidden or min(2048, 4 * width)
+        for name in ("image_adapter", "text_adapter"):
+            layers = nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, out), nn.SiLU()
+            self.add_module(name, nn.Sequential(*layers).to(device))
+
+    def settings(self):
+        """Its config.json, in the authors' names."""
+        config = self.config
+        return checkpoints.mmdit_settings(config) | {
+            "vocab_size": self.text_head.out_features,
+            "num_attention_heads": config.width // config.head_dim,
+            "caption_projection_dim": config.width,
+            "out_channels": config.channels,
+            "qk_norm": "rms_norm" if config.qk_norm else None,
+            "dual_attention_layers": list(config.dual),
+            "float16_time": isinstance(self.t_embedder, RoundedEmbedder),  # ours
+        }
+
+
+@torch.no_grad()
+def grow(base, vocabulary):
+    """SD3's MM-DiT as a Transformer in fp32, whose new gates are zero: it draws as with a zero vec."""
+    config = replace(base.config, pooled_dim=None, text_out=True)
+    model = Transformer(config, vocabulary, rounded=False).to(base.pos_embed.device)
+    for parameter in model.joint_blocks[-1].context_block.adaLN_modulation.parameters():
+        parameter.zero_()
+    state = model.state_dict()
+    for name, tensor in base.state_dict().items():
+        if name in state:  # of that layer SD3 has the first two of six chunks
+            state[name][: len(tensor)] = tensor
+    return model
+
+
+# As diffusers names SD3's, with a few other names
+RULES = checkpoints.table("""
+    final_layer.adaLN_modulation.1.*  image_norm_out.linear.*
+    final_layer.linear.*              image_proj_out.*
+    text_head.*                       text_proj_out.*
+    null_image                        null_image_embd
+    image_adapter.*                   siglip_adapter_img.fc.*
+    text_adapter.*                    siglip_adapter_text.fc.*
+""")
+RULES += checkpoints.MMDIT_DIFFUSERS
+
+
+def load_transformer(path, device="cpu", dtype=torch.float32):
+    """The Transformer of a published transformer/ or of one file; UserError if there is none."""
+    stated = checkpoints.read_config(path) if Path(path).is_dir() else {}
+    kind, layouts = "transformer of UniAlignment", {"text_proj_out.weight": RULES}
+    part = checkpoints.find_part(checkpoints.read(path), path, kind, ("",), layouts)
+    aligned = None
+    if part.shape("image_adapter.0.weight"):
+        aligned = [part.dimension(f"image_adapter.{i}.weight", 0) for i in (2, 0)]
+    sizes = part.dimension("text_head.weight", 0), part.dimension("null_image", 1), aligned
+    built = checkpoints.infer_mmdit(part, stated), *sizes, stated.get("float16_time", True)
+    model = checkpoints.build(part, lambda: Transformer(*built), device, dtype)
+    checkpoints.compare(path, stated, model.settings())
+    return model
+
+
+def load_text_encoder(folder, device="cpu", dtype=torch.float32):
+    """The encoder of a T5, strictly; bfloat16 instead of float16, in which its states run over."""
+    with reading(folder, "the folder of a T5 encoder"):
+        config = T5Config.from_dict(checkpoints.read_json(Path(folder, "config.json")))
+    layouts = {"encoder.block.": checkpoints.table("encoder.embed_tokens.weight  shared.weight")}
+    part = checkpoints.find_part(checkpoints.read(folder), folder, "T5 encoder", ("",), layouts)
+    embeddings = part.tensors.pop("encoder.embed_tokens.weight", None)
+    if embeddings is not None:  # a file may keep either name, or both
+        part.tensors.setdefault("shared.weight", embeddings)
+    dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+    model = checkpoints.build(part, lambda: T5EncoderModel(config), device, dtype)
+    model.encoder.set_input_embeddings(model.shared)  # one table again
+    return model
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a T5, with its entry for MASK."""
+    with reading(folder, f"a T5 tokenizer with {MASK}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer.get_vocab()[MASK], tokenizer.eos_token_id + 0
+    return tokenizer
+
+
+class Tokens:
+    """T5's tokenizer as UniAlignment knows it: rows of so many slots, ended and padded with EOS."""
+
+    def __init__(self, tokenizer, slots):
+        self.tokenizer, self.slots, self.end = tokenizer, slots, tokenizer.eos_token_id
+        self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
+
+    def ids(self, text, slots=None):
+        """As a list, special tokens left out. With slots padded, or cut to leave one EOS at least."""
+        special = {self.mask_id, *self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = [i for i in ids if i not in special]
+        return ids if slots is None else ids[: slots - 1] + [self.end] * max(1, slots - len(ids))
+
+    def __call__(self, texts):
+        """Texts -> ids (B, L)."""
+        return torch.tensor([self.ids(text, self.slots) for text in texts])
+
+    def about(self, question=None, text=None):
+        """A caption, or the answer to a question, as ids (L,), and which slots hold it, (L,) bool.
+
+        Without a text MASK stands in these slots. Raises UserError where the question leaves none.
+        """
+        asked = self.ids(f"Q: {question.strip()} A:") if question else []
+        room = self.slots - len(asked)
+        if room < 1:
+            raise UserError(f"a question of all {self.slots} slots leaves no room to answer")
+        row = asked + ([self.mask_id] * room if text is None else self.ids(text, room))
+        return torch.tensor(row), torch.arange(self.slots) >= len(asked)
+
+    def text(self, ids):
+        """ids -> the text, without the EOS that end it and pad it."""
+        return self.tokenizer.decode(ids[ids != self.end]).strip()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How weights are used best: what their scheduler_config.json says, else as the authors do."""
+
+    slots: int = 256  # of every text: padding is attended, so it is part of a prompt
+    size: int = 512  # side of a picture
+    steps: int = 28
+    guidance: float = 7.0
+    negative: str = NEGATIVE
+    text_steps: int = 32
+    order: str = "sampled"  # see `masked.unmask`
+    shift: float = 3.0  # of the noise levels; all that published ones say
+
+
+def read_sampling(scheduler):
+    """The Sampling of a folder's scheduler/."""
+    file = Path(scheduler, "scheduler_config.json")
+    with reading(file, "settings of sampling"):
+        stated = checkpoints.read_json(file)
+        known = {x.name: x.type(stated[x.name]) for x in fields(Sampling) if x.name in stated}
+        s = Sampling(**known)
+        if min(s.slots, s.steps, s.text_steps, s.size // 16) < 1 or not 0 < s.shift < 1000:
+            raise ValueError("slots, steps, size and shift must be positive")
+        if s.order not in ("sampled", "confident"):
+            raise ValueError(f"order {s.order!r}")
+    return s
+
+
+def find_folder(folder, sd3, name):
+    """Where a part of the pipeline lies; raises UserError if neither folder has it."""
+    beside = Path(sd3, PARTS[name]) if sd3 else None
+    for found in filter(None, (Path(folder, name), beside)):
+        if found.is_dir():
+            return found
+    where = f"nor {beside}" if sd3 else "a folder of SD3-medium (--sd3) would complete it"
+    raise UserError(f"{folder}: holds no {name}/; {where}")
+
+
+def save_frozen(engine, folder):
+    """Write all parts of a UniAlignment that training does not change: settings, VAE, T5."""
+    for name in PARTS:
+        Path(folder, name).mkdir(parents=True, exist_ok=True)
+    config, kind = engine.vae.config, {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    write_json(folder / "scheduler" / "scheduler_config.json", kind | asdict(engine.sampling))
+    engine.text_encoder.save_pretrained(folder / "text_encoder")
+    engine.tokens.tokenizer.save_pretrained(folder / "tokenizer")
+    sizes = {"latent_channels": config.latent_channels, "norm_num_groups": config.groups}
+    write_json(folder / "vae" / "config.json", {"_class_name": "AutoencoderKL", **sizes})
+    tensors = checkpoints.Part({}, folder, checkpoints.VAE_DIFFUSERS).stored(engine.vae)
+    for name, x in tensors.items():
+        if ".to_" in name and x.ndim == 4:  # 1x1 convolutions, there plain matrices
+            tensors[name] = x.flatten(1)
+    with whole(folder / "vae" / WEIGHTS) as partial:
+        save_file(tensors, partial)

@@ -1,0 +1,260 @@
+"""Training UniAlignment: it starts as SD3, learns in both passes, and leaves a folder that draws and reads."""
+
+import json
+import random
+import signal
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import T5, t5_tokenizer
+from PIL import Image
+from tiny import relative, tensor
+from transformers import T5Config, T5EncoderModel
+
+import data
+import sample
+import train
+from checkpoints import load_mmdit
+from dream_engine import LMM, SD3
+from lmm import collate, load_tokenizer, patch_config
+from mini.world import Examples
+from pipeline import Tokens
+from support import runs
+from support.cli import UserError
+from unialignment import LOSSES, UniAlignment
+
+SMALL = ["--stage", "unialignment", "--batch", "3", "--warmup", "1", "--device", "cpu"]
+SMALL += ["--text-encoder", "t5", "--slots", "16"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """With a random T5 as wide as the miniature's text states."""
+    monkeypatch.chdir(tmp_path)
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    torch.manual_seed(0)
+    width = load_mmdit(SD3).config.context_dim
+    T5EncoderModel(T5Config(**{**T5, "d_model": width})).save_pretrained("t5")
+    t5_tokenizer().save_pretrained("t5")
+    yield tmp_path
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(steps, out="run", *more):
+    train.main([*SMALL, "--steps", str(steps), "--out", out, "--sample-every", "0", *more])
+    return UniAlignment.load(out, device="cpu")
+
+
+def weights(engine):
+    return {k: x for k, x in engine.state_dict().items() if not k.startswith("lmm.")}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- the start ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_at_step_0_it_draws_what_sd3_draws_with_a_vec_of_zero():
+    base = load_mmdit(SD3)
+    engine = train.load_engine(train.parse([*SMALL, "--steps", "1"]), "cpu")
+    ids = engine.tokens(["a red circle", "a star"])
+    context, latent = engine.context(ids), tensor("latent", (2, base.config.channels, 6, 6))
+    states = engine.text_encoder(input_ids=ids).last_hidden_state
+    for t in (torch.tensor([0.1, 0.9]), 0.5):
+        expected = base(latent, t, base.context_embedder(states), torch.zeros(2, base.config.width))
+        assert relative(engine.draw(latent, t, context), expected) < 1e-5
+    assert relative(engine.draw(latent, 0.5, context, [latent]), expected) > 1e-3
+    gates = engine.mmdit.joint_blocks[-1].context_block.adaLN_modulation[1].weight.chunk(6)
+    assert [x.abs().max().item() > 0 for x in gates] == [True, True, False, False, False, False]
+
+
+# ---- examples -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def manifest():
+    for name, color in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (60, 40), color).save(name)
+    lines = [
+        {"task": "t2i", "prompt": "a red circle", "target": "a.png"},
+        {"task": "edit", "source": "a.png", "instruction": "make it blue", "target": "b.png",
+         "caption": "the blue star"},
+        {"task": "answer", "image": "b.png", "question": "how many", "answer": "a star"},
+    ]  # fmt: skip
+    Path("a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return data.Manifest("a.jsonl")
+
+
+def microbatches(manifest, tasks, count=12, size=2, **options):
+    pools = data.make_pools([(manifest, 1)], tasks, 32)
+    lmm = partial(collate, tokenizer=load_tokenizer(LMM), config=patch_config(LMM))
+    tokens = Tokens(t5_tokenizer(), 12)
+    options = {"null": 0, "tokens": tokens, **options}
+    return data.PairedMicrobatches(pools, lmm, count, size, **options)
+
+
+def test_every_task_says_what_draws_and_what_is_read(manifest):
+    words = {}
+    made = microbatches(manifest, {"t2i": 1, "edit": 1, "answer": 1})
+    tokens = made.tokens
+    for micro in made.load(range(12)):
+        pair = micro.batch
+        hidden = pair.hidden == tokens.mask_id
+        assert torch.equal(pair.texts[~hidden], pair.hidden[~hidden])
+        words[micro.task] = [tokens.text(x[0]) for x in (pair.prompts, pair.texts)]
+        sources = 1 if micro.task == "edit" else 0
+        assert pair.sources.shape == (2, sources, 3, 32, 32) and micro.target.shape == (
+            2,
+            3,
+            32,
+            32,
+        )
+        if micro.task == "answer":
+            assert not hidden[:, :4].any()  # the question
+        if micro.task == "edit":
+            assert pair.sources[0, 0, 0, 0, 0] == 1 and micro.target[0, 0, 0, 0] == -1
+    assert words == {
+        "t2i": ["a red circle"] * 2,
+        "edit": ["make it blue", "the blue star"],
+        "answer": ["", "Q: how many A: a star"],
+    }
+
+
+def test_tasks_take_turns_step_by_step(manifest):
+    made = microbatches(manifest, {"t2i": 1, "edit": 1}, count=12, turn=3)
+    assert [micro.task for micro in made.load(range(12))] == (["t2i"] * 3 + ["edit"] * 3) * 2
+    again = microbatches(manifest, {"t2i": 1, "edit": 1}, count=12, turn=3)
+    for a, b in zip(made.load(range(12)), again.load(range(12))):
+        assert all(
+            torch.equal(x, y) for x, y in zip(vars(a.batch).values(), vars(b.batch).values())
+        )
+
+
+def test_null_prompts_keep_their_source_and_their_text(manifest):
+    (micro,) = microbatches(manifest, {"edit": 1}, count=1, null=1).load([0])
+    assert (micro.batch.prompts == 1).all() and micro.batch.sources.shape[1] == 1
+    assert Tokens(t5_tokenizer(), 12).text(micro.batch.texts[0]) == "the blue star"
+
+
+def test_an_edit_without_a_caption_is_a_bad_line(manifest):
+    record = {"task": "edit", "source": "a.png", "instruction": "make it blue", "target": "b.png"}
+    Path("b.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match='an edit without a "caption"'):
+        next(microbatches(data.Manifest("b.jsonl"), {"edit": 1}).load([0]))
+    with pytest.raises(UserError, match='"caption" must be a text'):
+        data.parse_record(json.dumps(record | {"caption": " "}))
+    with pytest.raises(UserError, match='"question" must be a text'):
+        data.parse_record('{"task": "answer", "image": "a.png", "answer": "two"}')
+    edit = Examples().record(1, "edit", random.Random(0))
+    assert edit["caption"].endswith("background")
+
+
+def test_t_comes_in_thousandths_and_is_not_shifted(manifest):
+    (micro,) = microbatches(manifest, {"edit": 1}, count=1, size=512).load([0])
+    args = train.parse([*SMALL, "--steps", "1"])
+    noise, t, times = train.draw(args, micro, 8)
+    assert noise.shape == (512, 3, 8, 4, 4) and torch.equal(times, micro.batch.times)
+    torch.testing.assert_close(1000 * t, (1000 * t).round(), atol=1e-3, rtol=0)
+    assert abs(t.mean() - 0.5) < 0.03 and abs(t.square().mean() - 0.294) < 0.03
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_everything_but_what_is_frozen_and_leaves_a_folder(capsys):
+    engine = run(3)
+    started = train.load_engine(train.parse([*SMALL, "--steps", "3", "--out", "other"]), "cpu")
+    learning = started.start_training()
+    before, after = weights(started), weights(engine)
+    assert before.keys() == after.keys()
+    same = {k for k in before if torch.equal(before[k], after[k])}
+    assert same == before.keys() - learning.keys()
+    (last, *_) = reversed(runs.read_metrics("run"))
+    total = sum(LOSSES[name] * last[name] for name in LOSSES)
+    assert abs(total - last["loss"]) < 1e-4 and all(last[name] > 0 for name in LOSSES)
+    assert sorted(p.name for p in Path("run").iterdir()) == [
+        "checkpoints", "metrics.jsonl", "scheduler", "text_encoder", "tokenizer",
+        "transformer", "vae",
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    assert "parameters that learn" in said and "edit 48x48 x 1 from rendered scenes" in said
+    assert said.splitlines()[-1] == "run"
+    sample.main(["--task", "caption", "--checkpoint", "run", "--image", pixel(), "--device", "cpu"])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def pixel():
+    Image.new("RGB", (64, 64), "red").save("x.png")
+    return "x.png"
+
+
+def test_a_resumed_run_is_the_unbroken_one():
+    whole = run(4, "whole", "--save-every", "2")
+    state = Path("whole/checkpoints/000004")
+    for file in sorted(state.rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+    state.rmdir()
+    again = run(4, "whole", "--save-every", "2", "--resume")
+    assert equal(weights(whole), weights(again))
+    assert [r["step"] for r in runs.read_metrics("whole")] == [1, 2, 3, 4]
+    with pytest.raises(UserError, match="weights: .* then, .* now"):
+        run(4, "whole", "--resume", "--weights", "text=1")
+
+
+def test_weights_and_tasks_can_be_chosen(manifest):
+    engine = run(
+        2, "run", "--data", "a.jsonl", "--tasks", "answer=1,t2i=1", "--weights", "isa=0,csa=0"
+    )
+    assert engine.tokens.slots == 16
+    (last, *_) = reversed(runs.read_metrics("run"))
+    assert abs(last["velocity"] + 0.2 * last["text"] - last["loss"]) < 1e-4
+    goes_on = train.parse([*SMALL[:-4], "--steps", "1", "--checkpoint", "run", "--out", "next"])
+    assert equal(weights(train.load_engine(goes_on, "cpu")), weights(engine))
+
+
+def test_the_sheet_shows_what_is_drawn_and_read(manifest, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(
+        runs, "sheet", lambda rows, height: sheets.append(rows) or Image.new("RGB", (9, 9))
+    )
+    arguments = [*SMALL, "--steps", "1", "--out", "run", "--sample-every", "1", "--data", "a.jsonl"]
+    train.main([*arguments, "--tasks", "t2i=1,edit=1,answer=1", "--size", "32"])
+    (rows,) = sheets
+    counts = {text.split(":")[0]: len(images) for images, text in rows}
+    assert counts == {"t2i": 2, "edit": 3, "answer": 1} and len(rows) == 9
+    assert all("/ read: " in text and "/ right: " in text for _, text in rows)
+    assert "how many" in next(text for _, text in rows if text.startswith("answer"))
+    assert np.asarray(Image.open("run/samples-000001.png")).shape == (9, 9, 3)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--rank", "4"], "--rank and --lmm-lora belong to --stage 2"),
+        (["--shard"], "--shard belong to --stage 1 or 2"),
+        (["--tasks", "i2i=1"], "--stage unialignment learns answer, edit, t2i"),
+        (["--weights", "words=1"], "the losses being velocity, text, csa, isa"),
+        (
+            ["--checkpoint", "run"],
+            "--text-encoder and --slots: a --checkpoint has its own",
+        ),
+        (["--text-encoder", "nowhere"], "nowhere: expected a T5 tokenizer"),
+    ],
+)
+def test_mistakes_get_one_line(arguments, said):
+    with pytest.raises((UserError, FileNotFoundError), match=said):
+        run(1, "run", *arguments)
+    assert not Path("run").exists()
+
+
+def test_a_t5_of_another_width_is_refused():
+    T5EncoderModel(T5Config(**T5)).save_pretrained("t5")
+    with pytest.raises(UserError, match="48 numbers a state of T5: this transformer was trained"):
+        run(1)
