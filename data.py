@@ -8,7 +8,8 @@ A manifest is a JSONL file, a line an example of one of five tasks, with paths r
     {"task": "objects", "target": "a.jpg", "segments": [["a dog", [[120, 300, 480, 910]]], [" on a beach", []]]}
     {"task": "answer", "image": "a.jpg", "question": "how many dogs are there?", "answer": "two"}
 
-UniAlignment learns t2i, edits with a "caption" of the target, and answers; Dream Engine all but these.
+UniAlignment learns t2i, edits with a "caption" of the target, which t2i may have too, and answers;
+Dream Engine all but these.
 A segment is a piece of the caption and the boxes, in thousandths of the target, of what it names. A
 "size": [width, height] of the target may be added; it saves opening the images for --buckets.
 `python -m tools.check_manifest FILE` shows what is in a manifest and what is wrong with it.
@@ -56,7 +57,7 @@ def parse_record(line):
         raise UserError("not JSON") from None
     if not isinstance(record, dict) or record.get("task") not in list(FIELDS):
         raise UserError(f'"task" must be one of {", ".join(FIELDS)}')
-    caption = ("caption",) if "caption" in record else ()  # of an edit, optional
+    caption = ("caption",) if "caption" in record else ()  # optional
     for name in (*FIELDS[record["task"]], *caption):
         text = record.get(name)
         if name == "segments":
@@ -329,8 +330,8 @@ class Pairs(Batch):
 class PairedMicrobatches(Microbatches):
     """Examples as UniAlignment learns them, in Pairs; tokens: a `pipeline.Tokens`.
 
-    A t2i example's caption draws and is read. An edit's source and instruction draw its target, where
-    its "caption" is read. An answer is read after its question; its picture is drawn from nothing.
+    A t2i example's prompt draws its target, an edit's source and instruction; there its "caption" is
+    read, of t2i its prompt if it has none. An answer is read after its question; its picture is drawn from nothing.
     """
 
     def __init__(self, *args, tokens, **options):
@@ -342,7 +343,7 @@ class PairedMicrobatches(Microbatches):
         if record["task"] == "answer":
             image = crop_to(record["image"], *size)
             return "answer", [], image, record["question"], record["answer"]
-        text = record.get("prompt" if record["task"] == "t2i" else "caption")
+        text = record.get("caption", record.get("prompt"))
         if not text:
             raise UserError('an edit without a "caption" of its target, which UniAlignment reads')
         return *training_example(record, size, rng), None, text

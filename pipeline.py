@@ -146,8 +146,10 @@ def load_tokenizer(folder):
 class Tokens:
     """T5's tokenizer as UniAlignment knows it: rows of so many slots, ended and padded with EOS."""
 
-    def __init__(self, tokenizer, slots):
+    def __init__(self, tokenizer, slots, sentence=""):
+        """sentence: what stands in front of every caption."""
         self.tokenizer, self.slots, self.end = tokenizer, slots, tokenizer.eos_token_id
+        self.sentence = sentence
         self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
 
     def ids(self, text, slots=None):
@@ -166,7 +168,7 @@ class Tokens:
 
         Without a text MASK stands in these slots. Raises UserError where the question leaves none.
         """
-        asked = self.ids(f"Q: {question.strip()} A:") if question else []
+        asked = self.ids(f"Q: {question.strip()} A:" if question else self.sentence)
         room = self.slots - len(asked)
         if room < 1:
             raise UserError(f"a question of all {self.slots} slots leaves no room to answer")
@@ -189,6 +191,7 @@ class Sampling:
     negative: str = NEGATIVE
     text_steps: int = 32
     order: str = "sampled"  # see `masked.unmask`
+    sentence: str = ""  # in front of every caption: of masks alone T5 cannot tell the places
     shift: float = 3.0  # of the noise levels; all that published ones say
 
 

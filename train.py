@@ -49,7 +49,7 @@ STEPS, RATES = {1: 6000, 2: 8000, UNI: 8000}, {1: 2e-3, 2: 1e-3, UNI: 8e-4}  # o
 OPTIONS = {  # that belong to some stages only
     "2": ("rank", "lmm_lora"),
     "1 or 2": ("alpha", "blend", "mlp_dim", "shard"),
-    UNI: ("weights", "text_encoder", "slots"),
+    UNI: ("weights", "text_encoder", "slots", "sentence"),
 }
 PATIENCE = 5  # steps in a row that may fail
 
@@ -81,8 +81,9 @@ def train(args, sources, rank, world, device):
     steps, title = range(start, args.steps), f"stage {args.stage}"
     bar = tqdm(steps, title, args.steps, initial=start, disable=rank > 0)
     for step in bar:
-        # A linear warm-up, then constant, to zero over the last 30 %
-        lr = args.lr * min(1, (step + 1) / args.warmup, (args.steps - step) / (0.3 * args.steps))
+        # A linear warm-up, then constant, to zero in the end
+        left = (args.steps - step) / (args.decay * args.steps)
+        lr = args.lr * min(1, (step + 1) / args.warmup, left)
         optimizer.param_groups[0]["lr"] = lr
 
         # This process's share of the loss and the gradient
@@ -167,8 +168,8 @@ def load_engine(args, device):
             engine = UniAlignment.load(args.checkpoint, device=device)
             engine.mmdit.float()
         else:
-            sizes = {"slots": args.slots, "size": args.size or 512}
-            engine = UniAlignment.start(args.sd3, args.text_encoder, device, **sizes)
+            texts = {"slots": args.slots, "size": args.size or 512, "sentence": args.sentence or ""}
+            engine = UniAlignment.start(args.sd3, args.text_encoder, device, **texts)
         engine.weights, engine.lmm = args.weights, load_lmm(args.lmm, *device_and_dtype(device))
     engine.mmdit.checkpointing = args.checkpointing
     return engine
@@ -223,7 +224,19 @@ def preview_examples(data):
 
 def run_settings(args, engine, pools, world):
     """What a run and the one that goes on with it must share."""
-    names = ("stage", "steps", "batch", "lr", "warmup", "clip", "seed", "rank", "alpha", "lmm_lora")
+    names = (
+        "stage",
+        "steps",
+        "batch",
+        "lr",
+        "warmup",
+        "decay",
+        "clip",
+        "seed",
+        "rank",
+        "alpha",
+        "lmm_lora",
+    )
     settings = {name: getattr(args, name) for name in (*names, "loss", "blend", "null", "weights")}
     settings["microbatches a step"] = args.accumulate * world
     shapes = {name: list(p.shape) for name, p in engine.named_parameters() if "adapter." in name}
@@ -275,6 +288,7 @@ def options():
     add("--accumulate", type=whole_number(1, 10**4), default=1, help="microbatches a step and process")
     add("--lr", type=positive(10), help="default: 2e-3, 1e-3, 8e-4 for the miniature, else 5e-5, 3e-5")
     add("--warmup", type=whole_number(1), default=100, help="steps")
+    add("--decay", type=positive(1), default=0.3, help="last share of the steps, lr falls to 0")
     add("--clip", type=positive(1e9), default=1.0, help="largest norm of the gradient")
     add("--rank", type=whole_number(0, 4096), help="of LoRA; default: of the mini 16, else 32; 0: none")
     add("--alpha", type=positive(1e6), help="of LoRA, whose scale is alpha / rank; default: rank")
@@ -295,6 +309,7 @@ def options():
     add("--lmm", type=Path, default=LMM, help="Qwen2-VL: Hugging Face folder")
     add("--text-encoder", type=Path, help="UniAlignment: SD3's T5; default: in --sd3, or the mini's")
     add("--slots", type=whole_number(2, 512), help="of its texts; default: 256, of the miniature 24")
+    add("--sentence", help="in front of its captions; default: none, of the miniature Describe the image.")
     add("--checkpoint", type=Path, help="to start from, or none; default: the mini's stage 1")
     # fmt: on
     return parser
@@ -319,7 +334,10 @@ def parse(arguments=None):
     )
     args.steps = args.steps or STEPS[stage]
     args.out = args.out or f"runs/{'' if uni else 'stage'}{stage}"
-    total, own = args.steps * args.accumulate * world, args.text_encoder or args.slots
+    total, own = (
+        args.steps * args.accumulate * world,
+        args.text_encoder or args.slots or args.sentence,
+    )
     not_ours = not uni and start and start.is_dir() and not any(start.glob("stage?.safetensors"))
     for wrong, message in (
         (args.tasks and not any(tasks.values()), "--tasks: expected such as t2i=1,edit=2"),
@@ -327,7 +345,7 @@ def parse(arguments=None):
         (stage == 2 and not args.checkpoint, "--checkpoint is missing: of stage 1, or none"),
         (args.lmm_lora and not args.rank, "--lmm-lora needs a --rank of at least 1"),
         (not miniature and not args.data, "--data is missing: what is not the miniature needs it"),
-        (uni and start and own, "--text-encoder and --slots: a --checkpoint has its own"),
+        (uni and start and own, "--text-encoder, --slots, --sentence: a --checkpoint has its own"),
         (not_ours, f"--checkpoint {start}: no run of train.py, which alone it can go on from"),
         (args.shard and world == 1, "--shard needs several processes: start with torchrun"),
         (total > 10**8, "--steps times --accumulate: over 100 million microbatches in all"),
@@ -338,7 +356,10 @@ def parse(arguments=None):
     if uni:
         t5 = MINI / "t5-mini" if miniature else args.sd3 / "text_encoder_3"
         args.text_encoder = args.text_encoder or t5
-        args.slots = args.slots or (24 if miniature else 256)
+        args.slots = args.slots or (28 if miniature else 256)
+        args.sentence = (
+            "Describe the image." if args.sentence is None and miniature else args.sentence
+        )
         args.weights = LOSSES | (args.weights or {})
     args.checkpoint, args.alpha = start, args.alpha or args.rank
     args.loss = args.loss or ("x0" if uni else "velocity")
@@ -355,7 +376,7 @@ def main(arguments=None):
     if not sources:
         from mini.world import Examples
 
-        sources = [(Examples(), 1)]
+        sources = [(Examples(perception=args.stage == UNI), 1)]
     with together(args.device, partial(runs.advice, args.out)) as place:
         stopped = train(args, sources, *place)
     if stopped:

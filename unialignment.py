@@ -52,7 +52,8 @@ class UniAlignment(nn.Module):
                 raise UserError(f"{found} {what}: this transformer was trained with {expected}")
         if entries > text_encoder.config.vocab_size:
             raise UserError(f"a tokenizer of {entries} entries, more than T5 knows")
-        self.tokens, self.guidance = pipeline.Tokens(tokenizer, sampling.slots), sampling.guidance
+        self.tokens = pipeline.Tokens(tokenizer, sampling.slots, sampling.sentence)
+        self.guidance = sampling.guidance
 
     @classmethod
     def load(cls, folder=MINI, sd3=None, device=None, dtype=None, *, mask=None):
@@ -81,7 +82,7 @@ class UniAlignment(nn.Module):
         return engine
 
     @classmethod
-    def start(cls, sd3, text_encoder, device=None, dtype=None, *, slots=256, size=512):
+    def start(cls, sd3, text_encoder, device=None, dtype=None, *, slots=256, size=512, sentence=""):
         """SD3 and T5 before training: it draws what SD3 draws for a vec of zero, and reads nothing.
 
         sd3: single file or diffusers folder; text_encoder: the folder of a T5 whose states sd3 knows,
@@ -94,7 +95,8 @@ class UniAlignment(nn.Module):
         mmdit = pipeline.grow(load_mmdit(sd3, device), len(tokenizer))
         t5, vae = pipeline.load_text_encoder(place, device, dtype), load_vae(sd3, device)
         size = min(size, mmdit.config.largest)
-        sampling = pipeline.Sampling(slots, size, negative="", text_steps=8, order="confident")
+        settings = {"negative": "", "text_steps": 8, "order": "confident", "sentence": sentence}
+        sampling = pipeline.Sampling(slots, size, **settings)
         return cls(mmdit, t5, tokenizer, vae, sampling).requires_grad_(False).eval()
 
     @property
