@@ -322,6 +322,26 @@ def test_two_processes_equal_one(start):
     assert Path("sharded/samples-000002.png").exists()
 
 
+def test_unialignment_in_two_processes_stops_on_a_signal_and_equals_one(start):
+    more = ["--weights", "csa=0"]  # which compares the rows of a microbatch
+    processes = launch(start, *arguments("unialignment", 6, "two", *more))
+    wait_for(logged(2, "two"), processes[0])
+    os.kill(processes[1].pid, signal.SIGTERM)  # of one alone
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 128 + signal.SIGTERM, Path("log0").read_text()
+    assert 2 <= len(losses("two")) < 6
+    for process in launch(start, *arguments("unialignment", 6, "two", *more, "--resume")):
+        process.join(60)
+        assert process.exitcode == 0, Path("log0").read_text()
+    train.main(arguments("unialignment", 6, "alone", *more, "--accumulate", "2"))
+    assert losses("alone") == pytest.approx(losses("two"), abs=1e-4)
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    alone, two = (load_file(Path(out, weights)) for out in ("alone", "two"))
+    for name, tensor in two.items():
+        torch.testing.assert_close(alone[name], tensor, rtol=0, atol=1e-4)
+
+
 def test_a_dead_rank_ends_the_run_with_a_clear_line(start):
     first, second = launch(start, *arguments(1, 10**6, "run"))
     wait_for(logged(1), first)

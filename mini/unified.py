@@ -1,0 +1,139 @@
+"""What UniAlignment makes of pictures: reading, perceiving, and what it says of its own drawings.
+
+Measures of `mini.evaluate`: functions of its options that return tables, {row: [number, ...]}.
+"""
+
+import random
+import time
+from collections import Counter
+
+import numpy as np
+from PIL import Image
+
+from dream_engine import LMM, SD3, DreamEngine
+from lmm import load_lmm
+from mini import cases, programs, world
+from mini.cases import STREAM, bits, share
+from mini.encoders import CAPTION, continued
+from mini.world import HELD_OUT, SEEN
+from unialignment import UniAlignment
+
+GROUPS = {"seen pairs": SEEN, "held-out pairs": HELD_OUT}
+
+
+def load(args):
+    return UniAlignment.load(args.folder, device=args.device)
+
+
+def random_scenes(what, n, pairs=SEEN):
+    rng = random.Random(f"{what} {STREAM}")
+    return [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(n)]
+
+
+def objects_of(text):
+    """The objects, a Counter, that a caption in the words of `world.describe` names."""
+    named = {f"{place} {' '.join(pair)}": world.Object(*pair, i)
+             for i, place in enumerate(world.PLACES) for pair in world.PAIRS}  # fmt: skip
+    return Counter(named[part] for part in text.split(", ") if part in named)
+
+
+def f1(found, true):
+    """2 hits / (found + true) of two lists of Counters or of boolean arrays, all of them together."""
+    hits = sum(np.sum(list((a & b).values()) if isinstance(a, Counter) else a & b)
+               for a, b in zip(found, true))  # fmt: skip
+    return 2 * hits / sum(np.sum(list(x.values()) if isinstance(x, Counter) else x) for x in (*found, *true))
+
+
+def lmm_captions(lmm, images):
+    """What the LMM says of pictures, its likeliest words."""
+    words = lmm.language_model.embed_tokens.weight
+    prompts = [[CAPTION, image] for image in images]
+    texts = continued(lmm, lambda states: states @ words.T, prompts, 26)
+    return [text.partition(" background")[0] + " background" for text in texts]
+
+
+def captions(args):
+    """{who, pairs: [share of captions that are right word for word, F1 of the objects named]}."""
+    engine, lmm, result = load(args), load_lmm(LMM), {}
+    for group, pairs in GROUPS.items():
+        scenes = random_scenes("captions", args.num, pairs)
+        images = list(map(world.render, scenes))
+        for who, texts in (
+            ("UniAlignment", engine.answer(images)),
+            ("Qwen2-VL", lmm_captions(lmm, images)),
+        ):
+            exact = bits(text == world.describe(scene) for text, scene in zip(texts, scenes))
+            found, true = (list(map(objects_of, x)) for x in (texts, map(world.describe, scenes)))
+            result[f"{who}, {group}"] = [share(exact), f1(found, true)]
+    return result
+
+
+def questions(args):
+    """{kind: [share of answers that are right, of the most frequent answer]}."""
+    engine, result = load(args), {}
+    for kind in programs.QUESTIONS:
+        rng = random.Random(f"questions {kind} {STREAM}")
+        asked = [programs.sample_question(kind, rng, exam=True) for _ in range(args.num // 3)]
+        texts = engine.answer([world.render(s) for s, _ in asked], [q.text for _, q in asked])
+        right = bits(text == programs.answer(q, s) for text, (s, q) in zip(texts, asked))
+        result[kind] = [share(right), programs.majority(kind)]
+    return result | {"mean": np.mean(list(result.values()), axis=0).tolist()}
+
+
+def perception(args):
+    """{task: [score, of the VAE's copies of the true pictures]}: exact segmentations, F1 of edges."""
+    engine, scenes = load(args), random_scenes("perception", args.num)
+    result, sources = {}, list(map(world.render, scenes))
+    labels = list(map(world.segment, scenes))
+    for sentence, true in (
+        (world.SEGMENT, list(map(world.render, labels))),
+        (world.EDGES, list(map(world.edges, scenes))),
+    ):
+        found = engine.generate([sentence] * len(scenes), [[image] for image in sources])
+        both = found, cases.copies_of(engine.vae, true)
+        if sentence == world.SEGMENT:
+            hits = [[world.detect(x) == y for x, y in zip(images, labels)] for images in both]
+            result["segmentation, exact"] = [share(bits(row)) for row in hits]
+        else:
+            result["edges, F1"] = [f1(list(map(lit, images)), list(map(lit, true))) for images in both]
+    return result
+
+
+def lit(image):
+    """The pixels that are bright, as booleans."""
+    return np.asarray(image.convert("L")) > 127
+
+
+def own(args):
+    """{picture fits prompt?: [own caption fits picture, does not]}, shares of all drawings."""
+    engine, counts = load(args), Counter()
+    asked = [case for group in cases.t2i_cases(args.num, STREAM).values() for case in group]
+    images = engine.generate([case.prompt for case in asked])
+    for case, image, text in zip(asked, images, engine.answer(images)):
+        read = world.read(image)
+        fits = read.scene is not None and text == world.describe(read.scene)
+        counts[case.checks["exact"](read), fits] += 1
+    return {name: [counts[right, fits] / len(asked) for fits in (True, False)]
+            for name, right in (("picture fits prompt", True), ("does not", False))}  # fmt: skip
+
+
+def cost(args, n=16):
+    """{system: [million parameters, seconds a picture, seconds a caption]}, n at a time."""
+    image, prompt = world.render(random_scenes("cost", 1)[0]), "a red circle left of a blue star"
+    engine, other, result = load(args), DreamEngine.load(SD3, LMM, args.checkpoint, args.device), {}
+    for name, system, read in (
+        ("UniAlignment", engine, engine.answer),
+        ("Dream Engine", other, lambda images: lmm_captions(other.lmm, images)),
+    ):
+        seconds = []
+        for work in (lambda: system.generate([[prompt]] * n), lambda: read([image] * n)):
+            work()
+            start = time.perf_counter()
+            work()
+            seconds.append((time.perf_counter() - start) / n)
+        result[name] = [sum(p.numel() for p in system.parameters()) / 1e6, *seconds]
+    return result
+
+
+MEASURES = {"captions": captions, "questions": questions, "perception": perception, "own": own}
+MEASURES["cost"] = cost
