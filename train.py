@@ -49,7 +49,7 @@ STEPS, RATES = {1: 6000, 2: 8000, UNI: 8000}, {1: 2e-3, 2: 1e-3, UNI: 8e-4}  # o
 OPTIONS = {  # that belong to some stages only
     "2": ("rank", "lmm_lora"),
     "1 or 2": ("alpha", "blend", "mlp_dim", "shard"),
-    UNI: ("weights", "text_encoder", "slots", "sentence"),
+    UNI: ("weights", "text_encoder", "slots", "sentence", "lmm_states"),
 }
 PATIENCE = 5  # steps in a row that may fail
 
@@ -171,6 +171,7 @@ def load_engine(args, device):
             texts = {"slots": args.slots, "size": args.size or 512, "sentence": args.sentence or ""}
             engine = UniAlignment.start(args.sd3, args.text_encoder, device, **texts)
         engine.weights, engine.lmm = args.weights, load_lmm(args.lmm, *device_and_dtype(device))
+        engine.lmm_states = args.lmm_states
     engine.mmdit.checkpointing = args.checkpointing
     return engine
 
@@ -224,20 +225,9 @@ def preview_examples(data):
 
 def run_settings(args, engine, pools, world):
     """What a run and the one that goes on with it must share."""
-    names = (
-        "stage",
-        "steps",
-        "batch",
-        "lr",
-        "warmup",
-        "decay",
-        "clip",
-        "seed",
-        "rank",
-        "alpha",
-        "lmm_lora",
-    )
-    settings = {name: getattr(args, name) for name in (*names, "loss", "blend", "null", "weights")}
+    names = "stage steps batch lr warmup decay clip seed rank alpha lmm_lora loss blend null"
+    names = f"{names} weights lmm_states".split()
+    settings = {name: getattr(args, name) for name in names}
     settings["microbatches a step"] = args.accumulate * world
     shapes = {name: list(p.shape) for name, p in engine.named_parameters() if "adapter." in name}
     settings["adapter"] = list(shapes.values())
@@ -293,6 +283,7 @@ def options():
     add("--rank", type=whole_number(0, 4096), help="of LoRA; default: of the mini 16, else 32; 0: none")
     add("--alpha", type=positive(1e6), help="of LoRA, whose scale is alpha / rank; default: rank")
     add("--lmm-lora", action="store_true", help="LoRA on the LMM's attention, too")
+    add("--lmm-states", action="store_true", help="ISA: align words with the LMM's states, not embeddings")
     add("--size", type=whole_number(16, 8192), help="of a side; default: 512, or all the model can")
     add("--buckets", action="store_true", help="about that size in the picture's own ratio")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="default: on a GPU")

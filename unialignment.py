@@ -40,7 +40,7 @@ class UniAlignment(nn.Module):
         """Raises UserError where the parts do not belong together."""
         super().__init__()
         self.mmdit, self.text_encoder, self.vae, self.sampling = mmdit, text_encoder, vae, sampling
-        self.lmm = None  # the teacher, a Qwen2VL, in training
+        self.lmm, self.lmm_states = None, False  # the teacher, a Qwen2VL, in training
         self.weights, self.parts = LOSSES, {}  # of the losses; the last of each
         config, entries = mmdit.config, len(tokenizer)
         for found, what, expected in (
@@ -252,10 +252,17 @@ class UniAlignment(nn.Module):
         return sum(self.weights[name] * x for name, x in losses.items())
 
     def teach(self, batch):
-        """The teacher's mean image features of the target, and mean embedding of the words: (B, M)."""
+        """The teacher's mean image features of the target, and mean of its words: (B, M) each.
+
+        Of the words, which stand before the picture, the embeddings or, with lmm_states, the states.
+        """
         lmm, first = self.lmm, batch.image_mask.int().argmax(1)
-        x = lmm.language_model.embed_tokens(batch.ids)
-        x[batch.image_mask] = lmm.visual(batch.patches.to(x.dtype), batch.grids).pooler_output
+        if self.lmm_states:
+            x, features = lmm(batch)
+        else:
+            x = lmm.language_model.embed_tokens(batch.ids)
+            features = lmm.visual(batch.patches.to(x.dtype), batch.grids).pooler_output
+        x[batch.image_mask] = features
         words = torch.arange(x.shape[1], device=x.device) < first[:, None] - 1  # then the picture
         masks = batch.image_mask[..., None], words[..., None]
         return [(x * mask).sum(1) / mask.sum(1) for mask in masks]

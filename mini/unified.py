@@ -6,9 +6,9 @@ Measures of `mini.evaluate`: functions of its options that return tables, {row: 
 import random
 import time
 from collections import Counter
+from functools import partial
 
 import numpy as np
-from PIL import Image
 
 from dream_engine import LMM, SD3, DreamEngine
 from lmm import load_lmm
@@ -31,17 +31,18 @@ def random_scenes(what, n, pairs=SEEN):
 
 
 def objects_of(text):
-    """The objects, a Counter, that a caption in the words of `world.describe` names."""
-    named = {f"{place} {' '.join(pair)}": world.Object(*pair, i)
-             for i, place in enumerate(world.PLACES) for pair in world.PAIRS}  # fmt: skip
-    return Counter(named[part] for part in text.split(", ") if part in named)
+    """The objects, a set, that a caption in the words of `world.describe` names."""
+    named = {
+        f"{place} {' '.join(pair)}": world.Object(*pair, i)
+        for i, place in enumerate(world.PLACES)
+        for pair in world.PAIRS
+    }
+    return {named[part] for part in text.split(", ") if part in named}
 
 
 def f1(found, true):
-    """2 hits / (found + true) of two lists of Counters or of boolean arrays, all of them together."""
-    hits = sum(np.sum(list((a & b).values()) if isinstance(a, Counter) else a & b)
-               for a, b in zip(found, true))  # fmt: skip
-    return 2 * hits / sum(np.sum(list(x.values()) if isinstance(x, Counter) else x) for x in (*found, *true))
+    """2 hits / (found + true) of lists of sets, all of them together."""
+    return 2 * sum(len(a & b) for a, b in zip(found, true)) / sum(map(len, (*found, *true)))
 
 
 def lmm_captions(lmm, images):
@@ -95,13 +96,14 @@ def perception(args):
             hits = [[world.detect(x) == y for x, y in zip(images, labels)] for images in both]
             result["segmentation, exact"] = [share(bits(row)) for row in hits]
         else:
-            result["edges, F1"] = [f1(list(map(lit, images)), list(map(lit, true))) for images in both]
+            lines = [list(map(lit, images)) for images in (true, *both)]
+            result["edges, F1"] = [f1(x, lines[0]) for x in lines[1:]]
     return result
 
 
 def lit(image):
-    """The pixels that are bright, as booleans."""
-    return np.asarray(image.convert("L")) > 127
+    """The pixels that are bright, a set."""
+    return set(np.flatnonzero(np.asarray(image.convert("L")) > 127).tolist())
 
 
 def own(args):
@@ -120,19 +122,23 @@ def own(args):
 def cost(args, n=16):
     """{system: [million parameters, seconds a picture, seconds a caption]}, n at a time."""
     image, prompt = world.render(random_scenes("cost", 1)[0]), "a red circle left of a blue star"
-    engine, other, result = load(args), DreamEngine.load(SD3, LMM, args.checkpoint, args.device), {}
-    for name, system, read in (
-        ("UniAlignment", engine, engine.answer),
-        ("Dream Engine", other, lambda images: lmm_captions(other.lmm, images)),
-    ):
-        seconds = []
-        for work in (lambda: system.generate([[prompt]] * n), lambda: read([image] * n)):
-            work()
-            start = time.perf_counter()
-            work()
-            seconds.append((time.perf_counter() - start) / n)
-        result[name] = [sum(p.numel() for p in system.parameters()) / 1e6, *seconds]
-    return result
+    one, other = load(args), DreamEngine.load(SD3, LMM, args.checkpoint, args.device)
+
+    def system(engine, read):
+        parameters = sum(p.numel() for p in engine.parameters())
+        draw = seconds(engine.generate, [[prompt]] * n)
+        return [parameters / 1e6, draw / n, seconds(read, [image] * n) / n]
+
+    lmm = partial(lmm_captions, other.lmm)
+    return {"UniAlignment": system(one, one.answer), "Dream Engine": system(other, lmm)}
+
+
+def seconds(work, argument):
+    """Of the second time, the first being a warm-up."""
+    work(argument)
+    start = time.perf_counter()
+    work(argument)
+    return time.perf_counter() - start
 
 
 MEASURES = {"captions": captions, "questions": questions, "perception": perception, "own": own}

@@ -3,8 +3,10 @@
 import json
 import random
 import signal
+from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ import train
 from checkpoints import load_mmdit
 from dream_engine import LMM, SD3
 from lmm import collate, load_tokenizer, patch_config
-from mini.world import Examples
+from mini.world import EDGES, SEGMENT, Examples, describe, detect, edges, is_exam, segment
 from pipeline import Tokens
 from support import runs
 from support.cli import UserError
@@ -154,6 +156,47 @@ def test_an_edit_without_a_caption_is_a_bad_line(manifest):
         data.parse_record('{"task": "answer", "image": "a.png", "answer": "two"}')
     edit = Examples().record(1, "edit", random.Random(0))
     assert edit["caption"].endswith("background")
+
+
+def test_a_caption_is_read_after_its_sentence_and_may_differ_from_the_prompt():
+    tokens = Tokens(t5_tokenizer(), 12, "the star")
+    row, slots = tokens.about(None, "a red circle")
+    assert (
+        tokens.text(row) == "the star a red circle" and slots.tolist() == [False] * 2 + [True] * 10
+    )
+    assert tokens.text(tokens.about("a", "red")[0]) == "Q: a A: red"
+    record = Examples().record(1, "t2i", random.Random(0))
+    read = data.PairedMicrobatches.read(SimpleNamespace(), record, (48, 48), random.Random(0))
+    assert read[1] == [record["prompt"]] and read[-1] == record["caption"] != record["prompt"]
+
+
+def test_a_third_of_the_miniatures_edits_perceive():
+    rng, kinds = random.Random(0), Counter()
+    for _ in range(600):
+        record = Examples(perception=True).record(1, "edit", rng)
+        scene = detect(record["source"])
+        kinds[record["instruction"]] += 1
+        if record["instruction"] == SEGMENT:
+            true = segment(scene)
+            assert detect(record["target"]) == true and record["caption"] == describe(true)
+            assert not is_exam(scene) and not is_exam(true)
+        if record["instruction"] == EDGES:
+            assert record["target"].tobytes() == edges(scene).tobytes()
+    assert 120 < kinds[SEGMENT] < 180 and 30 < kinds[EDGES] < 70
+
+
+@torch.no_grad()
+def test_the_teacher_means_its_own_words_and_picture(manifest):
+    (micro,) = microbatches(manifest, {"t2i": 1}, count=1).load([0])
+    engine = train.load_engine(train.parse([*SMALL, "--steps", "1"]), "cpu")
+    lmm, image = engine.lmm, Image.open("a.png").crop((10, 0, 50, 40)).resize((32, 32))
+    words, (_, vit) = lmm.collate([["a red circle"]]), lmm(lmm.collate([[image]]))
+    states, _ = lmm(words)
+    embeddings = lmm.language_model.embed_tokens(words.ids)
+    for engine.lmm_states, expected in ((False, embeddings), (True, states)):
+        features, text = engine.teach(micro.batch)
+        assert relative(features[0], vit.mean(0)) < 1e-5
+        assert relative(text[0], expected[0].mean(0)) < 1e-5
 
 
 def test_t_comes_in_thousandths_and_is_not_shifted(manifest):
