@@ -24,7 +24,7 @@ from checkpoints import load_mmdit, load_vae, metadata, read, read_json
 from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
 from lmm import load_lmm
 from mini import cases, pretrain, world
-from mini.cases import CASES, RATIOS, STREAM, bits, copies_of, interval, score, share
+from mini.cases import CASES, STREAM, bits, copies_of, interval, score, share
 from mini.encoders import CAPTION, continued
 from mini.world import HELD_OUT, SEEN
 from support.cli import Parser, UserError, number, one_line_errors, whole_number
@@ -32,6 +32,7 @@ from support.files import prompt_row, sheet, table, whole, write_json, write_png
 
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)
 STEPS = (1, 2, 4, 8, 14, 28)  # of Euler
+RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)  # r
 HELD = ", held-out pairs"
 ALONE = "base, by time alone"
 CONTROLS = {"renders": "true pictures", "VAE": "their VAE copies", "shuffled": "other case's",

@@ -10,30 +10,28 @@ import pytest
 from PIL import Image
 
 import train
-from dream_engine import STAGE1
+from dream_engine import LMM, STAGE1
 from mini import claims
 from support.cli import UserError
 
 
 def test_every_run_is_one_that_train_accepts():
-    for name, flags in claims.RUNS.items():
-        args = train.parse(flags.format(out="runs/claims", seed=0).split())
-        assert args.batch == 16 and args.steps <= 3000, name
+    for study in claims.STUDIES:
+        for name, flags in study.runs.items():
+            args = train.parse(flags.split())
+            assert args.batch == 16 and args.steps <= 3000, name
 
 
-def test_comparisons_ask_for_what_their_runs_are_scored_on():
-    for c in claims.COMPARISONS:
-        for name in (c.first, c.second):
-            for row in c.rows.split(", "):
-                row, _, r = row.partition(" at r = ")
-                assert row in claims.ROWS[int(claims.RUNS[name].split()[1])]
-                assert not r or name in claims.AT_R1
+def test_comparisons_are_of_runs_that_are_there_and_rows_that_can_be_asked():
+    for study in claims.STUDIES:
+        assert {n for c in study.comparisons for n in (c.first, c.second)} == study.runs.keys()
+    rows = {row for c in claims.COMPARISONS for row in c.rows.split(", ")}
+    assert {row.removesuffix(" at r = 1") for row in rows} == claims.CASES.keys()
 
 
-def test_a_run_is_trained_by_its_flags_and_scored(tmp_path, monkeypatch):
-    monkeypatch.setitem(claims.RUNS, "tiny", "--stage 1 --steps 1 --batch 1 --layers 1")
-    monkeypatch.setitem(claims.ROWS, 1, {"copies": 2})
-    monkeypatch.setattr(claims, "AT_R1", ("tiny",))
+@pytest.fixture
+def here(monkeypatch):
+    """Trainings run in this process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def in_this_process(command, check):
@@ -42,15 +40,37 @@ def test_a_run_is_trained_by_its_flags_and_scored(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", in_this_process)
-    try:
-        scores = claims.run("tiny", 5, tmp_path)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    folder = tmp_path / "tiny-5"
-    assert scores == json.loads((folder / "scores.json").read_text())
-    assert scores["copies"]["exact"] == scores["copies at r = 1"]["exact"] == "00"
-    assert (folder / "stage1.safetensors").is_file() and not (folder / "checkpoints").exists()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_run_is_trained_by_its_flags_and_scored(tmp_path, monkeypatch, here):
+    tiny = "--steps 1 --batch 1"
+    runs = {"both": f"--stage 1 {tiny}", "on top": f"--stage 2 {tiny} --rank 1 --checkpoint BOTH"}
+    asked = [claims.Comparison("a claim", "?", "both", "on top", "copies, copies at r = 1")]
+    study = claims.Study("Tiny", runs, asked, claims.score_drawing)
+    monkeypatch.setattr(claims, "DREAM_ENGINE", study)
+    monkeypatch.setattr(claims, "CASES", {"copies": 2})
+    scores = claims.run(study, "on top", 5, tmp_path)
+    for name, file in (("both", "stage1.safetensors"), ("on-top", "stage2.safetensors")):
+        folder = tmp_path / f"{name}-5"
+        assert scores == json.loads((folder / "scores.json").read_text())
+        assert (folder / file).is_file() and not (folder / "checkpoints").exists()
+    assert scores == {row: {"exact": "00"} for row in ("copies", "copies at r = 1")}
+
+
+def test_a_run_with_a_random_lmm_is_drawn_with_it(tmp_path, monkeypatch, here):
+    runs = {"random": "--stage 1 --steps 1 --batch 1 --lmm RANDOM-LMM"}
+    asked = [claims.Comparison("a claim", "?", "random", "random", "copies")]
+    monkeypatch.setattr(claims, "CASES", {"copies": 1})
+    claims.run(claims.Study("", runs, asked, claims.score_drawing), "random", 1, tmp_path)
+    found, again = tmp_path / "random-1" / "lmm", claims.random_lmm(tmp_path / "again", 1)
+    files = [folder / "model.safetensors" for folder in (found, again, LMM)]
+    first, second, learnt = (file.read_bytes() for file in files)
+    assert first == second != learnt
+    with pytest.raises(UserError, match="another Qwen2-VL"):  # of which it would be refused
+        claims.DreamEngine.load(claims.SD3, LMM, tmp_path / "random-1")
 
 
 class Copier:
@@ -64,10 +84,14 @@ class Copier:
 
 
 def test_a_claim_goes_on_where_it_stopped_and_is_reported(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(claims, "RUNS", {"one": "--stage 1", "two": "--stage 1 --layers 1"})
-    monkeypatch.setattr(claims, "ROWS", {1: {"copies": 4}})
-    compared = claims.Comparison("adapter", "Do they help?", "one", "two", "copies")
-    monkeypatch.setattr(claims, "COMPARISONS", (compared,))
+    runs = {"one": "--stage 1", "two": "--stage 1 --layers 1"}
+    asked = [claims.Comparison("adapter", "Do they help?", "one", "two", "copies")]
+    studies = [
+        claims.Study("First", runs, asked, claims.score_drawing),
+        claims.Study("Second", {}, [], None),
+    ]
+    monkeypatch.setattr(claims, "STUDIES", studies)
+    monkeypatch.setattr(claims, "CASES", {"copies": 4})
     monkeypatch.setattr(claims.DreamEngine, "load", lambda sd3, lmm, folder: Copier(folder))
     started = []
 
@@ -96,6 +120,7 @@ def test_a_claim_goes_on_where_it_stopped_and_is_reported(tmp_path, monkeypatch,
     written = (tmp_path / "claims.md").read_text()
     line = "| one | two | 0.000 | 1.000 | +1.000 ± 0.000 | B | copies |"
     assert f"{line} Do they help? (`adapter`) | 3 |" in written
+    assert written.startswith("**First**") and "Second" not in written
     assert written in capsys.readouterr().out
 
 
@@ -103,7 +128,7 @@ def test_a_training_that_fails_ends_the_command(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 3)
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
     with pytest.raises(UserError, match="both, seed 0: its training ended with code 3"):
-        claims.run("both", 0, tmp_path)
+        claims.run(claims.DREAM_ENGINE, "both", 0, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +144,7 @@ def test_a_difference_is_claimed_only_beyond_its_interval(first, second, better)
 
 
 def test_mistakes_name_what_would_be_right():
-    with pytest.raises(
-        UserError, match="unknown claim 'beauty': expected some of curve, odd, joint"
-    ):
+    with pytest.raises(UserError, match="unknown claim 'beauty': expected some of joint, blend"):
         claims.main(["beauty"])
 
 
