@@ -156,8 +156,8 @@ class UniAlignment(nn.Module):
     ):  # fmt: skip
         """Draw one PIL image for each prompt, a text, or a list of texts and PIL images.
 
-        images: a list of PIL images for each prompt: none to draw, one to edit or perceive, three to
-        compose; the same number for all. size: (width, height), multiples of 16; pictures are cut to
+        images: a list of PIL images for each prompt: none to draw, one to edit or perceive, more to
+        compose (published weights: three); the same number for all. size: (width, height), multiples of 16; pictures are cut to
         it. negative: what guidance moves away from, while the pictures stay. Image i depends on its
         prompt, its pictures and seed + i alone. Raises UserError for what cannot be drawn.
         """
@@ -168,8 +168,8 @@ class UniAlignment(nn.Module):
         if not texts or not all(text.strip() for text in texts):
             raise UserError("empty prompt: UniAlignment draws what a text says")
         counts = sorted({len(row) for row in pictures})
-        if counts not in ([0], [1], [3]):
-            raise UserError(f"all prompts take no image, all one or all three: found {counts}")
+        if len(counts) > 1:
+            raise UserError(f"all prompts take the same number of images: found {counts}")
         steps = sampling.steps if steps is None else steps
         guidance = self.guidance if guidance is None else guidance
         size = size or (self.default_size, self.default_size)

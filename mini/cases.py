@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from math import sqrt
 from statistics import mean, stdev
@@ -85,6 +86,12 @@ def copy_cases(n, seed, pairs=SEEN):
 
 def edit_cases(n, seed, pairs=SEEN):
     """Instructions of every kind; each has one right result, in which all else is untouched."""
+    kinds = ("recolor", "add") if pairs is HELD_OUT else edits.EDITS
+    return {kind: edits_of(kind, n // len(kinds), seed, pairs) for kind in kinds}
+
+
+def edits_of(kind, n, seed, pairs=SEEN):
+    """n Cases of a kind of edits."""
 
     def case(edit):
         untouched = set(edit.source.objects) & set(edit.target.objects)
@@ -102,13 +109,8 @@ def edit_cases(n, seed, pairs=SEEN):
         source = world.render(edit.source)
         return Case("edit", [source, edit.text], edit.target, checks, source)
 
-    def some(kind):
-        rng = random.Random(f"edits {kind} {seed}")
-        made = (edits.sample_edit(kind, rng, pairs, True) for _ in range(n // len(asked)))
-        return list(map(case, made))
-
-    asked = ("recolor", "add") if pairs is HELD_OUT else edits.EDITS
-    return {kind: some(kind) for kind in asked}
+    rng = random.Random(f"edits {kind} {seed}")
+    return [case(edits.sample_edit(kind, rng, pairs, True)) for _ in range(n)]
 
 
 def object_cases(n, seed, pairs=SEEN):
@@ -144,12 +146,46 @@ def mixing_cases(n, seed, pairs=SEEN):
     return {"mixing": cases}
 
 
+def semgen_cases(n, seed, pairs=SEEN):
+    """The four groups of SemGen-Bench, in shapes, n // 2 of each: none of them is trained."""
+
+    def prompts(sample, satisfied):
+        rng = random.Random(f"{sample.__name__} {seed}")
+        made = (sample(rng, pairs, exam=True) for _ in range(n // 2))
+        return [Case("t2i", [p.text], scene, {"exact": satisfied(p)}) for scene, p in made]
+
+    def satisfied(prompt):
+        return lambda read: programs.satisfies(prompt, read.scene)
+
+    groups = {"long": prompts(programs.sample_long, asked_for)}
+    groups["semantic"] = prompts(programs.sample_semantic, satisfied)
+    return groups | {kind: edits_of(kind, n // 2, seed) for kind in ("several", "reference")}
+
+
+def composed_cases(n, seed, pairs=SEEN, pictures=2):
+    """Two objects, each in a picture of its own, into one; the words do not say their colors."""
+    rng, cases = random.Random(f"composed {seed}"), []
+    for scene in (world.sample_scene("two", rng, pairs, exam=True) for _ in range(n)):
+        shown = [world.render(replace(scene, objects=(o,))) for o in scene.objects]
+        words = " and ".join(f"a {o.shape}" for o in scene.objects)
+        mentions = tuple(map(as_mention, scene.objects))
+        checks = {
+            "exact": asked_for(Prompt("", mentions)),
+            "placed": lambda r, s=scene: r.scene == s,
+        }
+        cases.append(Case("objects", [*shown[:pictures], words], scene, checks))
+    return {"composed": cases}
+
+
 CASES = {
     "t2i": t2i_cases,
     "copies": copy_cases,
     "edits": edit_cases,
     "objects": object_cases,
     "mixing": mixing_cases,
+    "semgen": semgen_cases,
+    "composed": composed_cases,
+    "words alone": partial(composed_cases, pictures=0),  # the floor of composed
 }
 
 

@@ -2,6 +2,7 @@
 
     python -m mini.evaluate                # the whole report card; or some rows of it: base edits
     python -m mini.evaluate guidance       # find the guidance at which --checkpoint draws best; store it
+                                           # of a folder of UniAlignment: and the folder in weights/mini/
 
 Cases are of the reserved eighth that no training met, from a stream that nothing was chosen on.
 """
@@ -10,6 +11,7 @@ import json
 import random
 import textwrap
 import time
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -23,17 +25,19 @@ from transformers import AutoTokenizer, T5EncoderModel
 from checkpoints import load_mmdit, load_vae, metadata, read, read_json
 from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
 from lmm import load_lmm
-from mini import cases, pretrain, world
+from mini import cases, pretrain, unified, world
 from mini.cases import CASES, STREAM, bits, copies_of, interval, score, share
-from mini.encoders import CAPTION, continued
 from mini.world import HELD_OUT, SEEN
 from support.cli import Parser, UserError, number, one_line_errors, whole_number
 from support.files import prompt_row, sheet, table, whole, write_json, write_png, write_text
+from unialignment import MINI, UniAlignment
 
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)
 STEPS = (1, 2, 4, 8, 14, 28)  # of Euler
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)  # r
 HELD = ", held-out pairs"
+COMPOSED = ("composed", "words alone")
+UNI = "unialignment"
 ALONE = "base, by time alone"
 CONTROLS = {"renders": "true pictures", "VAE": "their VAE copies", "shuffled": "other case's",
             "unedited": "unedited"}  # name: column of the report  # fmt: skip
@@ -64,7 +68,7 @@ class Base:
 
 def drawn(args, name, engine, row, **settings):
     """A row of CASES, of the pairs that training draws and of the held-out ones; and sheets."""
-    for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD)):
+    for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD))[: 1 if row == "semgen" else 2]:
         groups, tiles, asked, title = {}, [], CASES[row](args.num, STREAM, pairs), name + suffix
         images = iter(cases.draw(engine.generate, chain(*asked.values()), title, **settings))
         for group, members in asked.items():
@@ -78,9 +82,7 @@ def drawn(args, name, engine, row, **settings):
 
 def random_scenes(args, name):
     for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD)):
-        rng = random.Random(f"{name.lower()}{suffix} {STREAM}")
-        made = [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(args.num)]
-        yield name + suffix, made
+        yield name + suffix, unified.random_scenes(name.lower() + suffix, args.num, pairs)
 
 
 def copied(args):
@@ -93,11 +95,9 @@ def copied(args):
 
 def captioned(args):
     lmm = load_lmm(LMM)
-    words = lmm.language_model.embed_tokens.weight
     for name, scenes in random_scenes(args, "captions"):
-        prompts = [[CAPTION, world.render(scene)] for scene in scenes]
-        texts = continued(lmm, lambda states: states @ words.T, prompts, 26)
-        right = bits(text.startswith(world.describe(s)) for text, s in zip(texts, scenes))
+        texts = unified.lmm_captions(lmm, map(world.render, scenes))
+        right = bits(text == world.describe(scene) for text, scene in zip(texts, scenes))
         yield name, {"captions": {"exact": right}}
 
 
@@ -113,9 +113,18 @@ def drawn_by_engine(args, row, name=None, checkpoint=None):
     yield from drawn(args, name or row, engine, row, guidance=args.guidance, r=args.blend)
 
 
+def drawn_by_unialignment(args, row):
+    engine = unified.load(args)
+    yield from drawn(
+        args, f"UniAlignment, {row}", unified.Artist(engine), row, guidance=args.guidance
+    )
+
+
 ROWS = {"vae": copied, "captions": captioned, "base": drawn_by_base}
 ROWS["stage1"] = partial(drawn_by_engine, row="t2i", name="stage 1", checkpoint=STAGE1)
-ROWS |= {row: partial(drawn_by_engine, row=row) for row in CASES}
+ROWS |= {row: partial(drawn_by_engine, row=row) for row in CASES if row not in COMPOSED}
+for row in ("t2i", "edits", "semgen", *COMPOSED):
+    ROWS[f"{UNI}-{row}"] = partial(drawn_by_unialignment, row=row)
 
 
 def tile(case, image, right):
@@ -175,7 +184,7 @@ def by_steps(args):
     return result
 
 
-MEASURES = {"photographs": photographs, "variety": variety, "steps": by_steps}
+MEASURES = {"photographs": photographs, "variety": variety, "steps": by_steps, **unified.MEASURES}
 
 
 # ---- guidance -----------------------------------------------------------------------------------
@@ -194,6 +203,12 @@ def best_guidance(generate, rows, n):
 
 def store_guidance(file, n, device=None):
     """Find it for a checkpoint, and write it there: the default of sample.py."""
+    if file.is_dir():
+        engine = UniAlignment.load(file, device=device)
+        guidance = best_guidance(unified.Artist(engine).generate, ("t2i", "edits"), n)
+        engine.sampling = replace(engine.sampling, guidance=guidance)
+        engine.half().save(MINI / "transformer")
+        return engine.save_frozen(MINI)
     engine = DreamEngine.load(SD3, LMM, file, device)
     config = read_json(file, metadata(file)["config"])
     rows = ("t2i", "copies") if config.get("stage") == 1 else ("t2i", "copies", "edits", "objects")
@@ -228,7 +243,7 @@ def report(scores):
     for row, groups in scores["rows"].items():
         beside = row.removesuffix(HELD) if row.endswith(HELD) else "base"
         ratio = ""
-        if row.endswith(HELD) or row in ("stage 1", "t2i", ALONE):
+        if row.endswith(HELD) or row in ("stage 1", "t2i", "UniAlignment, t2i", ALONE):
             whole_share = share(total[beside]["exact"]) if beside in total else 0
             ratio = f"{share(total[row]['exact']) / whole_share:.2f}" if whole_share else ""
         lines.append(line(f"**{row}**", total[row], ratio))
@@ -243,6 +258,12 @@ def report(scores):
         ("variety", "**Variety** (`variety`): two pictures, their places left open, 8 seeds each",
          ["r", "distinct readings", "share unclear"]),
         ("steps", "**Euler steps** (`steps`): text -> image", ["steps", "score", "seconds a picture"]),
+        ("reading", "**Reading** (`reading`): captions", ["who", "exact", "F1 of objects"]),
+        ("questions", "**Questions** (`questions`)", ["kind", "right", "most frequent answer"]),
+        ("perception", "**Perception** (`perception`)", ["task", "score", "VAE copies of true ones"]),
+        ("own", "**Its own drawings** (`own`)", ["", "caption fits picture", "does not"]),
+        ("cost", "**Cost** (`cost`), 16 at a time",
+         ["", "million parameters", "seconds a picture", "seconds a caption"]),
         ("parts", "**From nothing** (`parts`)", ["part", "minutes", "score"]),
     ):  # fmt: skip
         rows = [
@@ -256,7 +277,8 @@ def report(scores):
 def parts_of(run, total):
     """{part: [minutes, score or None]} of a folder of speedrun.sh; what was resumed adds up."""
     rows = {"vae": ["VAE"], "decoder": ["VAE"], "lmm": ["captions"], "base": ["base"],
-            "stage1": ["stage 1"], "stage2": ["t2i", "copies", "edits", "objects"]}  # fmt: skip
+            "stage1": ["stage 1"], "stage2": ["t2i", "copies", "edits", "objects"],
+            UNI: ["UniAlignment, t2i", "UniAlignment, edits"]}  # fmt: skip
     result = {}
     for text in Path(run, "minutes.txt").read_text().splitlines():
         name, minutes = text.split()
@@ -276,6 +298,7 @@ def main(arguments=None):
     add("rows", nargs="*", metavar="row", help=f"of {expected}; default: all; or: guidance")
     add("--num", type=whole_number(6, 10_000), default=300, help="cases a row")
     add("--checkpoint", default=STAGE2, type=Path)
+    add("--unialignment", default=MINI, type=Path, help="its folder")
     add("--guidance", type=number(-1000, 1000), help="default: each checkpoint's own")
     add("--blend", type=number(0, 1), default=0.0, help="r")
     add("--out", default="runs/evaluate", type=Path, help="folder of scores and pictures")

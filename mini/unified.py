@@ -18,11 +18,21 @@ from mini.encoders import CAPTION, continued
 from mini.world import HELD_OUT, SEEN
 from unialignment import UniAlignment
 
-GROUPS = {"seen pairs": SEEN, "held-out pairs": HELD_OUT}
+GROUPS = {"": SEEN, ", held-out pairs": HELD_OUT}
 
 
 def load(args):
-    return UniAlignment.load(args.folder, device=args.device)
+    return UniAlignment.load(args.unialignment, device=args.device)
+
+
+class Artist:
+    """UniAlignment drawing as `DreamEngine.generate` does; it knows no tasks."""
+
+    def __init__(self, engine):
+        self.engine, self.vae = engine, engine.vae
+
+    def generate(self, prompts, *, task=None, **settings):
+        return self.engine.generate(prompts, **settings)
 
 
 def random_scenes(what, n, pairs=SEEN):
@@ -53,11 +63,11 @@ def lmm_captions(lmm, images):
     return [text.partition(" background")[0] + " background" for text in texts]
 
 
-def captions(args):
-    """{who, pairs: [share of captions that are right word for word, F1 of the objects named]}."""
+def reading(args):
+    """{who: [share of captions that are right word for word, F1 of the objects named]}."""
     engine, lmm, result = load(args), load_lmm(LMM), {}
     for group, pairs in GROUPS.items():
-        scenes = random_scenes("captions", args.num, pairs)
+        scenes = random_scenes(f"captions{group}", args.num, pairs)
         images = list(map(world.render, scenes))
         for who, texts in (
             ("UniAlignment", engine.answer(images)),
@@ -65,7 +75,7 @@ def captions(args):
         ):
             exact = bits(text == world.describe(scene) for text, scene in zip(texts, scenes))
             found, true = (list(map(objects_of, x)) for x in (texts, map(world.describe, scenes)))
-            result[f"{who}, {group}"] = [share(exact), f1(found, true)]
+            result[who + group] = [share(exact), f1(found, true)]
     return result
 
 
@@ -141,5 +151,5 @@ def seconds(work, argument):
     return time.perf_counter() - start
 
 
-MEASURES = {"captions": captions, "questions": questions, "perception": perception, "own": own}
+MEASURES = {"reading": reading, "questions": questions, "perception": perception, "own": own}
 MEASURES["cost"] = cost
