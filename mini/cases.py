@@ -162,6 +162,16 @@ def semgen_cases(n, seed, pairs=SEEN):
     return groups | {kind: edits_of(kind, n // 2, seed) for kind in ("several", "reference")}
 
 
+def segmentation_cases(n, seed, pairs=SEEN):
+    """Every shape in its one color, on black."""
+    rng, cases = random.Random(f"segmentation {seed}"), []
+    for scene in (world.sample_scene("scene", rng, pairs, exam=True) for _ in range(n)):
+        source, true = world.render(scene), world.segment(scene)
+        checks = {"exact": lambda read, true=true: read.scene == true}
+        cases.append(Case("edit", [source, world.SEGMENT], true, checks, source))
+    return {"segmentation": cases}
+
+
 def composed_cases(n, seed, pairs=SEEN, pictures=2):
     """Two objects, each in a picture of its own, into one; the words do not say their colors."""
     rng, cases = random.Random(f"composed {seed}"), []
@@ -184,6 +194,7 @@ CASES = {
     "objects": object_cases,
     "mixing": mixing_cases,
     "semgen": semgen_cases,
+    "segmentation": segmentation_cases,
     "composed": composed_cases,
     "words alone": partial(composed_cases, pictures=0),  # the floor of composed
 }

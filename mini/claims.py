@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from checkpoints import read_json
 from dream_engine import LMM, SD3, DreamEngine
-from mini.cases import difference, score, share
+from mini import unified, world
+from mini.cases import bits, difference, draw, judge, score, share, t2i_cases
 from support.cli import Parser, UserError, one_line_errors, reading
 from support.files import table, write_json, write_text
+from unialignment import UniAlignment
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 
@@ -105,8 +108,65 @@ def random_lmm(folder, seed):
 
 
 DREAM_ENGINE = Study("By training", RUNS, COMPARISONS, score_drawing)
-STARTS = {"BOTH": both, "RANDOM-LMM": random_lmm}  # what is made for a run before it starts
-STUDIES = (DREAM_ENGINE,)
+
+# ---- UniAlignment -------------------------------------------------------------------------------
+
+UNI = (
+    "--stage unialignment --tasks t2i=1,edit=1.5,answer=0.8 --null 0.05 --loss velocity --warmup 50"
+)
+GO_ON = f"{UNI} --checkpoint START --steps 500 --batch 16 --decay 0.6 --lr 1e-3"
+UNI_RUNS = {
+    "start": f"{UNI} --steps 1000 --batch 32 --decay 0.01 --lr 1.2e-3 --weights text=0.5,csa=0,isa=0",
+    "neither": f"{GO_ON} --weights text=0.5,csa=0,isa=0",
+    "CSA": f"{GO_ON} --weights text=0.5,isa=0",
+    "ISA": f"{GO_ON} --weights text=0.5,csa=0",
+    "CSA and ISA": f"{GO_ON} --weights text=0.5",
+    "text x 0.2": GO_ON,
+    "text x 1": f"{GO_ON} --weights text=1",
+    "drawing alone": f"{GO_ON} --weights text=0,csa=0,isa=0",
+    "reading alone": f"{GO_ON} --weights velocity=0,text=0.5,csa=0,isa=0",
+    "ISA of states": f"{GO_ON} --weights text=0.5,csa=0 --lmm-states",
+    "ISA of a random LMM": f"{GO_ON} --weights text=0.5,csa=0 --lmm RANDOM-LMM",
+}
+ALL = "t2i, edits, segmentation, captions, agreement"
+UNI_COMPARISONS = [Comparison(*fields) for fields in (
+    ("align", "Do both alignment losses help?", "neither", "CSA and ISA", ALL, 3),
+    ("csa", "Does CSA alone?", "neither", "CSA", ALL, 1),
+    ("isa", "Does ISA alone?", "neither", "ISA", ALL, 1),
+    ("cost", "What does reading cost drawing?", "drawing alone", "neither", "t2i, edits, segmentation", 1),
+    ("cost", "What does drawing cost reading?", "reading alone", "neither", "captions", 1),
+    ("text", "Weight of the text 0.2 or 0.5?", "text x 0.2", "CSA and ISA", ALL, 1),
+    ("text", "0.5 or 1?", "CSA and ISA", "text x 1", ALL, 1),
+    ("teacher", "Words as the LMM's embeddings, or states?", "ISA", "ISA of states", ALL, 1),
+    ("teacher", "Need the LMM have learnt anything?", "ISA of a random LMM", "ISA", ALL, 1),
+)]  # fmt: skip
+
+
+def score_unialignment(folder, _, seed):
+    """What a run draws, and what it reads in pictures, also in those that it drew."""
+    engine, stream = UniAlignment.load(folder), f"claims {seed}"
+    generate = partial(unified.Artist(engine).generate, guidance=GUIDANCE, steps=14)
+    scores = {row: score(generate, row, 100, stream, row) for row in ("edits", "segmentation")}
+    asked = [case for group in t2i_cases(CASES["t2i"], stream).values() for case in group]
+    images = draw(generate, asked)
+    pictures = list(map(world.render, unified.random_scenes(stream, 100)))
+    scores["t2i"] = judge(asked, images)
+    scores["agreement"], scores["captions"] = (
+        {"exact": bits(unified.fits(engine, shown))} for shown in (images, pictures)
+    )
+    return scores
+
+
+def start(folder, _):
+    """The one run that all others go on from."""
+    run(UNIALIGNMENT, "start", 0, folder.parent)
+    return folder.with_name("start-0")
+
+
+UNIALIGNMENT = Study("Does alignment help?", UNI_RUNS, UNI_COMPARISONS, score_unialignment)
+# What is made for a run before it starts
+STARTS = {"BOTH": both, "RANDOM-LMM": random_lmm, "START": start}
+STUDIES = (DREAM_ENGINE, UNIALIGNMENT)
 
 # ---- running and comparing ----------------------------------------------------------------------
 

@@ -36,8 +36,8 @@ GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)
 STEPS = (1, 2, 4, 8, 14, 28)  # of Euler
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)  # r
 HELD = ", held-out pairs"
-COMPOSED = ("composed", "words alone")
 UNI = "unialignment"
+UNI_ALONE = ("segmentation", "composed", "words alone")  # rows that Dream Engine has not learnt
 ALONE = "base, by time alone"
 CONTROLS = {"renders": "true pictures", "VAE": "their VAE copies", "shuffled": "other case's",
             "unedited": "unedited"}  # name: column of the report  # fmt: skip
@@ -122,8 +122,8 @@ def drawn_by_unialignment(args, row):
 
 ROWS = {"vae": copied, "captions": captioned, "base": drawn_by_base}
 ROWS["stage1"] = partial(drawn_by_engine, row="t2i", name="stage 1", checkpoint=STAGE1)
-ROWS |= {row: partial(drawn_by_engine, row=row) for row in CASES if row not in COMPOSED}
-for row in ("t2i", "edits", "semgen", *COMPOSED):
+ROWS |= {row: partial(drawn_by_engine, row=row) for row in CASES if row not in UNI_ALONE}
+for row in ("t2i", "edits", "semgen", *UNI_ALONE):
     ROWS[f"{UNI}-{row}"] = partial(drawn_by_unialignment, row=row)
 
 
@@ -260,7 +260,7 @@ def report(scores):
         ("steps", "**Euler steps** (`steps`): text -> image", ["steps", "score", "seconds a picture"]),
         ("reading", "**Reading** (`reading`): captions", ["who", "exact", "F1 of objects"]),
         ("questions", "**Questions** (`questions`)", ["kind", "right", "most frequent answer"]),
-        ("perception", "**Perception** (`perception`)", ["task", "score", "VAE copies of true ones"]),
+        ("edges", "**Edges** (`edges`)", ["pictures", "F1"]),
         ("own", "**Its own drawings** (`own`)", ["", "caption fits picture", "does not"]),
         ("cost", "**Cost** (`cost`), 16 at a time",
          ["", "million parameters", "seconds a picture", "seconds a caption"]),

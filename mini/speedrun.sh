@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a scored miniature, on two CPU cores:
 #
-#     bash mini/speedrun.sh              # 65 minutes, reckoned from the speed of its steps
+#     bash mini/speedrun.sh              # 105 minutes, reckoned from the speed of its steps
 #     SCALE=1.75 bash mini/speedrun.sh   # the committed weights: so many times the steps of all parts
 #
 # Stop it at any time; the same command goes on where it stopped. Parts that do not wait for each
@@ -34,13 +34,23 @@ after() { # NAME PROCESS: wait for a part that another process makes
     until [ -f "$OUT/$1.done" ]; do kill -0 "$2" 2>/dev/null || exit 1; sleep 1; done
 }
 
-stage() { # NUMBER STEPS: Dream Engine's own training, on both cores, and the guidance it draws best at
-    local steps file="weights/mini/stage$1.safetensors"
+train() { # NAME STEPS OPTIONS...: train.py on both cores
+    local name=$1 steps
     steps=$(awk "BEGIN { print int($2 * $SCALE + 0.5) }")
-    once "stage$1" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node $PROCESSES train.py \
-        --stage "$1" --steps "$steps" --out "$OUT/stage$1" --resume
+    shift 2
+    once "$name" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node $PROCESSES train.py \
+        --steps "$steps" --out "$OUT/$name" --resume "$@"
+}
+
+guidance() { # NAME CHECKPOINT: the one at which it draws best, stored
+    OMP_NUM_THREADS=2 once "$1" "$PYTHON" -m mini.evaluate guidance --checkpoint "$2" --num 60
+}
+
+stage() { # NUMBER STEPS: Dream Engine's own training
+    local file="weights/mini/stage$1.safetensors"
+    train "stage$1" "$2" --stage "$1"
     [ -f "$OUT/guidance$1.done" ] || cp "$OUT/stage$1/stage$1.safetensors" "$file"
-    OMP_NUM_THREADS=2 once "guidance$1" "$PYTHON" -m mini.evaluate guidance --checkpoint "$file" --num 60
+    guidance "guidance$1" "$file"
 }
 
 (part t5 && part lmm && after vae $$ && part decoder) & side=$!
@@ -51,4 +61,7 @@ wait $side
 once export "$PYTHON" -m mini.pretrain export --out "$OUT"
 stage 1 2000
 stage 2 4400
+train unialignment 5714 --stage unialignment --tasks t2i=1,edit=1.5,answer=0.8 --null 0.05 \
+    --weights text=0.5 --loss velocity --lr 1.2e-3 --warmup 200 --decay 0.6 --slots 42
+guidance guidance-unialignment "$OUT/unialignment" # and to weights/mini/unialignment
 OMP_NUM_THREADS=2 "$PYTHON" -m mini.evaluate --num "$N" --run "$OUT" --out "$OUT/scores"

@@ -52,6 +52,7 @@ def objects_of(text):
 
 def f1(found, true):
     """2 hits / (found + true) of lists of sets, all of them together."""
+    found = list(found)
     return 2 * sum(len(a & b) for a, b in zip(found, true)) / sum(map(len, (*found, *true)))
 
 
@@ -91,24 +92,15 @@ def questions(args):
     return result | {"mean": np.mean(list(result.values()), axis=0).tolist()}
 
 
-def perception(args):
-    """{task: [score, of the VAE's copies of the true pictures]}: exact segmentations, F1 of edges."""
-    engine, scenes = load(args), random_scenes("perception", args.num)
-    result, sources = {}, list(map(world.render, scenes))
-    labels = list(map(world.segment, scenes))
-    for sentence, true in (
-        (world.SEGMENT, list(map(world.render, labels))),
-        (world.EDGES, list(map(world.edges, scenes))),
-    ):
-        found = engine.generate([sentence] * len(scenes), [[image] for image in sources])
-        both = found, cases.copies_of(engine.vae, true)
-        if sentence == world.SEGMENT:
-            hits = [[world.detect(x) == y for x, y in zip(images, labels)] for images in both]
-            result["segmentation, exact"] = [share(bits(row)) for row in hits]
-        else:
-            lines = [list(map(lit, images)) for images in (true, *both)]
-            result["edges, F1"] = [f1(x, lines[0]) for x in lines[1:]]
-    return result
+def edges(args):
+    """{pictures: [F1 of the bright pixels]}: drawn edges, the VAE's copies of true ones, the sources."""
+    engine, scenes = load(args), random_scenes("edges", args.num)
+    sources, true = ([make(scene) for scene in scenes] for make in (world.render, world.edges))
+    drawn = engine.generate([world.EDGES] * len(scenes), [[image] for image in sources])
+    shown = {"drawn": drawn, "VAE copies of true ones": cases.copies_of(engine.vae, true)}
+    shown["unedited"] = sources
+    lines = [lit(image) for image in true]
+    return {name: [f1(map(lit, images), lines)] for name, images in shown.items()}
 
 
 def lit(image):
@@ -116,17 +108,26 @@ def lit(image):
     return set(np.flatnonzero(np.asarray(image.convert("L")) > 127).tolist())
 
 
+def fits(engine, images):
+    """Is what it reads in each picture just what the detector reads?"""
+    reads = map(world.detect, images)
+    texts = engine.answer(images)
+    return [
+        scene is not None and text == world.describe(scene) for scene, text in zip(reads, texts)
+    ]
+
+
 def own(args):
     """{picture fits prompt?: [own caption fits picture, does not]}, shares of all drawings."""
-    engine, counts = load(args), Counter()
+    engine = load(args)
     asked = [case for group in cases.t2i_cases(args.num, STREAM).values() for case in group]
-    images = engine.generate([case.prompt for case in asked])
-    for case, image, text in zip(asked, images, engine.answer(images)):
-        read = world.read(image)
-        fits = read.scene is not None and text == world.describe(read.scene)
-        counts[case.checks["exact"](read), fits] += 1
-    return {name: [counts[right, fits] / len(asked) for fits in (True, False)]
-            for name, right in (("picture fits prompt", True), ("does not", False))}  # fmt: skip
+    images = cases.draw(Artist(engine).generate, asked)
+    right = cases.judge(asked, images)["exact"]
+    counts = Counter(zip(right, fits(engine, images)))
+    rows = {"picture fits prompt": "1", "does not": "0"}
+    return {
+        k: [counts[flag, fit] / len(asked) for fit in (True, False)] for k, flag in rows.items()
+    }
 
 
 def cost(args, n=16):
@@ -151,5 +152,5 @@ def seconds(work, argument):
     return time.perf_counter() - start
 
 
-MEASURES = {"reading": reading, "questions": questions, "perception": perception, "own": own}
+MEASURES = {"reading": reading, "questions": questions, "edges": edges, "own": own}
 MEASURES["cost"] = cost
