@@ -90,7 +90,8 @@ def add_lora(model, rank=32, alpha=None, paths=None):
     model.requires_grad_(False)
     for path, (linear, parts) in lora_sites(model):
         if paths is None or path in paths:
-            _replace(model, path, LoRALinear(linear, rank, rank if alpha is None else alpha, parts))
+            lora = LoRALinear(linear, rank, rank if alpha is None else alpha, parts)
+            model.set_submodule(path, lora)
     return {k: p for k, p in model.named_parameters() if p.requires_grad}
 
 
@@ -100,10 +101,5 @@ def merge_lora(model):
     for path, (lora, _) in lora_sites(model, LoRALinear):
         weight = lora.base.weight
         weight.copy_(weight.float() + lora.delta())
-        _replace(model, path, lora.base)
+        model.set_submodule(path, lora.base)
     return model
-
-
-def _replace(model, path, module):
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
