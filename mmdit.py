@@ -46,10 +46,8 @@ FAMILIES = {
 
 def timestep_embedding(t, dim=256):
     """t (B,) in [0, 1] -> (B, dim) fp32: cosines, then sines, of 1000 t at geometric frequencies."""
-    frequencies = torch.exp(
-        -math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2)
-    )
-    phase = 1000 * t.float()[:, None] * frequencies
+    exponents = -math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2)
+    phase = 1000 * t.float()[:, None] * exponents.exp()
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
@@ -127,21 +125,20 @@ class Attention(nn.Module):
 
     def __init__(self, config, last=False):
         super().__init__()
-        self.head_dim, self.qk_norm = config.head_dim, config.qk_norm
+        self.head_dim = config.head_dim
         self.qkv = nn.Linear(config.width, 3 * config.width)
         if not last:
             self.proj = nn.Linear(config.width, config.width)
-        if config.qk_norm:
-            self.ln_q = nn.RMSNorm(config.head_dim, eps=1e-6)
-            self.ln_k = nn.RMSNorm(config.head_dim, eps=1e-6)
+        self.ln_q, self.ln_k = (
+            nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+            for _ in range(2)
+        )
 
     def project(self, x):
         """x (B, n, D) -> q, k, v, each (B, n, heads, d)."""
         pattern = "B n (qkv heads d) -> qkv B n heads d"
         q, k, v = rearrange(self.qkv(x), pattern, qkv=3, d=self.head_dim)
-        if self.qk_norm:
-            q, k = self.ln_q(q), self.ln_k(k)
-        return q, k, v
+        return self.ln_q(q), self.ln_k(k), v
 
 
 def attend(q, k, v, mask=None):
@@ -252,7 +249,10 @@ class MMDiT(nn.Module):
         padding, which then has no effect. Returns (B, C, H, W).
         """
         c, img = self.embed_time(t, len(latent)) + vec, self.embed_image(latent)
-        mask = None if txt_mask is None else joint_mask(txt_mask, img.shape[1], txt.dtype)
+        mask = None
+        if txt_mask is not None:  # added to attention's scores: -inf at padding
+            keys = F.pad(txt_mask, (0, img.shape[1]), value=True)[:, None, None]
+            mask = torch.zeros_like(keys, dtype=txt.dtype).masked_fill(~keys, -math.inf)
         _, img, _ = self.run_blocks(txt, img, c, mask)
         return self.unpatch(self.final_layer(img, c), latent)
 
@@ -270,14 +270,10 @@ class MMDiT(nn.Module):
         h, w = height // p, width // p
         if h > side or w > side:
             raise ValueError(f"latent of {h}x{w} patches is larger than the table, {side}x{side}")
-        return self.x_embedder(latent) + self.positions(h, w)
-
-    def positions(self, h, w):
-        """The centre h x w of the position table, (1, h w, D)."""
-        side = self.config.positions
-        top, left = (side - h) // 2, (side - w) // 2
         table = rearrange(self.pos_embed, "1 (h w) D -> h w D", h=side)
-        return rearrange(table[top : top + h, left : left + w], "h w D -> 1 (h w) D")
+        top, left = (side - h) // 2, (side - w) // 2  # the centre of the table is used
+        positions = rearrange(table[top : top + h, left : left + w], "h w D -> 1 (h w) D")
+        return self.x_embedder(latent) + positions
 
     def run_blocks(self, txt, img, c, mask=None, middle=None):
         """All blocks on txt (B, L, D), img (B, any number, D), c (B, D) -> txt, img, pair.
@@ -297,9 +293,3 @@ class MMDiT(nn.Module):
         """(B, N, p p C) -> (B, C, H, W), the shape of latent."""
         h, p = latent.shape[2] // self.config.patch, self.config.patch
         return rearrange(patches, "B (h w) (p q C) -> B C (h p) (w q)", h=h, p=p, q=p)
-
-
-def joint_mask(txt_mask, image, dtype):
-    """(B, L) bool -> what is added to attention's scores, (B, 1, 1, L + image): -inf at padding."""
-    mask = F.pad(txt_mask, (0, image), value=True)[:, None, None]
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
