@@ -67,11 +67,9 @@ def _read_file(file):
             return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     with reading(file, "a checkpoint; a pickle may hold tensors only, by name"):
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        pairs = tensors.items() if isinstance(tensors, dict) else [(None, None)]
-        for name, x in pairs:
-            plain = torch.is_tensor(x) and x.layout == torch.strided
-            if not isinstance(name, str) or not plain or x.is_meta or x.is_quantized:
-                raise TypeError("not a dictionary of tensors")
+        for name, x in tensors.items():
+            if not isinstance(name, str) or x.layout != torch.strided or x.is_meta:
+                raise TypeError(f"{name!r} is no name of a plain tensor")
     return tensors
 
 
@@ -223,19 +221,14 @@ MMDIT_DIFFUSERS = table("""
     y_embedder.mlp.0.*                   time_text_embed.text_embedder.linear_1.*
     y_embedder.mlp.2.*                   time_text_embed.text_embedder.linear_2.*
     joint_blocks.#.x_block.attn.qkv.*    BLOCK.attn.to_q.* BLOCK.attn.to_k.* BLOCK.attn.to_v.*
-    joint_blocks.#.x_block.attn.ln_q.*   BLOCK.attn.norm_q.*
-    joint_blocks.#.x_block.attn.ln_k.*   BLOCK.attn.norm_k.*
-    joint_blocks.#.x_block.attn.proj.*   BLOCK.attn.to_out.0.*
     joint_blocks.#.x_block.attn2.qkv.*   BLOCK.attn2.to_q.* BLOCK.attn2.to_k.* BLOCK.attn2.to_v.*
-    joint_blocks.#.x_block.attn2.ln_q.*  BLOCK.attn2.norm_q.*
-    joint_blocks.#.x_block.attn2.ln_k.*  BLOCK.attn2.norm_k.*
-    joint_blocks.#.x_block.attn2.proj.*  BLOCK.attn2.to_out.0.*
+    joint_blocks.#.x_block.*.ln_*.*      BLOCK.*.norm_*.*
+    joint_blocks.#.x_block.*.proj.*      BLOCK.*.to_out.0.*
     joint_blocks.#.x_block.mlp.fc1.*     BLOCK.ff.net.0.proj.*
     joint_blocks.#.x_block.mlp.fc2.*     BLOCK.ff.net.2.*
     joint_blocks.#.x_block.adaLN_modulation.1.*        BLOCK.norm1.linear.*
     joint_blocks.#.context_block.attn.qkv.*            BLOCK.attn.add_q_proj.* BLOCK.attn.add_k_proj.* BLOCK.attn.add_v_proj.*
-    joint_blocks.#.context_block.attn.ln_q.*           BLOCK.attn.norm_added_q.*
-    joint_blocks.#.context_block.attn.ln_k.*           BLOCK.attn.norm_added_k.*
+    joint_blocks.#.context_block.attn.ln_*.*           BLOCK.attn.norm_added_*.*
     joint_blocks.#.context_block.attn.proj.*           BLOCK.attn.to_add_out.*
     joint_blocks.#.context_block.mlp.fc1.*             BLOCK.ff_context.net.0.proj.*
     joint_blocks.#.context_block.mlp.fc2.*             BLOCK.ff_context.net.2.*
@@ -338,17 +331,15 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     layouts = {"encoder.down.": (), "encoder.down_blocks.": VAE_DIFFUSERS}
     prefixes = ("first_stage_model.", "vae.", "")
     part = find_part(read(folder), path, "SD3.5 autoencoder", prefixes, layouts)
-    config = infer_vae(part, read_config(folder) if folder.is_dir() else {})
+    config = infer_vae(part, read_config(folder))
     model = build(part, lambda: VAE(config), device, dtype)
     return model.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
 
 
 def infer_vae(part, stated):
     """Read a VAEConfig off the shapes; only the groups of its norms stand in config.json alone."""
-    conv, base = (
-        "encoder.down.{}.block.{}.conv2.weight",
-        part.dimension("encoder.conv_in.weight", 0),
-    )
+    conv = "encoder.down.{}.block.{}.conv2.weight"
+    base = part.dimension("encoder.conv_in.weight", 0)
     levels = part.count(conv.format("{}", 0))
     widths = [part.dimension(conv.format(i, 0), 0) for i in range(levels)]
     config = VAEConfig(
