@@ -21,15 +21,9 @@ def read_image(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")
-    bomb, warning = Image.DecompressionBombError, Image.DecompressionBombWarning
-    strict = warnings.catch_warnings(action="error", category=warning)
-    with reading(path, "a whole PNG, JPEG or similar file"):
-        try:
-            with strict, Image.open(path) as image:
-                return to_rgb(image)
-        except (bomb, warning) as error:
-            limit = Image.MAX_IMAGE_PIXELS // 10**6
-            raise UserError(f"{path}: image too large; at most {limit} million pixels") from error
+    strict = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
+    with reading(path, "a whole PNG, JPEG or similar file"), strict, Image.open(path) as image:
+        return to_rgb(image)
 
 
 def to_rgb(image):
