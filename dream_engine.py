@@ -54,7 +54,7 @@ class DreamEngine(nn.Module):
     def __init__(self, lmm, adapter, mmdit, vae):
         """A Qwen2VL, an Adapter, an MMDiT and a VAE; raises UserError if they do not fit together."""
         super().__init__()
-        if vae is not None and vae.config.latent_channels != mmdit.config.channels:
+        if vae.config.latent_channels != mmdit.config.channels:
             has = f"the autoencoder has {vae.config.latent_channels} latent channels, the MM-DiT"
             needed = "--sd3 must be the model that the checkpoint was trained on"
             raise UserError(f"{has} {mmdit.config.channels}: {needed}")
@@ -87,11 +87,8 @@ class DreamEngine(nn.Module):
             mmdit = load_mmdit(sd3, device, dtype)
         vae = load_vae(sd3, device)
         language = load_lmm(lmm, device, dtype, mrope, trained)
-        if trained:
-            widths = language.config.text_config.hidden_size, mmdit.config.width
-            adapter = build_adapter(trained.adapter, widths, device)
-        else:
-            adapter = new_adapter(language, mmdit)
+        ends = language, mmdit
+        adapter = build_adapter(trained.adapter, *ends) if trained else new_adapter(*ends)
         engine = cls(language, adapter, mmdit, vae)
         if trained and trained.tensors:
             engine.guidance = trained.config.get("guidance", cls.guidance)
@@ -114,7 +111,7 @@ class DreamEngine(nn.Module):
 
     @property
     def device(self):
-        return self.mmdit.x_embedder.proj.weight.device
+        return self.mmdit.pos_embed.device
 
     @property
     def default_size(self):
@@ -151,8 +148,6 @@ class DreamEngine(nn.Module):
         if not 0 <= r <= 1:
             raise UserError(f"blend must lie between 0 (LMM) and 1 (ViT), got {r}")
         check_drawing(steps, guidance, width, height, self.mmdit.config.largest)
-        if not prompts:
-            raise UserError("no prompt to draw")
         positives, nulls = zip(*(apply_task(task, prompt) for prompt in prompts))
         asked = positives if guidance == 1 else positives + nulls  # at 1 nulls cancel out
         condition = self.encode(asked, r)
@@ -170,10 +165,8 @@ class DreamEngine(nn.Module):
         self.requires_grad_(False)
         self.adapter.requires_grad_(True)
         wanted = rank or 0, (rank or 0) if alpha is None else alpha
-        for name, model, asked in (
-            ("MM-DiT", self.mmdit, rank),
-            ("LMM", self.lmm.language_model, lmm_lora),
-        ):
+        parts = ("MM-DiT", self.mmdit, rank), ("LMM", self.lmm.language_model, lmm_lora)
+        for name, model, asked in parts:
             present = [m for m in model.modules() if isinstance(m, LoRALinear)]
             if asked and not present:
                 add_lora(model, *wanted)
@@ -222,12 +215,11 @@ class DreamEngine(nn.Module):
 
 
 def new_adapter(lmm, mmdit, layers=2, mlp_dim=None):
-    """An untrained Adapter; by default of the official number of hidden units, 4096, or fewer before
-    an MM-DiT under 1024 wide."""
+    """An untrained Adapter; mlp_dim: hidden units, by default 4096 as officially, or 4 D if fewer."""
     width = mmdit.config.width
     hidden = mlp_dim or min(4096, 4 * width)
-    device = mmdit.x_embedder.proj.weight.device
-    return Adapter(lmm.config.text_config.hidden_size, width, hidden, layers).to(device)
+    adapter = Adapter(lmm.config.text_config.hidden_size, width, hidden, layers)
+    return adapter.to(mmdit.pos_embed.device)
 
 
 def denoise(transformer, condition, noise, steps=28, guidance=4.5, progress=iter):

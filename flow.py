@@ -35,8 +35,7 @@ def euler(velocity_fn, noise, sigmas, progress=iter):
     steps. progress wraps the iterable of steps, for a progress bar.
     """
     z = noise.float()
-    levels = sigmas.tolist()
-    for t, t_next in progress(list(pairwise(levels))):
+    for t, t_next in progress(list(pairwise(sigmas.tolist()))):
         z = z + (t_next - t) * velocity_fn(z, t).float()
     return z
 

@@ -107,7 +107,7 @@ RULES += checkpoints.MMDIT_DIFFUSERS
 
 def load_transformer(path, device="cpu", dtype=torch.float32):
     """The Transformer of a published transformer/ or of one file; UserError if there is none."""
-    stated = checkpoints.read_config(path) if Path(path).is_dir() else {}
+    stated = checkpoints.read_config(path)
     kind, layouts = "transformer of UniAlignment", {"text_proj_out.weight": RULES}
     part = checkpoints.find_part(checkpoints.read(path), path, kind, ("",), layouts)
     aligned = None

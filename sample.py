@@ -148,9 +148,8 @@ def writable(file):
 
 
 def load(args):
-    device, dtype = fast.usable_device(args.device), args.dtype and getattr(torch, args.dtype)
-    if args.low_memory and dtype is None and device.type != "cpu":
-        dtype = torch.bfloat16
+    dtype = args.dtype and getattr(torch, args.dtype)
+    device, dtype = fast.device_and_dtype(args.device, dtype)
     first = "cpu" if args.low_memory else device
     if args.engine == UNI:
         engine = UniAlignment.load(args.checkpoint, args.sd3, first, dtype)

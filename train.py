@@ -100,9 +100,8 @@ def train(args, sources, rank, world, device):
             losses = losses.detach().cpu()
             by_t.index_add_(1, (t * runs.BINS).long(), torch.stack([losses, torch.ones(len(t))]))
             mean += losses.mean().item() / args.accumulate / world
-        totals = torch.tensor(
-            [*by_t.flatten(), mean, len(bad_lines) - bad_lines.scanned, len(stopped)]
-        )
+        found = len(bad_lines) - bad_lines.scanned
+        totals = torch.tensor([*by_t.flatten(), mean, found, len(stopped)])
         if world > 1:
             dist.all_reduce(totals := totals.to(device))
         *by_t, loss, bad, stopping = totals.tolist()
@@ -313,10 +312,8 @@ def parse(arguments=None):
         args.rank = (16 if miniature else 32) if args.rank is None else args.rank
         args.checkpoint = args.checkpoint or (STAGE1 if miniature else None)
     start = None if args.checkpoint == Path("none") else args.checkpoint
-    tasks, learnt = (
-        args.tasks or {},
-        {"t2i", "edit", "answer"} if uni else FIELDS.keys() - {"answer"},
-    )
+    tasks = args.tasks or {}
+    learnt = {"t2i", "edit", "answer"} if uni else FIELDS.keys() - {"answer"}
     args.steps = args.steps or STEPS[stage]
     args.out = args.out or f"runs/{'' if uni else 'stage'}{stage}"
     total, own = args.steps * args.accumulate * world, args.text_encoder or args.slots

@@ -55,12 +55,11 @@ class UniAlignment(nn.Module):
         self.tokens, self.guidance = pipeline.Tokens(tokenizer, sampling.slots), sampling.guidance
 
     @classmethod
-    def load(cls, folder=MINI, sd3=None, device=None, dtype=None, *, mask=None):
+    def load(cls, folder=MINI, sd3=None, device=None, dtype=None):
         """Load a published pipeline folder, or its transformer/ completed by a folder of SD3-medium.
 
-        mask: the file of the vector that stands for MASK, a bare tensor, where text_encoder/ still has
-        T5's own; a mask_token_emb*.pth in the folder is found. Raises FileNotFoundError or UserError,
-        with one line that says what is missing or does not fit.
+        A mask_token_emb*.pth in the folder holds the vector that stands for MASK, where text_encoder/
+        still has T5's own. Raises FileNotFoundError or UserError, with one line that says what does not fit.
         """
         device, dtype = fast.device_and_dtype(device, dtype)
         folder = Path(folder)
@@ -74,7 +73,7 @@ class UniAlignment(nn.Module):
         vae = load_vae(places["vae"], device)
         text_encoder = pipeline.load_text_encoder(places["text_encoder"], device, dtype)
         engine = cls(mmdit, text_encoder, tokenizer, vae, sampling).requires_grad_(False).eval()
-        for file in [mask] if mask else sorted(folder.glob("mask_token_emb*.pth")):
+        for file in sorted(folder.glob("mask_token_emb*.pth")):
             row = text_encoder.shared.weight[engine.tokens.mask_id]
             with reading(file, f"one tensor of {len(row)} numbers"):
                 row.copy_(torch.load(file, map_location="cpu", weights_only=True).view(len(row)))
