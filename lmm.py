@@ -6,6 +6,7 @@ n image tokens of all rows, P patches of all images.
 """
 
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from prompts import to_rgb
 from support.cli import UserError, reading
 
 VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+PLAIN = {"split_special_tokens": True, "add_special_tokens": False}  # a user's text is only text
 
 
 class Qwen2VL(nn.Module):
@@ -34,10 +36,7 @@ class Qwen2VL(nn.Module):
         self.tokenizer, self.patches, self.mrope = tokenizer, patches, mrope
 
     def collate(self, prompts):
-        """Prompts, templates applied, as a Batch on the model's device.
-
-        Raises UserError where one is longer than the model can read.
-        """
+        """Prompts, templates applied, as a Batch on the model's device; UserError if one is too long."""
         batch = collate(prompts, self.tokenizer, self.patches, self.mrope)
         limit = self.config.text_config.max_position_embeddings
         if (length := batch.ids.shape[1]) > limit:
@@ -61,9 +60,6 @@ class Qwen2VL(nn.Module):
             use_cache=False,
         )
         return states.last_hidden_state, vit
-
-
-# ---- images -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -96,9 +92,6 @@ def image_patches(image, config=PatchConfig()):
     return repeat(x, "n c p q -> n (c t p q)", t=2), (1, h // p, w // p)
 
 
-# ---- batches ------------------------------------------------------------------------------------
-
-
 @dataclass
 class Batch:
     """Right-padded rows of tokens, and the patches of all their images in order."""
@@ -121,20 +114,16 @@ def mrope_positions(image_mask, grids, merge=2):
     Text counts up in all three rows at once. An image stands still in time and counts its merged
     rows and columns; the text after it goes on from the largest position so far.
     """
-    positions, start, i = torch.zeros(3, len(image_mask), dtype=torch.long), 0, 0
-    grids = iter(grids)
-    while i < len(image_mask):
-        if image_mask[i]:
-            _, h, w = (int(n) for n in next(grids))
-            h, w = h // merge, w // merge
-            cells = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
-            positions[1:, i : i + h * w] = start + cells.flatten(1)
-            positions[0, i : i + h * w] = start
-            i, start = i + h * w, start + max(h, w)
-        else:
-            positions[:, i] = start
-            i, start = i + 1, start + 1
-    return positions
+    parts, start, grids = [], 0, iter(grids)
+    for is_image, run in groupby(image_mask.tolist()):
+        part = torch.arange(len(list(run))).expand(3, -1)
+        if is_image:
+            _, h, w = next(grids)
+            axes = torch.arange(1), torch.arange(h // merge), torch.arange(w // merge)
+            part = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+        parts.append(start + part)
+        start = parts[-1].max() + 1
+    return torch.cat(parts, dim=1)
 
 
 def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
@@ -146,16 +135,13 @@ def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
     start, pad, end = tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
     rows, patches, grids = [], [], []
     for prompt in prompts:
-        ids, text, first = [], "", len(grids)
-        for part in [*prompt, None]:  # None flushes the last text
-            if isinstance(part, str):
-                text += part
+        ids, first = [], len(grids)
+        for is_text, parts in groupby(prompt, lambda part: isinstance(part, str)):
+            if is_text:
+                ids += tokenizer.encode("".join(parts), **PLAIN)
                 continue
-            if text:
-                ids += tokenizer.encode(text, split_special_tokens=True, add_special_tokens=False)
-                text = ""
-            if part is not None:
-                x, grid = image_patches(to_rgb(part), config)
+            for image in parts:
+                x, grid = image_patches(to_rgb(image), config)
                 patches.append(x)
                 grids.append(grid)
                 ids += [start, *[pad] * (len(x) // config.merge**2), end]
@@ -180,8 +166,6 @@ def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
     )
 
 
-# ---- loading ------------------------------------------------------------------------------------
-
 RULES = {  # beginning of a name in the file: rules, from the model's names to the file's
     "model.language_model.": table("*  model.*"),  # transformers since 4.52
     "language_model.": (),  # a bare Qwen2VLModel of the same
@@ -193,11 +177,10 @@ def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=N
     """Load the Hugging Face folder of a Qwen2-VL, without its head.
 
     checkpoint: a published DreamEngine (`trained.Checkpoint`), whose own LMM takes the place of the
-    folder's. transformers would start missing tensors at random, with a warning; here they are an
-    error. Raises FileNotFoundError, or UserError naming what does not fit.
+    folder's. Raises FileNotFoundError, or UserError naming what is missing or does not fit.
     """
     config, tokenizer = read_lmm_config(folder), load_tokenizer(folder)
-    patches = patch_config(folder, config)
+    others = tokenizer, patch_config(folder, config), mrope
     published = bool(checkpoint and checkpoint.lmm)
     tensors, source = (checkpoint.lmm, checkpoint.source) if published else (read(folder), folder)
     part = find_part(tensors, source, "Qwen2-VL (model.*)", ("lmm." * published,), RULES)
@@ -207,7 +190,6 @@ def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=N
     entries, rows = max(tokenizer.get_vocab().values()) + 1, config.text_config.vocab_size
     if entries > rows:
         raise UserError(f"{folder}: a tokenizer of {entries} entries, embeddings of {rows}")
-    others = tokenizer, patches, mrope
     lmm = build(part, lambda: Qwen2VL(Qwen2VLModel(config), *others), device, dtype)
     # Rotary frequencies are computed, not stored; they stay fp32.
     for model, attribute in ((lmm.visual, "rotary_pos_emb"), (lmm.language_model, "rotary_emb")):
@@ -229,8 +211,6 @@ def read_lmm_config(folder):
             raise ValueError(f"mrope_section {sections} is not half of a head")
         if vision.embed_dim % (4 * vision.num_heads):
             raise ValueError(f"{vision.num_heads} heads of the vision tower do not fit")
-        if type(text.max_position_embeddings) is not int or text.max_position_embeddings < 1:
-            raise ValueError(f"max_position_embeddings is {text.max_position_embeddings!r}")
     return config
 
 
@@ -238,7 +218,7 @@ def load_tokenizer(folder):
     """The tokenizer of a Qwen2-VL folder, with its vision tokens."""
     with reading(folder, "the tokenizer of a Qwen2-VL"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if not tokenizer.encode("a", split_special_tokens=True, add_special_tokens=False):
+        if not tokenizer.encode("a", **PLAIN):
             raise ValueError("it reads no letters; is there a tokenizer.json?")
         [tokenizer.get_vocab()[token] for token in VISION_TOKENS]  # raises where one is missing
     return tokenizer

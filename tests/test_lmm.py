@@ -235,7 +235,7 @@ def test_an_incomplete_folder_is_named(copy, file):
         ("text_config", "num_attention_heads", 5),
         ("text_config", "num_key_value_heads", 4),
         ("text_config", "hidden_size", "wide"),
-        ("text_config", "max_position_embeddings", 0),
+        ("text_config", "max_position_embeddings", "many"),
         ("text_config", "rope_parameters", {"rope_type": "default", "mrope_section": [4, 6, 7]}),
         ("vision_config", "depth", 9),
         ("vision_config", "num_heads", 7),
