@@ -115,11 +115,6 @@ def modulate(x, modulation):
     return torch.addcmul(modulation.shift, x, modulation.gain)
 
 
-def add_gated(x, modulation, y):
-    """x + gate * y"""
-    return torch.addcmul(x, modulation.gate, y)
-
-
 class Attention(nn.Module):
     """One stream's projections, q, k and v fused; the attention itself may be joint."""
 
@@ -195,18 +190,18 @@ class JointBlock(nn.Module):
         sizes = y.shape[1] - img.shape[1], img.shape[1]
         txt_y, img_y = (part.contiguous() for part in y.split(sizes, dim=1))
 
-        x = img
-        img = add_gated(img, img_attn, image.attn.proj(img_y))
+        # addcmul: what is in the stream + gate * what a layer makes of it
+        x, img = img, torch.addcmul(img, img_attn.gate, image.attn.proj(img_y))
         for attn2 in img_attn2:  # SD3.5-medium: reads the same input as the joint attention
             img_y = attend(*image.attn2.project(modulate(x, attn2)))
-            img = add_gated(img, attn2, image.attn2.proj(img_y))
-        img = add_gated(img, img_mlp, image.mlp(modulate(img, img_mlp)))
+            img = torch.addcmul(img, attn2.gate, image.attn2.proj(img_y))
+        img = torch.addcmul(img, img_mlp.gate, image.mlp(modulate(img, img_mlp)))
 
         if self.last:
             return None, img
         (txt_mlp,) = txt_mlp
-        txt = add_gated(txt, txt_attn, text.attn.proj(txt_y))
-        return add_gated(txt, txt_mlp, text.mlp(modulate(txt, txt_mlp))), img
+        txt = torch.addcmul(txt, txt_attn.gate, text.attn.proj(txt_y))
+        return torch.addcmul(txt, txt_mlp.gate, text.mlp(modulate(txt, txt_mlp))), img
 
 
 class FinalLayer(nn.Module):
