@@ -1,8 +1,7 @@
 """Files to models, loudly: read without a second copy, rename by a table, fill strictly.
 
-A checkpoint is never trusted to fit. A missing, unknown or wrongly shaped tensor is an error in the
-names of the file itself, shapes are checked before anything is computed, and pickles are only ever
-read as plain tensors.
+A missing, unknown or wrongly shaped tensor is an error in the names of the file itself, before
+anything is computed; pickles are only ever read as plain tensors.
 """
 
 import json
@@ -18,8 +17,6 @@ from safetensors import safe_open
 from mmdit import AdaLN, MMDiT, MMDiTConfig
 from support.cli import UserError, reading
 from vae import SCALE, SHIFT, VAE, VAEConfig
-
-# ---- reading ------------------------------------------------------------------------------------
 
 
 def read(path):
@@ -55,9 +52,6 @@ def _files(path):
             raise UserError(f"{path}: holds {len(names)} weight files and no index; name one file")
     if not names:
         raise FileNotFoundError(f"{path}: holds no .safetensors or .bin file")
-    for name in names:
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{path / name}: this shard of the index is missing")
     return [path / name for name in names]
 
 
@@ -79,10 +73,10 @@ def metadata(file):
         return f.metadata() or {}
 
 
-def read_json(file, text=None):
-    """The JSON object that a file holds, or the text taken from it."""
+def read_json(file):
+    """The JSON object that a file holds."""
     with reading(file, "a JSON object"):
-        value = json.loads(Path(file).read_text(encoding="utf-8-sig") if text is None else text)
+        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
         if not isinstance(value, dict):
             raise TypeError(f"it holds a {type(value).__name__}")
     return value
@@ -172,9 +166,8 @@ def find_part(tensors, source, kind, prefixes, layouts):
 def build(part, make, device="cpu", dtype=None):
     """The model that make() returns, filled with a Part; every name and shape must fit.
 
-    It is made on the meta device, without memory. Tensors already of the right dtype and device are
-    used as they lie in the file, uncopied. Returns the model, frozen. Raises UserError naming what is
-    missing, unknown or of another shape.
+    Made on the meta device, without memory; tensors of the right dtype and device are used uncopied.
+    Returns it frozen. Raises UserError naming what is missing, unknown or of another shape.
     """
     with reading(part.source, "a model that can be built"), torch.device("meta"):
         model = make()

@@ -1,9 +1,9 @@
 """What training made: a file of the house, or the folder of the published DreamEngine.
 
-Both end as one Checkpoint. The authors' folder holds both frozen models as well, with LoRA beside their
-weights, which is merged as it is read.
+Both end as one Checkpoint. The authors' folder holds both frozen models, too; their LoRA is merged.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from adapter import Adapter
-from checkpoints import Part, build, metadata, read, read_json, table
+from checkpoints import Part, build, metadata, read, table
 from support.cli import UserError, reading
 
 
@@ -43,15 +43,12 @@ def read_checkpoint(path, lora_scale=1.0, dtype=torch.float32):
 def read_saved(file):
     """A file of `DreamEngine.save`: adapter.*, lora.*, and a config in its metadata."""
     tensors = read(file)
-    text = metadata(file).get("config") if file.suffix == ".safetensors" else None
-    if text is None:
-        raise UserError(f"{file}: not a Dream Engine checkpoint (no config in its metadata)")
-    config = read_json(file, text)
     needed = ["base", "lmm"] + ["alpha"] * any(name.startswith("lora.") for name in tensors)
-    for name in needed + ["guidance"] * ("guidance" in config):
-        value = config.get(name)
-        if type(value) not in (int, float) or not 0 < value < 1e9:
-            raise UserError(f"{file}: its config says {name} {str(value)[:40]}, no positive number")
+    with reading(file, "a Dream Engine checkpoint, with a config in its metadata"):
+        config = json.loads(metadata(file)["config"])
+        for name in needed + ["guidance"] * ("guidance" in config):
+            if not 0 < config[name] < 1e9:
+                raise ValueError(f"{name} {config[name]}")
     adapter = {k: x for k, x in tensors.items() if k.startswith("adapter.")}
     return Checkpoint(file, Part(adapter, file, prefix="adapter."), config, tensors)
 

@@ -304,7 +304,7 @@ def test_adapters_for_other_models_are_refused(engine, tmp_path):
         with pytest.raises(UserError, match=f"trained on another {name}"):
             DreamEngine.load(checkpoint=tmp_path / "other.safetensors", device="cpu")
     for wrong in (SD3, LMM / "model.safetensors"):
-        with pytest.raises(UserError, match="not a Dream Engine checkpoint"):
+        with pytest.raises(UserError, match="expected a Dream Engine checkpoint"):
             DreamEngine.load(checkpoint=wrong, device="cpu")
 
 

@@ -131,7 +131,7 @@ def test_every_task_draws_a_picture_of_its_own():
         (["--prompt", "a", "--sd3", "x", "--checkpoint", STAGE1], "x: no such file"),
         (["--prompt", "a", "--lmm", "x", "--checkpoint", STAGE1], "x/config.json"),
         (["--prompt", "a", "--checkpoint", "x"], "x: no such file"),
-        (["--prompt", "a", "--checkpoint", SD3], "not a Dream Engine checkpoint"),
+        (["--prompt", "a", "--checkpoint", SD3], "expected a Dream Engine checkpoint"),
         (["--prompt", "a", "--sd3", STAGE1, "--checkpoint", STAGE1], "no SD3 or SD3.5"),
         (["--prompt", "a", "--sd3", LMM, "--checkpoint", STAGE1], "no SD3 or SD3.5"),
         (["--prompt", "a", "--surprise", "1"], "unrecognized arguments"),
