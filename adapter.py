@@ -62,10 +62,6 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter(torch.randn(parts, rank, base.in_features, **like) / rank)
         self.B = nn.Parameter(torch.zeros(parts, base.out_features // parts, rank, **like))
 
-    def delta(self):
-        """What LoRA adds to the weight, (out, in)."""
-        return self.scale * rearrange(self.B @ self.A, "parts o i -> (parts o) i")
-
     def forward(self, x):
         lows = F.linear(x, self.A.to(x.dtype).flatten(0, 1)).chunk(len(self.A), dim=-1)
         updates = [F.linear(low, B) for low, B in zip(lows, self.B.to(x.dtype))]
@@ -100,6 +96,7 @@ def merge_lora(model):
     """Add every LoRA to the weight it wraps and unwrap it: the model is plain again."""
     for path, (lora, _) in lora_sites(model, LoRALinear):
         weight = lora.base.weight
-        weight.copy_(weight.float() + lora.delta())
+        update = rearrange(lora.B @ lora.A, "parts o i -> (parts o) i")
+        weight.copy_(weight.float() + lora.scale * update)
         model.set_submodule(path, lora.base)
     return model

@@ -45,9 +45,6 @@ LONGEST = 4000  # letters of a text
 LONGEST_LINE = 2**20  # bytes
 
 
-# ---- examples -----------------------------------------------------------------------------------
-
-
 def parse_record(line):
     """A line of a manifest as a dictionary; UserError names what its task needs and lacks."""
     try:
@@ -56,8 +53,7 @@ def parse_record(line):
         raise UserError("not JSON") from None
     if not isinstance(record, dict) or record.get("task") not in list(FIELDS):
         raise UserError(f'"task" must be one of {", ".join(FIELDS)}')
-    caption = ("caption",) if "caption" in record else ()  # of an edit, optional
-    for name in (*FIELDS[record["task"]], *caption):
+    for name in (*FIELDS[record["task"]], *record.keys() & {"caption"}):  # of an edit, optional
         text = record.get(name)
         if name == "segments":
             if not _are_segments(text):
@@ -71,11 +67,9 @@ def parse_record(line):
 
 def _are_segments(value):
     try:
-        for text, boxes in value:
-            fit = (0 <= a < c <= 1000 and 0 <= b < d <= 1000 for a, b, c, d in boxes)
-            if not isinstance(text, str) or not all(fit):
-                return False
-        return True
+        boxes = [box for _, inside in value for box in inside]
+        fit = all(0 <= a < c <= 1000 and 0 <= b < d <= 1000 for a, b, c, d in boxes)
+        return fit and all(isinstance(text, str) for text, _ in value)
     except (TypeError, ValueError):
         return False
 

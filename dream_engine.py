@@ -140,8 +140,7 @@ class DreamEngine(nn.Module):
 
         guidance: default: the checkpoint's own. size: (width, height) in pixels, multiples of 16.
         Image i is drawn from seed + i, the same alone as in any batch. task: one of prompts.TASKS.
-        r: see `adapter.blend`. progress wraps the steps, tqdm for one. Raises UserError for settings
-        that cannot be drawn.
+        r: see `adapter.blend`. progress wraps the steps. Raises UserError for what cannot be drawn.
         """
         width, height = size or (self.default_size, self.default_size)
         guidance = self.guidance if guidance is None else guidance
@@ -159,8 +158,7 @@ class DreamEngine(nn.Module):
     def start_training(self, rank=None, alpha=None, lmm_lora=False):
         """Let the adapter learn, with a rank also LoRA on the MM-DiT (and LMM); all else is frozen.
 
-        LoRA of a checkpoint goes on learning; UserError if it is of another kind. Returns the
-        parameters that learn, by name.
+        A checkpoint's LoRA goes on; UserError if of another kind. Returns what learns, {name: parameter}.
         """
         self.requires_grad_(False)
         self.adapter.requires_grad_(True)

@@ -208,12 +208,10 @@ def read_sampling(scheduler):
 
 def find_folder(folder, sd3, name):
     """Where a part of the pipeline lies; raises UserError if neither folder has it."""
-    beside = Path(sd3, PARTS[name]) if sd3 else None
-    for found in filter(None, (Path(folder, name), beside)):
+    for found in (Path(folder, name), Path(sd3 or folder, PARTS[name])):
         if found.is_dir():
             return found
-    where = f"nor {beside}" if sd3 else "a folder of SD3-medium (--sd3) would complete it"
-    raise UserError(f"{folder}: holds no {name}/; {where}")
+    raise UserError(f"{folder}: holds no {name}/; a folder of SD3-medium (--sd3) would complete it")
 
 
 def save_frozen(engine, folder):

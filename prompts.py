@@ -1,7 +1,6 @@
 """What a user types, and pictures on their way in and out.
 
-An interleaved prompt is a list of strings and PIL images in any order; a task's template makes such a
-list of it again, the one that the LMM reads.
+An interleaved prompt is a list of strings and PIL images; a template makes the LMM's own list of it.
 """
 
 import re
@@ -151,8 +150,7 @@ def reference_prompt(segments, named):
     """Words and pictures, [(text, [image, ...]), ...], as (task, prompt) in an official template.
 
     named: each picture first, with the words before it as its name, then the whole text (task
-    combine); else text and pictures in their order (task objects), as is done, too, where a picture
-    has no name.
+    combine); else, or where a picture has no name, text and pictures in their order (task objects).
     """
     pictured = [(text.strip(" ,"), image) for text, images in segments for image in images]
     if named and pictured and all(name for name, _ in pictured):

@@ -27,8 +27,7 @@ class VAEConfig:
     groups: int | None = None  # of the norms
 
     def __post_init__(self):
-        # 32 at SD3.5's width; never fewer than 4 channels a group, or the norm would erase the
-        # mean of a channel, and with it all flat colour.
+        # 32 at SD3.5's width; with fewer than 4 channels a group the norm would erase flat colour
         if self.groups is None:
             object.__setattr__(self, "groups", max(1, min(32, self.base // 4)))
 

@@ -415,7 +415,7 @@ def remove(part):
         (lambda f: (f / "text_encoder/config.json").unlink(), "No such file.*text_encoder/config.json"),
         (edit("scheduler/scheduler_config.json", shift=0), "shift must be positive"),
         (edit("scheduler/scheduler_config.json", slots="many"), "expected settings of sampling"),
-        (remove("text_encoder"), "holds no text_encoder/; a folder of SD3-medium"),
+        (remove("text_encoder"), "holds no text_encoder/; a folder of SD3-medium .--sd3. would"),
         (remove("vae"), "holds no vae/"),
         (lambda f: (f / "tokenizer/tokenizer.json").unlink(), "expected a T5 tokenizer"),
         (lambda f: (f / "mask_token_emb.pth").write_bytes(b"no"), "expected one tensor of 48 numbers"),
