@@ -68,8 +68,7 @@ class LoRALinear(nn.Module):
         return self.base(x).add(torch.cat(updates, dim=-1), alpha=self.scale)
 
 
-# The attention projections of an MMDiT (all streams, attn2 too) and of transformers' Qwen2 layers,
-# and how many matrices each holds.
+# The attention projections of an MMDiT and of transformers' Qwen2: how many matrices each holds
 PROJECTIONS = {"qkv": 3, "proj": 1, "q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 1}
 
 

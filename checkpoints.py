@@ -30,10 +30,10 @@ def read(path):
         raise FileNotFoundError(f"{path}: no such file or folder; expected a checkpoint")
     tensors = {}
     for file in _files(path):
-        for name, tensor in _read_file(file).items():
-            if name in tensors:
-                raise UserError(f"{path}: {name} is stored twice, again in {file.name}")
-            tensors[name] = tensor
+        found = _read_file(file)
+        if twice := tensors.keys() & found.keys():
+            raise UserError(f"{path}: {min(twice)} is stored twice, again in {file.name}")
+        tensors |= found
     return tensors
 
 
@@ -166,7 +166,7 @@ def find_part(tensors, source, kind, prefixes, layouts):
 def build(part, make, device="cpu", dtype=None):
     """The model that make() returns, filled with a Part; every name and shape must fit.
 
-    Made on the meta device, without memory; tensors of the right dtype and device are used uncopied.
+    Made on the meta device, without memory; a tensor of the right dtype and device is not copied.
     Returns it frozen. Raises UserError naming what is missing, unknown or of another shape.
     """
     with reading(part.source, "a model that can be built"), torch.device("meta"):

@@ -158,7 +158,7 @@ class DreamEngine(nn.Module):
     def start_training(self, rank=None, alpha=None, lmm_lora=False):
         """Let the adapter learn, with a rank also LoRA on the MM-DiT (and LMM); all else is frozen.
 
-        A checkpoint's LoRA goes on; UserError if of another kind. Returns what learns, {name: parameter}.
+        A checkpoint's LoRA goes on, UserError if of another kind. Returns {name: parameter}.
         """
         self.requires_grad_(False)
         self.adapter.requires_grad_(True)
@@ -213,7 +213,7 @@ class DreamEngine(nn.Module):
 
 
 def new_adapter(lmm, mmdit, layers=2, mlp_dim=None):
-    """An untrained Adapter; mlp_dim: hidden units, by default 4096 as officially, or 4 D if fewer."""
+    """An untrained Adapter; mlp_dim: hidden units, officially 4096, before a small MM-DiT 4 D."""
     width = mmdit.config.width
     hidden = mlp_dim or min(4096, 4 * width)
     adapter = Adapter(lmm.config.text_config.hidden_size, width, hidden, layers)

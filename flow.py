@@ -52,7 +52,7 @@ def noise(n, shape, seed):
 
 
 def training_sigmas(n, shift=3.0, generator=None):
-    """n noise levels in (0, 1), fp32: sigmoids of normals, shifted to a median of 0.75 for SD3's 3."""
+    """n noise levels in (0, 1), fp32: sigmoids of normals, shifted; by 3 to a median of 0.75."""
     return shift_sigmas(torch.randn(n, generator=generator).sigmoid(), shift)
 
 
@@ -65,7 +65,7 @@ def add_noise(x0, noise, t):
 def velocity_loss(velocity, x0, noise, t=None):
     """Mean squared error to e - x0, per example: (B,) fp32.
 
-    With t (B,), weighted by t^2: the error of the x0 that it implies, as in Dream Engine's own code.
+    With t (B,), weighted by t^2: the error of the x0 that it implies, as in the official code.
     """
     error = (velocity.float() - (noise - x0).float()).square().mean(dim=(1, 2, 3))
     return error if t is None else t**2 * error

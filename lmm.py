@@ -36,7 +36,7 @@ class Qwen2VL(nn.Module):
         self.tokenizer, self.patches, self.mrope = tokenizer, patches, mrope
 
     def collate(self, prompts):
-        """Prompts, templates applied, as a Batch on the model's device; UserError if one is too long."""
+        """Prompts, templates applied -> Batch on its's device; UserError if one is too long."""
         batch = collate(prompts, self.tokenizer, self.patches, self.mrope)
         limit = self.config.text_config.max_position_embeddings
         if (length := batch.ids.shape[1]) > limit:

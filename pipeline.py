@@ -53,10 +53,7 @@ class Transformer(MMDiT):
             self.align(*aligned)
 
     def align(self, out, hidden=None):
-        """Have adapters of a stream's mean token (B, D) to a teacher's width, (B, M = out).
-
-        Those for another width are replaced by new ones. hidden: their hidden units.
-        """
+        """Have adapters from a mean token (B, D) to a teacher's (B, out), if need be new ones."""
         if hasattr(self, "image_adapter") and self.image_adapter[2].out_features == out:
             return
         width, device = self.config.width, self.pos_embed.device

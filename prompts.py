@@ -1,6 +1,6 @@
 """What a user types, and pictures on their way in and out.
 
-An interleaved prompt is a list of strings and PIL images; a template makes the LMM's own list of it.
+An interleaved prompt is a list of strings and PIL images; a template makes the LMM's list of it.
 """
 
 import re

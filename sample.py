@@ -4,7 +4,6 @@
     python sample.py --prompt "<image> and a blue star" --image dog.png --blend 0.3
     python sample.py --task edit --image room.png --prompt "remove the chair"
     python sample.py --task caption --image room.png       # the text goes to standard output
-    python sample.py --task answer --image room.png --prompt "how many chairs are there?"
     python sample.py --task edit --engine unialignment --image room.png --prompt "Segment the image."
 
 Each <image> of the prompts is filled by the next --image.
@@ -15,7 +14,6 @@ import gc
 import json
 import os
 import re
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -196,7 +194,7 @@ def main(arguments=None):
     else:
         options = {"r": args.blend, "task": args.task}
     options |= {name: getattr(args, name) for name in ("steps", "guidance", "size", "seed")}
-    with fast.compiling() if args.compile else nullcontext():
+    with fast.compiling():
         bar = partial(tqdm, desc="drawing", unit="step")
         save(args, engine.generate(prompts, **options, progress=bar), out)
 

@@ -58,8 +58,8 @@ class UniAlignment(nn.Module):
     def load(cls, folder=MINI, sd3=None, device=None, dtype=None):
         """Load a published pipeline folder, or its transformer/ completed by a folder of SD3-medium.
 
-        A mask_token_emb*.pth in the folder holds the vector that stands for MASK, where text_encoder/
-        still has T5's own. Raises FileNotFoundError or UserError, with one line that says what does not fit.
+        A mask_token_emb*.pth in the folder holds the vector that stands for MASK, if text_encoder/
+        has still T5's own. Raises FileNotFoundError or UserError naming what does not fit.
         """
         device, dtype = fast.device_and_dtype(device, dtype)
         folder = Path(folder)
@@ -117,8 +117,6 @@ class UniAlignment(nn.Module):
         the final image features (B, N, D) and the image tokens (B, N, D) after block k, from 1.
         """
         mmdit = self.mmdit
-        if any(source.shape != latent.shape for source in sources):
-            raise UserError("a source latent of another shape than the target")
         c = mmdit.embed_time(t, len(latent))
         img = [mmdit.embed_image(x.to(mmdit.pos_embed.dtype)) for x in (latent, *sources)]
         n = img[0].shape[1]  # the target's tokens come first, only they are read off
@@ -233,9 +231,8 @@ class UniAlignment(nn.Module):
     def forward(self, batch, image, noise, t, times, weighted=True):
         """The weighted sum of the four losses of B examples, (B,); `parts` keeps their means.
 
-        batch: `data.Pairs`; image (B, 3, H, W) in [-1, 1] the target; noise (B, 2 + S, C, h, w): of the
-        flow, then of the posterior samples of the target and its S sources; t (B,) of the picture, times
-        (B,) of the text. weighted: the published weighting of the velocity, by t^2.
+        batch: `data.Pairs`; image (B, 3, H, W) in [-1, 1]; noise (B, 2 + S, C, h, w): of the flow, then
+        of the posteriors of image and S sources; t (B,) of the picture, times (B,) of the text.
         """
         flow_noise, *noises = noise.unbind(1)
         with torch.no_grad():
@@ -260,9 +257,8 @@ class UniAlignment(nn.Module):
     def losses(self, batch, times, x0, noise, t, sources=(), *, teacher=None, weighted=True):
         """The four losses of both passes on clean latents x0 (B, C, H, W): {name: (B,) fp32}.
 
-        batch: has prompts, texts and hidden, (B, L) ids each, see `data.Pairs`; times (B,) of the text;
-        noise like x0, t (B,): of the flow; sources: latents to start from; teacher: its mean image
-        features and mean text features, (B, M) each, without which ISA is 0.
+        batch, times: see `forward`; noise like x0, t (B,): of the flow; sources: latents to start from;
+        teacher: its mean image and text features, (B, M) each, without which ISA is 0. weighted: by t^2.
         """
         k = max(1, self.mmdit.config.depth // 3)  # its tokens are aligned: block 8 of 24
         context, masked_context = self.context(torch.cat([batch.prompts, batch.hidden])).chunk(2)
