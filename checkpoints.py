@@ -92,9 +92,6 @@ def read_config(folder):
     return config
 
 
-# ---- layouts: how a file names the tensors of a model -------------------------------------------
-
-
 def table(text):
     """Lines of "name in the model  names in the file" as rules; # is a number, * is anything."""
     rules = []
@@ -204,8 +201,6 @@ def check(tensors, expected, source):
         raise UserError(f"{source}: does not fit: {'; '.join(sorted(faults)[:4])}{more}")
 
 
-# ---- SD3's MM-DiT -------------------------------------------------------------------------------
-
 MMDIT_DIFFUSERS = table("""
     pos_embed                            pos_embed.pos_embed
     x_embedder.proj.*                    pos_embed.proj.*
@@ -296,8 +291,6 @@ def compare(source, stated, found):
             said = f"config.json says {name} {stated[name]!r}, its tensors say {value!r}"
             raise UserError(f"{source}: {said}")
 
-
-# ---- SD3's autoencoder --------------------------------------------------------------------------
 
 VAE_DIFFUSERS = table("""
     *.norm_out.*                            *.conv_norm_out.*

@@ -224,9 +224,8 @@ class Microbatch:
 class Microbatches(torch.utils.data.Dataset):
     """Item j is the j-th microbatch of a run: a function of the seed and j, whoever asks, and when.
 
-    collate: makes a Batch of prompts. size: examples in a microbatch. null: share of prompts
-    replaced by their null prompt, for guidance to know its opposite. turn: microbatches of one task,
-    before it is the next one's turn; 0: tasks come at random.
+    collate: makes a Batch of prompts. size: examples in a microbatch. null: share of null prompts.
+    turn: microbatches of one task, before it is the next one's turn; 0: tasks come at random.
     """
 
     def __init__(self, pools, collate, count, size, seed=0, null=0.1, turn=0):

@@ -75,9 +75,8 @@ class DreamEngine(nn.Module):
         checkpoint: a file of `save` or the run folder that holds it, whose LoRA is merged into the
         weights, or kept apart with merge=False, to train on; or a folder of the published DreamEngine,
         whose LMM and MM-DiT, its LoRA merged, replace those of lmm and sd3. lora_scale: alpha / rank of
-        that LoRA (1 as in the official demo, 2 as in its training; the files do not say). None starts
-        a new adapter. mrope=False counts positions as early transformers did. Raises
-        FileNotFoundError or UserError, with one line that says what does not fit.
+        that LoRA (1 in the official demo, 2 in its training; the files do not say). None: a new
+        adapter. mrope=False: early transformers' positions. Raises FileNotFoundError or UserError.
         """
         device, dtype = fast.device_and_dtype(device, dtype)
         trained = None if checkpoint is None else read_checkpoint(checkpoint, lora_scale, dtype)

@@ -53,12 +53,8 @@ class Qwen2VL(nn.Module):
         if len(batch.grids):
             vit = self.visual(batch.patches.to(embeddings.dtype), batch.grids).pooler_output
             embeddings[batch.image_mask] = vit
-        states = self.language_model(
-            inputs_embeds=embeddings,
-            attention_mask=batch.mask.long(),
-            position_ids=batch.positions,
-            use_cache=False,
-        )
+        places = {"attention_mask": batch.mask.long(), "position_ids": batch.positions}
+        states = self.language_model(inputs_embeds=embeddings, **places, use_cache=False)
         return states.last_hidden_state, vit
 
 
@@ -79,12 +75,12 @@ CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 def image_patches(image, config=PatchConfig()):
     """Cut an RGB image for Qwen2-VL's ViT: patches (n, 3 * 2 * patch * patch), grid (1, gh, gw).
 
-    Equal bit for bit to transformers' Qwen2VLImageProcessorPil. Patches that will be merged into
-    one token are neighbours in the order; every patch is there twice, as two video frames.
+    Equal bit for bit to transformers' Qwen2VLImageProcessorPil: sides near the image's own, area
+    within limits. Patches that will be merged into one token are neighbours in the order; every
+    patch is there twice, as two video frames.
     """
     p, m = config.patch, config.merge
     with reading(f"image of {image.width}x{image.height}", "no side over 200 times the other"):
-        # sides near the image's own that are multiples of p * m, its area within the limits
         h, w = smart_resize(*image.size[::-1], p * m, config.min_pixels, config.max_pixels)
     levels = np.asarray(image.resize((w, h), Image.BICUBIC), np.float64) * (1 / 255)
     x = torch.from_numpy((levels.astype(np.float32) - CLIP_MEAN) / CLIP_STD)

@@ -124,10 +124,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width)
         if not last:
             self.proj = nn.Linear(config.width, config.width)
-        self.ln_q, self.ln_k = (
-            nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
-            for _ in range(2)
-        )
+        norm = nn.RMSNorm if config.qk_norm else nn.Identity
+        self.ln_q, self.ln_k = norm(config.head_dim, eps=1e-6), norm(config.head_dim, eps=1e-6)
 
     def project(self, x):
         """x (B, n, D) -> q, k, v, each (B, n, heads, d)."""

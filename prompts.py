@@ -115,8 +115,7 @@ def apply_task(task, prompt):
     text, images = split_prompt(prompt)
     if re.search("[\ud800-\udfff]", text):  # as a terminal without UTF-8 makes of an umlaut
         raise UserError("the prompt holds half a letter (a lone surrogate): use a UTF-8 terminal")
-    if task is None:
-        task = "objects" if images else "t2i"
+    task = task or ("objects" if images else "t2i")
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
     if not text.strip() and task != "i2i":

@@ -6,9 +6,9 @@
 
 Two passes share all weights. Draw: the image stream is a noisy latent, followed by the pictures to
 start from, the text stream a prompt; `flow.py` walks from noise to a latent. Read: the image stream is
-a clean latent, the text stream a text with masked tokens; `masked.py` fills them in. T5 makes the text
-stream in both. Nothing but the time modulates the blocks, and reading is at t = 0. Precision: T5 and
-MM-DiT in `dtype` (fp32 on CPU, bf16 on CUDA); VAE, latents, times and losses in fp32.
+a clean latent, the text stream a text with masked tokens; `masked.py` fills them in. Time alone
+modulates the blocks, t = 0 to read. Precision: T5, which makes both text streams, and MM-DiT in
+`dtype` (fp32 on CPU, bf16 on CUDA); VAE, latents, times and losses in fp32.
 Letters: B batch, L text slots, N image tokens, D width, V vocabulary, C channels, M the teacher's width.
 """
 
@@ -151,10 +151,10 @@ class UniAlignment(nn.Module):
     ):  # fmt: skip
         """Draw one PIL image for each prompt, a text, or a list of texts and PIL images.
 
-        images: a list of PIL images for each prompt: none to draw, one to edit or perceive, three to
-        compose; the same number for all. size: (width, height), multiples of 16; pictures are cut to
-        it. negative: what guidance moves away from, while the pictures stay. Image i depends on its
-        prompt, its pictures and seed + i alone. Raises UserError for what cannot be drawn.
+        images: a list of PIL images for each prompt: none to draw, one to edit or perceive, three
+        to compose; the same number for all. size: (width, height), multiples of 16, to which they
+        are cut. negative: what guidance moves away from. Image i depends on its prompt, its images
+        and seed + i alone. Raises UserError for what cannot be drawn.
         """
         sampling, images = self.sampling, images or [[]] * len(prompts)
         prompts = [[p] if isinstance(p, str) else p for p in prompts]
@@ -231,8 +231,9 @@ class UniAlignment(nn.Module):
     def forward(self, batch, image, noise, t, times, weighted=True):
         """The weighted sum of the four losses of B examples, (B,); `parts` keeps their means.
 
-        batch: `data.Pairs`; image (B, 3, H, W) in [-1, 1]; noise (B, 2 + S, C, h, w): of the flow, then
+        batch: `data.Pairs`; image (B, 3, H, W) in [-1, 1]; noise (B, 2 + S, C, h, w): of the flow,
         of the posteriors of image and S sources; t (B,) of the picture, times (B,) of the text.
+        weighted: the published weighting of the velocity, by t^2.
         """
         flow_noise, *noises = noise.unbind(1)
         with torch.no_grad():
@@ -257,8 +258,8 @@ class UniAlignment(nn.Module):
     def losses(self, batch, times, x0, noise, t, sources=(), *, teacher=None, weighted=True):
         """The four losses of both passes on clean latents x0 (B, C, H, W): {name: (B,) fp32}.
 
-        batch, times: see `forward`; noise like x0, t (B,): of the flow; sources: latents to start from;
-        teacher: its mean image and text features, (B, M) each, without which ISA is 0. weighted: by t^2.
+        batch, times, weighted: see `forward`; noise like x0, t (B,): of the flow; sources: latents
+        to start from; teacher: its mean image and text features, (B, M) each, else ISA is 0.
         """
         k = max(1, self.mmdit.config.depth // 3)  # its tokens are aligned: block 8 of 24
         context, masked_context = self.context(torch.cat([batch.prompts, batch.hidden])).chunk(2)
