@@ -62,18 +62,13 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter(torch.randn(parts, rank, base.in_features, **like) / rank)
         self.B = nn.Parameter(torch.zeros(parts, base.out_features // parts, rank, **like))
 
-    def delta(self):
-        """What LoRA adds to the weight, (out, in)."""
-        return self.scale * rearrange(self.B @ self.A, "parts o i -> (parts o) i")
-
     def forward(self, x):
         lows = F.linear(x, self.A.to(x.dtype).flatten(0, 1)).chunk(len(self.A), dim=-1)
         updates = [F.linear(low, B) for low, B in zip(lows, self.B.to(x.dtype))]
         return self.base(x).add(torch.cat(updates, dim=-1), alpha=self.scale)
 
 
-# The attention projections of an MMDiT (all streams, attn2 too) and of transformers' Qwen2 layers,
-# and how many matrices each holds.
+# The attention projections of an MMDiT and of transformers' Qwen2: how many matrices each holds
 PROJECTIONS = {"qkv": 3, "proj": 1, "q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 1}
 
 
@@ -90,7 +85,8 @@ def add_lora(model, rank=32, alpha=None, paths=None):
     model.requires_grad_(False)
     for path, (linear, parts) in lora_sites(model):
         if paths is None or path in paths:
-            _replace(model, path, LoRALinear(linear, rank, rank if alpha is None else alpha, parts))
+            lora = LoRALinear(linear, rank, rank if alpha is None else alpha, parts)
+            model.set_submodule(path, lora)
     return {k: p for k, p in model.named_parameters() if p.requires_grad}
 
 
@@ -99,11 +95,7 @@ def merge_lora(model):
     """Add every LoRA to the weight it wraps and unwrap it: the model is plain again."""
     for path, (lora, _) in lora_sites(model, LoRALinear):
         weight = lora.base.weight
-        weight.copy_(weight.float() + lora.delta())
-        _replace(model, path, lora.base)
+        update = rearrange(lora.B @ lora.A, "parts o i -> (parts o) i")
+        weight.copy_(weight.float() + lora.scale * update)
+        model.set_submodule(path, lora.base)
     return model
-
-
-def _replace(model, path, module):
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)

@@ -1,8 +1,7 @@
 """Files to models, loudly: read without a second copy, rename by a table, fill strictly.
 
-A checkpoint is never trusted to fit. A missing, unknown or wrongly shaped tensor is an error in the
-names of the file itself, shapes are checked before anything is computed, and pickles are only ever
-read as plain tensors.
+A missing, unknown or wrongly shaped tensor is an error in the names of the file itself, before
+anything is computed; pickles are only ever read as plain tensors.
 """
 
 import json
@@ -19,8 +18,6 @@ from mmdit import AdaLN, MMDiT, MMDiTConfig
 from support.cli import UserError, reading
 from vae import SCALE, SHIFT, VAE, VAEConfig
 
-# ---- reading ------------------------------------------------------------------------------------
-
 
 def read(path):
     """All tensors of a .safetensors or .bin file, or of a folder holding one or several shards.
@@ -33,10 +30,10 @@ def read(path):
         raise FileNotFoundError(f"{path}: no such file or folder; expected a checkpoint")
     tensors = {}
     for file in _files(path):
-        for name, tensor in _read_file(file).items():
-            if name in tensors:
-                raise UserError(f"{path}: {name} is stored twice, again in {file.name}")
-            tensors[name] = tensor
+        found = _read_file(file)
+        if twice := tensors.keys() & found.keys():
+            raise UserError(f"{path}: {min(twice)} is stored twice, again in {file.name}")
+        tensors |= found
     return tensors
 
 
@@ -55,9 +52,6 @@ def _files(path):
             raise UserError(f"{path}: holds {len(names)} weight files and no index; name one file")
     if not names:
         raise FileNotFoundError(f"{path}: holds no .safetensors or .bin file")
-    for name in names:
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{path / name}: this shard of the index is missing")
     return [path / name for name in names]
 
 
@@ -67,11 +61,9 @@ def _read_file(file):
             return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     with reading(file, "a checkpoint; a pickle may hold tensors only, by name"):
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        pairs = tensors.items() if isinstance(tensors, dict) else [(None, None)]
-        for name, x in pairs:
-            plain = torch.is_tensor(x) and x.layout == torch.strided
-            if not isinstance(name, str) or not plain or x.is_meta or x.is_quantized:
-                raise TypeError("not a dictionary of tensors")
+        for name, x in tensors.items():
+            if not isinstance(name, str) or x.layout != torch.strided or x.is_meta:
+                raise TypeError(f"{name!r} is no name of a plain tensor")
     return tensors
 
 
@@ -81,10 +73,10 @@ def metadata(file):
         return f.metadata() or {}
 
 
-def read_json(file, text=None):
-    """The JSON object that a file holds, or the text taken from it."""
+def read_json(file):
+    """The JSON object that a file holds."""
     with reading(file, "a JSON object"):
-        value = json.loads(Path(file).read_text(encoding="utf-8-sig") if text is None else text)
+        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
         if not isinstance(value, dict):
             raise TypeError(f"it holds a {type(value).__name__}")
     return value
@@ -98,9 +90,6 @@ def read_config(folder):
         if type(config.get(name)) not in (int, type(None)):
             raise UserError(f"{file}: {name} must be a whole number, not {config[name]!r}")
     return config
-
-
-# ---- layouts: how a file names the tensors of a model -------------------------------------------
 
 
 def table(text):
@@ -174,9 +163,8 @@ def find_part(tensors, source, kind, prefixes, layouts):
 def build(part, make, device="cpu", dtype=None):
     """The model that make() returns, filled with a Part; every name and shape must fit.
 
-    It is made on the meta device, without memory. Tensors already of the right dtype and device are
-    used as they lie in the file, uncopied. Returns the model, frozen. Raises UserError naming what is
-    missing, unknown or of another shape.
+    Made on the meta device, without memory; a tensor of the right dtype and device is not copied.
+    Returns it frozen. Raises UserError naming what is missing, unknown or of another shape.
     """
     with reading(part.source, "a model that can be built"), torch.device("meta"):
         model = make()
@@ -213,8 +201,6 @@ def check(tensors, expected, source):
         raise UserError(f"{source}: does not fit: {'; '.join(sorted(faults)[:4])}{more}")
 
 
-# ---- SD3's MM-DiT -------------------------------------------------------------------------------
-
 MMDIT_DIFFUSERS = table("""
     pos_embed                            pos_embed.pos_embed
     x_embedder.proj.*                    pos_embed.proj.*
@@ -223,19 +209,14 @@ MMDIT_DIFFUSERS = table("""
     y_embedder.mlp.0.*                   time_text_embed.text_embedder.linear_1.*
     y_embedder.mlp.2.*                   time_text_embed.text_embedder.linear_2.*
     joint_blocks.#.x_block.attn.qkv.*    BLOCK.attn.to_q.* BLOCK.attn.to_k.* BLOCK.attn.to_v.*
-    joint_blocks.#.x_block.attn.ln_q.*   BLOCK.attn.norm_q.*
-    joint_blocks.#.x_block.attn.ln_k.*   BLOCK.attn.norm_k.*
-    joint_blocks.#.x_block.attn.proj.*   BLOCK.attn.to_out.0.*
     joint_blocks.#.x_block.attn2.qkv.*   BLOCK.attn2.to_q.* BLOCK.attn2.to_k.* BLOCK.attn2.to_v.*
-    joint_blocks.#.x_block.attn2.ln_q.*  BLOCK.attn2.norm_q.*
-    joint_blocks.#.x_block.attn2.ln_k.*  BLOCK.attn2.norm_k.*
-    joint_blocks.#.x_block.attn2.proj.*  BLOCK.attn2.to_out.0.*
+    joint_blocks.#.x_block.*.ln_*.*      BLOCK.*.norm_*.*
+    joint_blocks.#.x_block.*.proj.*      BLOCK.*.to_out.0.*
     joint_blocks.#.x_block.mlp.fc1.*     BLOCK.ff.net.0.proj.*
     joint_blocks.#.x_block.mlp.fc2.*     BLOCK.ff.net.2.*
     joint_blocks.#.x_block.adaLN_modulation.1.*        BLOCK.norm1.linear.*
     joint_blocks.#.context_block.attn.qkv.*            BLOCK.attn.add_q_proj.* BLOCK.attn.add_k_proj.* BLOCK.attn.add_v_proj.*
-    joint_blocks.#.context_block.attn.ln_q.*           BLOCK.attn.norm_added_q.*
-    joint_blocks.#.context_block.attn.ln_k.*           BLOCK.attn.norm_added_k.*
+    joint_blocks.#.context_block.attn.ln_*.*           BLOCK.attn.norm_added_*.*
     joint_blocks.#.context_block.attn.proj.*           BLOCK.attn.to_add_out.*
     joint_blocks.#.context_block.mlp.fc1.*             BLOCK.ff_context.net.0.proj.*
     joint_blocks.#.context_block.mlp.fc2.*             BLOCK.ff_context.net.2.*
@@ -311,8 +292,6 @@ def compare(source, stated, found):
             raise UserError(f"{source}: {said}")
 
 
-# ---- SD3's autoencoder --------------------------------------------------------------------------
-
 VAE_DIFFUSERS = table("""
     *.norm_out.*                            *.conv_norm_out.*
     encoder.down.#.block.#.nin_shortcut.*   encoder.down_blocks.#.resnets.#.conv_shortcut.*
@@ -338,17 +317,15 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     layouts = {"encoder.down.": (), "encoder.down_blocks.": VAE_DIFFUSERS}
     prefixes = ("first_stage_model.", "vae.", "")
     part = find_part(read(folder), path, "SD3.5 autoencoder", prefixes, layouts)
-    config = infer_vae(part, read_config(folder) if folder.is_dir() else {})
+    config = infer_vae(part, read_config(folder))
     model = build(part, lambda: VAE(config), device, dtype)
     return model.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
 
 
 def infer_vae(part, stated):
     """Read a VAEConfig off the shapes; only the groups of its norms stand in config.json alone."""
-    conv, base = (
-        "encoder.down.{}.block.{}.conv2.weight",
-        part.dimension("encoder.conv_in.weight", 0),
-    )
+    conv = "encoder.down.{}.block.{}.conv2.weight"
+    base = part.dimension("encoder.conv_in.weight", 0)
     levels = part.count(conv.format("{}", 0))
     widths = [part.dimension(conv.format(i, 0), 0) for i in range(levels)]
     config = VAEConfig(

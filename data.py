@@ -11,8 +11,7 @@ A manifest is a JSONL file, a line an example of one of five tasks, with paths r
 UniAlignment learns t2i, edits with a "caption" of the target, which t2i may have too, and answers;
 Dream Engine all but these.
 A segment is a piece of the caption and the boxes, in thousandths of the target, of what it names. A
-"size": [width, height] of the target may be added; it saves opening the images for --buckets.
-`python -m tools.check_manifest FILE` shows what is in a manifest and what is wrong with it.
+"size": [width, height] of the target saves opening the images for --buckets.
 """
 
 import json
@@ -33,7 +32,7 @@ from tqdm import tqdm
 import masked
 from lmm import Batch
 from prompts import apply_task, crop_to, read_image, reference_prompt, to_tensor, upright_size
-from support.cli import UserError
+from support.cli import UserError, reading
 
 FIELDS = {  # of a manifest's line, by task, besides "task"
     "t2i": ("target", "prompt"),
@@ -46,9 +45,6 @@ LONGEST = 4000  # letters of a text
 LONGEST_LINE = 2**20  # bytes
 
 
-# ---- examples -----------------------------------------------------------------------------------
-
-
 def parse_record(line):
     """A line of a manifest as a dictionary; UserError names what its task needs and lacks."""
     try:
@@ -57,36 +53,25 @@ def parse_record(line):
         raise UserError("not JSON") from None
     if not isinstance(record, dict) or record.get("task") not in list(FIELDS):
         raise UserError(f'"task" must be one of {", ".join(FIELDS)}')
-    caption = ("caption",) if "caption" in record else ()  # optional
-    for name in (*FIELDS[record["task"]], *caption):
+    for name in (*FIELDS[record["task"]], *record.keys() & {"caption"}):
         text = record.get(name)
         if name == "segments":
-            if not _are_segments(text):
-                raise UserError('"segments" must be a list of [text, [[x1, y1, x2, y2], ...]]')
-            name, text = "text of segments", "".join(text for text, _ in text)
+            with reading('"segments"', "a list of [text, [[x1, y1, x2, y2], ...]]"):
+                boxes = [box for _, inside in text for box in inside]
+                if not all(0 <= a < c <= 1000 and 0 <= b < d <= 1000 for a, b, c, d in boxes):
+                    raise ValueError("a box that is none")
+                name, text = "text of segments", "".join(words for words, _ in text)
         halves = isinstance(text, str) and re.search("[\ud800-\udfff]", text)  # lone surrogates
         if not isinstance(text, str) or halves or not text.strip() or len(text) > LONGEST:
             raise UserError(f'"{name}" must be a text of 1 to {LONGEST} letters')
     return record
 
 
-def _are_segments(value):
-    try:
-        for text, boxes in value:
-            fit = (0 <= a < c <= 1000 and 0 <= b < d <= 1000 for a, b, c, d in boxes)
-            if not isinstance(text, str) or not all(fit):
-                return False
-        return True
-    except (TypeError, ValueError):
-        return False
-
-
 class Manifest:
     """A JSONL file of examples; a row is the number of a line, from 1.
 
-    `name` and `identity` (which tells whether a resumed run has the same examples), `bad_lines`
-    {row: reason}, `total` rows, `rows`, `record` and `ratio` are what training asks of any source of
-    examples. `mini.world.Examples` is the other one.
+    Training asks any source, this or `mini.world.Examples`, for `name`, `identity` (is a resumed
+    run's the same?), `bad_lines` {row: reason}, `total` rows, `rows`, `record` and `ratio`.
     """
 
     def __init__(self, file):
@@ -143,8 +128,7 @@ class Manifest:
 def training_example(record, size, rng):
     """A record as (task, prompt, target): the target cropped to size, and what shall draw it.
 
-    Source and target share their centre crop. Pictures of objects are cut from the cropped target:
-    at most three, each at most half of it.
+    Source and target share their centre crop, from which at most three objects are cut.
     """
     target, task = crop_to(record["target"], *size), record["task"]
     if task == "t2i":
@@ -176,9 +160,6 @@ def visible_box(box, old, new):
     large = min(width, height) >= max(8, max(width, height) / 200)  # 200: the most the LMM takes
     fits = large and area / 2 < width * height <= new[0] * new[1] / 2
     return (x1, y1, x2, y2) if fits else None
-
-
-# ---- mixing -------------------------------------------------------------------------------------
 
 
 def bucket_sizes(side):
@@ -230,9 +211,6 @@ def make_pools(sources, tasks, side, buckets=False, progress=iter):
     return pools
 
 
-# ---- microbatches -------------------------------------------------------------------------------
-
-
 @dataclass
 class Microbatch:
     """Examples of one task that go through the model together."""
@@ -247,9 +225,8 @@ class Microbatch:
 class Microbatches(torch.utils.data.Dataset):
     """Item j is the j-th microbatch of a run: a function of the seed and j, whoever asks, and when.
 
-    collate: makes a Batch of prompts. size: examples in a microbatch. null: share of prompts
-    replaced by their null prompt, for guidance to know its opposite. turn: microbatches of one task,
-    before it is the next one's turn; 0: tasks come at random.
+    collate: makes a Batch of prompts. size: examples in a microbatch. null: share of null prompts.
+    turn: microbatches of one task, before it is the next one's turn; 0: tasks come at random.
     """
 
     def __init__(self, pools, collate, count, size, seed=0, null=0.1, turn=0):
@@ -380,11 +357,8 @@ class BadLines(dict):
         """Count and report [(file:line, reason)] of a microbatch, each line once."""
         for place, reason in bad_lines:
             if place not in self:
-                self.report(place, reason)
                 self[place] = reason
-
-    def report(self, place, reason):
-        tqdm.write(f"skipped {place}: {reason}", file=sys.stderr)
+                tqdm.write(f"skipped {place}: {reason}", file=sys.stderr)
 
     def check(self, found, examples):
         """Raise UserError if over 1 % of all lines are bad, or of all examples read."""

@@ -54,7 +54,7 @@ class DreamEngine(nn.Module):
     def __init__(self, lmm, adapter, mmdit, vae):
         """A Qwen2VL, an Adapter, an MMDiT and a VAE; raises UserError if they do not fit together."""
         super().__init__()
-        if vae is not None and vae.config.latent_channels != mmdit.config.channels:
+        if vae.config.latent_channels != mmdit.config.channels:
             has = f"the autoencoder has {vae.config.latent_channels} latent channels, the MM-DiT"
             needed = "--sd3 must be the model that the checkpoint was trained on"
             raise UserError(f"{has} {mmdit.config.channels}: {needed}")
@@ -75,9 +75,8 @@ class DreamEngine(nn.Module):
         checkpoint: a file of `save` or the run folder that holds it, whose LoRA is merged into the
         weights, or kept apart with merge=False, to train on; or a folder of the published DreamEngine,
         whose LMM and MM-DiT, its LoRA merged, replace those of lmm and sd3. lora_scale: alpha / rank of
-        that LoRA (1 as in the official demo, 2 as in its training; the files do not say). None starts
-        a new adapter. mrope=False counts positions as early transformers did. Raises
-        FileNotFoundError or UserError, with one line that says what does not fit.
+        that LoRA (1 in the official demo, 2 in its training; the files do not say). None: a new
+        adapter. mrope=False: early transformers' positions. Raises FileNotFoundError or UserError.
         """
         device, dtype = fast.device_and_dtype(device, dtype)
         trained = None if checkpoint is None else read_checkpoint(checkpoint, lora_scale, dtype)
@@ -87,11 +86,8 @@ class DreamEngine(nn.Module):
             mmdit = load_mmdit(sd3, device, dtype)
         vae = load_vae(sd3, device)
         language = load_lmm(lmm, device, dtype, mrope, trained)
-        if trained:
-            widths = language.config.text_config.hidden_size, mmdit.config.width
-            adapter = build_adapter(trained.adapter, widths, device)
-        else:
-            adapter = new_adapter(language, mmdit)
+        ends = language, mmdit
+        adapter = build_adapter(trained.adapter, *ends) if trained else new_adapter(*ends)
         engine = cls(language, adapter, mmdit, vae)
         if trained and trained.tensors:
             engine.guidance = trained.config.get("guidance", cls.guidance)
@@ -114,7 +110,7 @@ class DreamEngine(nn.Module):
 
     @property
     def device(self):
-        return self.mmdit.x_embedder.proj.weight.device
+        return self.mmdit.pos_embed.device
 
     @property
     def default_size(self):
@@ -143,16 +139,13 @@ class DreamEngine(nn.Module):
 
         guidance: default: the checkpoint's own. size: (width, height) in pixels, multiples of 16.
         Image i is drawn from seed + i, the same alone as in any batch. task: one of prompts.TASKS.
-        r: see `adapter.blend`. progress wraps the steps, tqdm for one. Raises UserError for settings
-        that cannot be drawn.
+        r: see `adapter.blend`. progress wraps the steps. Raises UserError for what cannot be drawn.
         """
         width, height = size or (self.default_size, self.default_size)
         guidance = self.guidance if guidance is None else guidance
         if not 0 <= r <= 1:
             raise UserError(f"blend must lie between 0 (LMM) and 1 (ViT), got {r}")
         check_drawing(steps, guidance, width, height, self.mmdit.config.largest)
-        if not prompts:
-            raise UserError("no prompt to draw")
         positives, nulls = zip(*(apply_task(task, prompt) for prompt in prompts))
         asked = positives if guidance == 1 else positives + nulls  # at 1 nulls cancel out
         condition = self.encode(asked, r)
@@ -164,16 +157,13 @@ class DreamEngine(nn.Module):
     def start_training(self, rank=None, alpha=None, lmm_lora=False):
         """Let the adapter learn, with a rank also LoRA on the MM-DiT (and LMM); all else is frozen.
 
-        LoRA of a checkpoint goes on learning; UserError if it is of another kind. Returns the
-        parameters that learn, by name.
+        A checkpoint's LoRA goes on, UserError if of another kind. Returns {name: parameter}.
         """
         self.requires_grad_(False)
         self.adapter.requires_grad_(True)
         wanted = rank or 0, (rank or 0) if alpha is None else alpha
-        for name, model, asked in (
-            ("MM-DiT", self.mmdit, rank),
-            ("LMM", self.lmm.language_model, lmm_lora),
-        ):
+        parts = ("MM-DiT", self.mmdit, rank), ("LMM", self.lmm.language_model, lmm_lora)
+        for name, model, asked in parts:
             present = [m for m in model.modules() if isinstance(m, LoRALinear)]
             if asked and not present:
                 add_lora(model, *wanted)
@@ -222,12 +212,11 @@ class DreamEngine(nn.Module):
 
 
 def new_adapter(lmm, mmdit, layers=2, mlp_dim=None):
-    """An untrained Adapter; by default of the official number of hidden units, 4096, or fewer before
-    an MM-DiT under 1024 wide."""
+    """An untrained Adapter; mlp_dim: hidden units, officially 4096, before a small MM-DiT 4 D."""
     width = mmdit.config.width
     hidden = mlp_dim or min(4096, 4 * width)
-    device = mmdit.x_embedder.proj.weight.device
-    return Adapter(lmm.config.text_config.hidden_size, width, hidden, layers).to(device)
+    adapter = Adapter(lmm.config.text_config.hidden_size, width, hidden, layers)
+    return adapter.to(mmdit.pos_embed.device)
 
 
 def denoise(transformer, condition, noise, steps=28, guidance=4.5, progress=iter):

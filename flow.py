@@ -19,7 +19,7 @@ def sigma_schedule(steps, shift=3.0):
     """The noise levels of a sampling run: (steps + 1,) fp32, falling from 1 to 0.
 
     The last level before 0 is one thousandth, shifted; then all levels are shifted, that one a
-    second time. SD3.5's own code and diffusers both do so, hence its samples are made this way.
+    second time, as in SD3.5's own code and in diffusers.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -31,12 +31,11 @@ def sigma_schedule(steps, shift=3.0):
 def euler(velocity_fn, noise, sigmas, progress=iter):
     """Integrate dz/dt = velocity_fn(z, t) along sigmas, starting at noise (B, C, H, W).
 
-    velocity_fn gets t as a Python float. The latent stays fp32: a bf16 one would lose 1 % in 28
-    steps. progress wraps the iterable of steps, for a progress bar.
+    velocity_fn gets t as a float. progress wraps the steps, for a progress bar. The latent stays
+    fp32: a bf16 one would lose 1 % in 28 steps.
     """
     z = noise.float()
-    levels = sigmas.tolist()
-    for t, t_next in progress(list(pairwise(levels))):
+    for t, t_next in progress(list(pairwise(sigmas.tolist()))):
         z = z + (t_next - t) * velocity_fn(z, t).float()
     return z
 
@@ -53,10 +52,7 @@ def noise(n, shape, seed):
 
 
 def training_sigmas(n, shift=3.0, generator=None):
-    """n noise levels in (0, 1), fp32: the sigmoid of a standard normal, then shifted.
-
-    Median shift / (1 + shift): 0.75 for SD3's shift of 3.
-    """
+    """n noise levels in (0, 1), fp32: sigmoids of normals, shifted; by 3 to a median of 0.75."""
     return shift_sigmas(torch.randn(n, generator=generator).sigmoid(), shift)
 
 
@@ -69,8 +65,7 @@ def add_noise(x0, noise, t):
 def velocity_loss(velocity, x0, noise, t=None):
     """Mean squared error to e - x0, per example: (B,) fp32.
 
-    With t (B,), weighted by t^2: then it is the error of the x0 that the velocity implies, which is
-    what the official Dream Engine code minimises.
+    With t (B,), weighted by t^2: the error of the x0 that it implies, as in the official code.
     """
     error = (velocity.float() - (noise - x0).float()).square().mean(dim=(1, 2, 3))
     return error if t is None else t**2 * error

@@ -6,6 +6,7 @@ n image tokens of all rows, P patches of all images.
 """
 
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import nn
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from checkpoints import build, find_part, read, read_json, table
 from prompts import to_rgb
 from support.cli import UserError, reading
 
 VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+PLAIN = {"split_special_tokens": True, "add_special_tokens": False}  # a user's text is only text
 
 
 class Qwen2VL(nn.Module):
@@ -33,12 +36,7 @@ class Qwen2VL(nn.Module):
         self.tokenizer, self.patches, self.mrope = tokenizer, patches, mrope
 
     def collate(self, prompts):
-        """Prompts, templates applied, as a Batch on the model's device.
-
-        Raises UserError where one is longer than the model can read.
-        """
-        if not prompts or not all(map(any, prompts)):
-            raise UserError("a prompt is empty")
+        """Prompts, templates applied -> Batch on its's device; UserError if one is too long."""
         batch = collate(prompts, self.tokenizer, self.patches, self.mrope)
         limit = self.config.text_config.max_position_embeddings
         if (length := batch.ids.shape[1]) > limit:
@@ -55,16 +53,9 @@ class Qwen2VL(nn.Module):
         if len(batch.grids):
             vit = self.visual(batch.patches.to(embeddings.dtype), batch.grids).pooler_output
             embeddings[batch.image_mask] = vit
-        states = self.language_model(
-            inputs_embeds=embeddings,
-            attention_mask=batch.mask.long(),
-            position_ids=batch.positions,
-            use_cache=False,
-        )
+        places = {"attention_mask": batch.mask.long(), "position_ids": batch.positions}
+        states = self.language_model(inputs_embeds=embeddings, **places, use_cache=False)
         return states.last_hidden_state, vit
-
-
-# ---- images -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -77,22 +68,6 @@ class PatchConfig:
     max_pixels: int = 512 * 28 * 28
 
 
-def smart_resize(height, width, factor=28, min_pixels=56 * 56, max_pixels=512 * 28 * 28):
-    """Qwen2-VL's choice of (height, width): multiples of factor near the image's own."""
-    if max(height, width) > 200 * min(height, width):
-        raise UserError(f"image of {width}x{height}: one side is over 200 times the other")
-    h, w = round(height / factor) * factor, round(width / factor) * factor
-    if h * w > max_pixels:
-        shrink = (height * width / max_pixels) ** 0.5
-        h = max(factor, int(height / shrink / factor) * factor)
-        w = max(factor, int(width / shrink / factor) * factor)
-    elif h * w < min_pixels:
-        grow = (min_pixels / (height * width)) ** 0.5
-        h = -int(-height * grow // factor) * factor
-        w = -int(-width * grow // factor) * factor
-    return h, w
-
-
 CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
 CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 
@@ -100,18 +75,17 @@ CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 def image_patches(image, config=PatchConfig()):
     """Cut an RGB image for Qwen2-VL's ViT: patches (n, 3 * 2 * patch * patch), grid (1, gh, gw).
 
-    Equal bit for bit to transformers' Qwen2VLImageProcessorPil. Patches that will be merged into
-    one token are neighbours in the order; every patch is there twice, as two video frames.
+    Equal bit for bit to transformers' Qwen2VLImageProcessorPil: sides near the image's own, area
+    within limits. Patches that will be merged into one token are neighbours in the order; every
+    patch is there twice, as two video frames.
     """
     p, m = config.patch, config.merge
-    h, w = smart_resize(image.height, image.width, p * m, config.min_pixels, config.max_pixels)
+    with reading(f"image of {image.width}x{image.height}", "no side over 200 times the other"):
+        h, w = smart_resize(*image.size[::-1], p * m, config.min_pixels, config.max_pixels)
     levels = np.asarray(image.resize((w, h), Image.BICUBIC), np.float64) * (1 / 255)
     x = torch.from_numpy((levels.astype(np.float32) - CLIP_MEAN) / CLIP_STD)
     x = rearrange(x, "(h mh p) (w mw q) c -> (h w mh mw) c p q", mh=m, mw=m, p=p, q=p)
     return repeat(x, "n c p q -> n (c t p q)", t=2), (1, h // p, w // p)
-
-
-# ---- batches ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -136,20 +110,16 @@ def mrope_positions(image_mask, grids, merge=2):
     Text counts up in all three rows at once. An image stands still in time and counts its merged
     rows and columns; the text after it goes on from the largest position so far.
     """
-    positions, start, i = torch.zeros(3, len(image_mask), dtype=torch.long), 0, 0
-    grids = iter(grids)
-    while i < len(image_mask):
-        if image_mask[i]:
-            _, h, w = (int(n) for n in next(grids))
-            h, w = h // merge, w // merge
-            cells = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
-            positions[1:, i : i + h * w] = start + cells.flatten(1)
-            positions[0, i : i + h * w] = start
-            i, start = i + h * w, start + max(h, w)
-        else:
-            positions[:, i] = start
-            i, start = i + 1, start + 1
-    return positions
+    parts, start, grids = [], 0, iter(grids)
+    for is_image, run in groupby(image_mask.tolist()):
+        part = torch.arange(len(list(run))).expand(3, -1)
+        if is_image:
+            _, h, w = next(grids)
+            axes = torch.arange(1), torch.arange(h // merge), torch.arange(w // merge)
+            part = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+        parts.append(start + part)
+        start = parts[-1].max() + 1
+    return torch.cat(parts, dim=1)
 
 
 def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
@@ -161,16 +131,13 @@ def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
     start, pad, end = tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
     rows, patches, grids = [], [], []
     for prompt in prompts:
-        ids, text, first = [], "", len(grids)
-        for part in [*prompt, None]:  # None flushes the last text
-            if isinstance(part, str):
-                text += part
+        ids, first = [], len(grids)
+        for is_text, parts in groupby(prompt, lambda part: isinstance(part, str)):
+            if is_text:
+                ids += tokenizer.encode("".join(parts), **PLAIN)
                 continue
-            if text:
-                ids += tokenizer.encode(text, split_special_tokens=True, add_special_tokens=False)
-                text = ""
-            if part is not None:
-                x, grid = image_patches(to_rgb(part), config)
+            for image in parts:
+                x, grid = image_patches(to_rgb(image), config)
                 patches.append(x)
                 grids.append(grid)
                 ids += [start, *[pad] * (len(x) // config.merge**2), end]
@@ -195,8 +162,6 @@ def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
     )
 
 
-# ---- loading ------------------------------------------------------------------------------------
-
 RULES = {  # beginning of a name in the file: rules, from the model's names to the file's
     "model.language_model.": table("*  model.*"),  # transformers since 4.52
     "language_model.": (),  # a bare Qwen2VLModel of the same
@@ -208,27 +173,19 @@ def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=N
     """Load the Hugging Face folder of a Qwen2-VL, without its head.
 
     checkpoint: a published DreamEngine (`trained.Checkpoint`), whose own LMM takes the place of the
-    folder's. transformers would start missing tensors at random, with a warning; here they are an
-    error. Raises FileNotFoundError, or UserError naming what does not fit.
+    folder's. Raises FileNotFoundError, or UserError naming what is missing or does not fit.
     """
     config, tokenizer = read_lmm_config(folder), load_tokenizer(folder)
-    patches = patch_config(folder, config)
+    others = tokenizer, patch_config(folder, config), mrope
     published = bool(checkpoint and checkpoint.lmm)
     tensors, source = (checkpoint.lmm, checkpoint.source) if published else (read(folder), folder)
     part = find_part(tensors, source, "Qwen2-VL (model.*)", ("lmm." * published,), RULES)
     head = part.tensors.pop(f"{part.prefix}lm_head.weight", None)  # no word is ever predicted
     if head is not None and config.tie_word_embeddings:  # a file may keep either of the two names
         part.tensors.setdefault(part.names("language_model.embed_tokens.weight")[0], head)
-    for name, count in (  # before a config that is wrong builds 10^9 of them
-        ("language_model.layers.{}.input_layernorm.weight", config.text_config.num_hidden_layers),
-        ("visual.blocks.{}.norm1.weight", config.vision_config.depth),
-    ):
-        if (found := part.count(name)) != count:
-            raise UserError(f"{folder}: config.json says {count} of {name}, found {found}")
     entries, rows = max(tokenizer.get_vocab().values()) + 1, config.text_config.vocab_size
     if entries > rows:
         raise UserError(f"{folder}: a tokenizer of {entries} entries, embeddings of {rows}")
-    others = tokenizer, patches, mrope
     lmm = build(part, lambda: Qwen2VL(Qwen2VLModel(config), *others), device, dtype)
     # Rotary frequencies are computed, not stored; they stay fp32.
     for model, attribute in ((lmm.visual, "rotary_pos_emb"), (lmm.language_model, "rotary_emb")):
@@ -240,8 +197,6 @@ def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=N
 def read_lmm_config(folder):
     """The configuration of a Qwen2-VL folder, which must be one."""
     file = Path(folder, "config.json")
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder}: no config.json; expected a Qwen2-VL folder")
     if (kind := read_json(file).get("model_type")) != "qwen2_vl":
         raise UserError(f"{file}: model_type is {str(kind)[:40]!r}; expected 'qwen2_vl'")
     with reading(file, "the config of a Qwen2-VL"):
@@ -252,38 +207,30 @@ def read_lmm_config(folder):
             raise ValueError(f"mrope_section {sections} is not half of a head")
         if vision.embed_dim % (4 * vision.num_heads):
             raise ValueError(f"{vision.num_heads} heads of the vision tower do not fit")
-        if type(text.max_position_embeddings) is not int or text.max_position_embeddings < 1:
-            raise ValueError(f"max_position_embeddings is {text.max_position_embeddings!r}")
     return config
 
 
 def load_tokenizer(folder):
     """The tokenizer of a Qwen2-VL folder, with its vision tokens."""
-    if not any(Path(folder, name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise FileNotFoundError(f"{folder}: no tokenizer (tokenizer.json or vocab.json)")
     with reading(folder, "the tokenizer of a Qwen2-VL"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if not tokenizer.encode("a", split_special_tokens=True, add_special_tokens=False):
-            raise ValueError("it reads no letters")
+        if not tokenizer.encode("a", **PLAIN):
+            raise ValueError("it reads no letters; is there a tokenizer.json?")
         [tokenizer.get_vocab()[token] for token in VISION_TOKENS]  # raises where one is missing
     return tokenizer
 
 
 def patch_config(folder, config=None):
-    """Image sizes: cut as the model's config says, limits of preprocessor_config.json."""
+    """How images are cut: as the model's config says, within preprocessor_config.json's limits."""
     vision = (config or read_lmm_config(folder)).vision_config
     patches = PatchConfig(vision.patch_size, vision.spatial_merge_size)
     file = Path(folder, "preprocessor_config.json")
     stated = read_json(file) if file.is_file() else {}
     with reading(file, "the image sizes of a Qwen2-VL"):
-        cut = stated.get("patch_size", patches.patch), stated.get("merge_size", patches.merge)
-        if cut != (patches.patch, patches.merge):
-            raise ValueError("other patch_size or merge_size than in the model's config.json")
         size = stated.get("size") or {}  # transformers 5 calls the limits of area edges
-        low = [stated.get("min_pixels"), size.get("shortest_edge"), patches.min_pixels]
-        high = [stated.get("max_pixels"), size.get("longest_edge"), patches.max_pixels]
-        low, high = (next(x for x in limits if x is not None) for limits in (low, high))
-        if not 0 < low <= high or high != int(high):
+        low = stated.get("min_pixels") or size.get("shortest_edge") or patches.min_pixels
+        high = stated.get("max_pixels") or size.get("longest_edge") or patches.max_pixels
+        if not 0 < low <= high:
             raise ValueError(f"min_pixels {low!r} and max_pixels {high!r}")
     high = min(high, patches.max_pixels)
     return replace(patches, min_pixels=min(low, high), max_pixels=high)

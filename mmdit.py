@@ -46,10 +46,8 @@ FAMILIES = {
 
 def timestep_embedding(t, dim=256):
     """t (B,) in [0, 1] -> (B, dim) fp32: cosines, then sines, of 1000 t at geometric frequencies."""
-    frequencies = torch.exp(
-        -math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2)
-    )
-    phase = 1000 * t.float()[:, None] * frequencies
+    exponents = -math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2)
+    phase = 1000 * t.float()[:, None] * exponents.exp()
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
@@ -117,31 +115,23 @@ def modulate(x, modulation):
     return torch.addcmul(modulation.shift, x, modulation.gain)
 
 
-def add_gated(x, modulation, y):
-    """x + gate * y"""
-    return torch.addcmul(x, modulation.gate, y)
-
-
 class Attention(nn.Module):
     """One stream's projections, q, k and v fused; the attention itself may be joint."""
 
     def __init__(self, config, last=False):
         super().__init__()
-        self.head_dim, self.qk_norm = config.head_dim, config.qk_norm
+        self.head_dim = config.head_dim
         self.qkv = nn.Linear(config.width, 3 * config.width)
         if not last:
             self.proj = nn.Linear(config.width, config.width)
-        if config.qk_norm:
-            self.ln_q = nn.RMSNorm(config.head_dim, eps=1e-6)
-            self.ln_k = nn.RMSNorm(config.head_dim, eps=1e-6)
+        norm = nn.RMSNorm if config.qk_norm else nn.Identity
+        self.ln_q, self.ln_k = norm(config.head_dim, eps=1e-6), norm(config.head_dim, eps=1e-6)
 
     def project(self, x):
         """x (B, n, D) -> q, k, v, each (B, n, heads, d)."""
         pattern = "B n (qkv heads d) -> qkv B n heads d"
         q, k, v = rearrange(self.qkv(x), pattern, qkv=3, d=self.head_dim)
-        if self.qk_norm:
-            q, k = self.ln_q(q), self.ln_k(k)
-        return q, k, v
+        return self.ln_q(q), self.ln_k(k), v
 
 
 def attend(q, k, v, mask=None):
@@ -198,18 +188,18 @@ class JointBlock(nn.Module):
         sizes = y.shape[1] - img.shape[1], img.shape[1]
         txt_y, img_y = (part.contiguous() for part in y.split(sizes, dim=1))
 
-        x = img
-        img = add_gated(img, img_attn, image.attn.proj(img_y))
+        # addcmul: what is in the stream + gate * what a layer makes of it
+        x, img = img, torch.addcmul(img, img_attn.gate, image.attn.proj(img_y))
         for attn2 in img_attn2:  # SD3.5-medium: reads the same input as the joint attention
             img_y = attend(*image.attn2.project(modulate(x, attn2)))
-            img = add_gated(img, attn2, image.attn2.proj(img_y))
-        img = add_gated(img, img_mlp, image.mlp(modulate(img, img_mlp)))
+            img = torch.addcmul(img, attn2.gate, image.attn2.proj(img_y))
+        img = torch.addcmul(img, img_mlp.gate, image.mlp(modulate(img, img_mlp)))
 
         if self.last:
             return None, img
         (txt_mlp,) = txt_mlp
-        txt = add_gated(txt, txt_attn, text.attn.proj(txt_y))
-        return add_gated(txt, txt_mlp, text.mlp(modulate(txt, txt_mlp))), img
+        txt = torch.addcmul(txt, txt_attn.gate, text.attn.proj(txt_y))
+        return torch.addcmul(txt, txt_mlp.gate, text.mlp(modulate(txt, txt_mlp))), img
 
 
 class FinalLayer(nn.Module):
@@ -252,7 +242,10 @@ class MMDiT(nn.Module):
         padding, which then has no effect. Returns (B, C, H, W).
         """
         c, img = self.embed_time(t, len(latent)) + vec, self.embed_image(latent)
-        mask = None if txt_mask is None else joint_mask(txt_mask, img.shape[1], txt.dtype)
+        mask = None
+        if txt_mask is not None:  # added to attention's scores: -inf at padding
+            keys = F.pad(txt_mask, (0, img.shape[1]), value=True)[:, None, None]
+            mask = torch.zeros_like(keys, dtype=txt.dtype).masked_fill(~keys, -math.inf)
         _, img, _ = self.run_blocks(txt, img, c, mask)
         return self.unpatch(self.final_layer(img, c), latent)
 
@@ -270,14 +263,10 @@ class MMDiT(nn.Module):
         h, w = height // p, width // p
         if h > side or w > side:
             raise ValueError(f"latent of {h}x{w} patches is larger than the table, {side}x{side}")
-        return self.x_embedder(latent) + self.positions(h, w)
-
-    def positions(self, h, w):
-        """The centre h x w of the position table, (1, h w, D)."""
-        side = self.config.positions
-        top, left = (side - h) // 2, (side - w) // 2
         table = rearrange(self.pos_embed, "1 (h w) D -> h w D", h=side)
-        return rearrange(table[top : top + h, left : left + w], "h w D -> 1 (h w) D")
+        top, left = (side - h) // 2, (side - w) // 2  # the centre of the table is used
+        positions = rearrange(table[top : top + h, left : left + w], "h w D -> 1 (h w) D")
+        return self.x_embedder(latent) + positions
 
     def run_blocks(self, txt, img, c, mask=None, middle=None):
         """All blocks on txt (B, L, D), img (B, any number, D), c (B, D) -> txt, img, pair.
@@ -297,9 +286,3 @@ class MMDiT(nn.Module):
         """(B, N, p p C) -> (B, C, H, W), the shape of latent."""
         h, p = latent.shape[2] // self.config.patch, self.config.patch
         return rearrange(patches, "B (h w) (p q C) -> B C (h p) (w q)", h=h, p=p, q=p)
-
-
-def joint_mask(txt_mask, image, dtype):
-    """(B, L) bool -> what is added to attention's scores, (B, 1, 1, L + image): -inf at padding."""
-    mask = F.pad(txt_mask, (0, image), value=True)[:, None, None]
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)

@@ -53,10 +53,7 @@ class Transformer(MMDiT):
             self.align(*aligned)
 
     def align(self, out, hidden=None):
-        """Have adapters of a stream's mean token (B, D) to a teacher's width, (B, M = out).
-
-        Those for another width are replaced by new ones. hidden: their hidden units.
-        """
+        """Have adapters from a mean token (B, D) to a teacher's (B, out), if need be new ones."""
         if hasattr(self, "image_adapter") and self.image_adapter[2].out_features == out:
             return
         width, device = self.config.width, self.pos_embed.device
@@ -107,7 +104,7 @@ RULES += checkpoints.MMDIT_DIFFUSERS
 
 def load_transformer(path, device="cpu", dtype=torch.float32):
     """The Transformer of a published transformer/ or of one file; UserError if there is none."""
-    stated = checkpoints.read_config(path) if Path(path).is_dir() else {}
+    stated = checkpoints.read_config(path)
     kind, layouts = "transformer of UniAlignment", {"text_proj_out.weight": RULES}
     part = checkpoints.find_part(checkpoints.read(path), path, kind, ("",), layouts)
     aligned = None
@@ -211,12 +208,10 @@ def read_sampling(scheduler):
 
 def find_folder(folder, sd3, name):
     """Where a part of the pipeline lies; raises UserError if neither folder has it."""
-    beside = Path(sd3, PARTS[name]) if sd3 else None
-    for found in filter(None, (Path(folder, name), beside)):
+    for found in (Path(folder, name), Path(sd3 or folder, PARTS[name])):
         if found.is_dir():
             return found
-    where = f"nor {beside}" if sd3 else "a folder of SD3-medium (--sd3) would complete it"
-    raise UserError(f"{folder}: holds no {name}/; {where}")
+    raise UserError(f"{folder}: holds no {name}/; a folder of SD3-medium (--sd3) would complete it")
 
 
 def save_frozen(engine, folder):

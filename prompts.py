@@ -1,7 +1,6 @@
 """What a user types, and pictures on their way in and out.
 
-An interleaved prompt is a list of strings and PIL images in any order; a task's template makes such a
-list of it again, the one that the LMM reads.
+An interleaved prompt is a list of strings and PIL images; a template makes the LMM's list of it.
 """
 
 import re
@@ -21,15 +20,9 @@ def read_image(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")
-    bomb, warning = Image.DecompressionBombError, Image.DecompressionBombWarning
-    strict = warnings.catch_warnings(action="error", category=warning)
-    with reading(path, "a whole PNG, JPEG or similar file"):
-        try:
-            with strict, Image.open(path) as image:
-                return to_rgb(image)
-        except (bomb, warning) as error:
-            limit = Image.MAX_IMAGE_PIXELS // 10**6
-            raise UserError(f"{path}: image too large; at most {limit} million pixels") from error
+    strict = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
+    with reading(path, "a whole PNG, JPEG or similar file"), strict, Image.open(path) as image:
+        return to_rgb(image)
 
 
 def to_rgb(image):
@@ -122,8 +115,7 @@ def apply_task(task, prompt):
     text, images = split_prompt(prompt)
     if re.search("[\ud800-\udfff]", text):  # as a terminal without UTF-8 makes of an umlaut
         raise UserError("the prompt holds half a letter (a lone surrogate): use a UTF-8 terminal")
-    if task is None:
-        task = "objects" if images else "t2i"
+    task = task or ("objects" if images else "t2i")
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
     if not text.strip() and task != "i2i":
@@ -157,8 +149,7 @@ def reference_prompt(segments, named):
     """Words and pictures, [(text, [image, ...]), ...], as (task, prompt) in an official template.
 
     named: each picture first, with the words before it as its name, then the whole text (task
-    combine); else text and pictures in their order (task objects), as is done, too, where a picture
-    has no name.
+    combine); else, or where a picture has no name, text and pictures in their order (task objects).
     """
     pictured = [(text.strip(" ,"), image) for text, images in segments for image in images]
     if named and pictured and all(name for name, _ in pictured):

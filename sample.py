@@ -4,7 +4,6 @@
     python sample.py --prompt "<image> and a blue star" --image dog.png --blend 0.3
     python sample.py --task edit --image room.png --prompt "remove the chair"
     python sample.py --task caption --image room.png       # the text goes to standard output
-    python sample.py --task answer --image room.png --prompt "how many chairs are there?"
     python sample.py --task edit --engine unialignment --image room.png --prompt "Segment the image."
 
 Each <image> of the prompts is filled by the next --image.
@@ -15,7 +14,6 @@ import gc
 import json
 import os
 import re
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -148,9 +146,8 @@ def writable(file):
 
 
 def load(args):
-    device, dtype = fast.usable_device(args.device), args.dtype and getattr(torch, args.dtype)
-    if args.low_memory and dtype is None and device.type != "cpu":
-        dtype = torch.bfloat16
+    dtype = args.dtype and getattr(torch, args.dtype)
+    device, dtype = fast.device_and_dtype(args.device, dtype)
     first = "cpu" if args.low_memory else device
     if args.engine == UNI:
         engine = UniAlignment.load(args.checkpoint, args.sd3, first, dtype)
@@ -197,7 +194,7 @@ def main(arguments=None):
     else:
         options = {"r": args.blend, "task": args.task}
     options |= {name: getattr(args, name) for name in ("steps", "guidance", "size", "seed")}
-    with fast.compiling() if args.compile else nullcontext():
+    with fast.compiling():
         bar = partial(tqdm, desc="drawing", unit="step")
         save(args, engine.generate(prompts, **options, progress=bar), out)
 

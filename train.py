@@ -8,8 +8,7 @@
 Without --data the miniature learns from rendered scenes. LMM, T5, VAE and, in stages 1 and 2, the
 MM-DiT stay frozen, in bf16 on a GPU; what learns is fp32. --out gets metrics, pictures, and checkpoints
 from which --resume goes on. A microbatch and its noise depend on (seed, number) alone: a resumed run
-sees what an unbroken one would have seen, and N processes what one sees that takes N times as many a
-step.
+sees what an unbroken one does, and N processes what one sees that takes N times as many a step.
 """
 
 import argparse
@@ -73,8 +72,8 @@ def train(args, sources, rank, world, device):
     if rank == 0:
         runs.open_folder(out, start, engine)
         print(runs.memory_plan(engine, args, world), *settings["examples"], sep="\n", flush=True)
-        for line in bad_lines.items():
-            bad_lines.report(*line)
+        for place, reason in bad_lines.items():
+            print(f"skipped {place}: {reason}", file=sys.stderr)
 
     stopped, clock = catch_signals(), runs.Clock()
     failures, skipped, bad = 0, 0, 0  # steps not finite in a row and in all; bad lines
@@ -101,9 +100,8 @@ def train(args, sources, rank, world, device):
             losses = losses.detach().cpu()
             by_t.index_add_(1, (t * runs.BINS).long(), torch.stack([losses, torch.ones(len(t))]))
             mean += losses.mean().item() / args.accumulate / world
-        totals = torch.tensor(
-            [*by_t.flatten(), mean, len(bad_lines) - bad_lines.scanned, len(stopped)]
-        )
+        found = len(bad_lines) - bad_lines.scanned
+        totals = torch.tensor([*by_t.flatten(), mean, found, len(stopped)])
         if world > 1:
             dist.all_reduce(totals := totals.to(device))
         *by_t, loss, bad, stopping = totals.tolist()
@@ -194,9 +192,6 @@ def draw(args, micro, channels):
     return noise, t, r if args.blend is None else torch.full_like(r, args.blend)
 
 
-# ---- data ---------------------------------------------------------------------------------------
-
-
 def dataset(args, engine, sources, world):
     """All microbatches of the run, drawn from [(source, weight)]; sets args.size where there was no --size."""
     args.size = args.size or min(512, engine.default_size)
@@ -235,9 +230,6 @@ def run_settings(args, engine, pools, world):
         f"{p.task} {p.size[0]}x{p.size[1]} x {p.weight:.6g} from {p.source.identity}" for p in pools
     ]
     return settings | engine.base
-
-
-# ---- the command line ---------------------------------------------------------------------------
 
 
 def shares(text, names=FIELDS, example="t2i=1,edit=2, the tasks"):
@@ -319,10 +311,8 @@ def parse(arguments=None):
         args.rank = (16 if miniature else 32) if args.rank is None else args.rank
         args.checkpoint = args.checkpoint or (STAGE1 if miniature else None)
     start = None if args.checkpoint == Path("none") else args.checkpoint
-    tasks, learnt = (
-        args.tasks or {},
-        {"t2i", "edit", "answer"} if uni else FIELDS.keys() - {"answer"},
-    )
+    tasks = args.tasks or {}
+    learnt = {"t2i", "edit", "answer"} if uni else FIELDS.keys() - {"answer"}
     args.steps = args.steps or STEPS[stage]
     args.out = args.out or f"runs/{'' if uni else 'stage'}{stage}"
     total, own = (

@@ -1,17 +1,18 @@
 """What training made: a file of the house, or the folder of the published DreamEngine.
 
-Both end as one Checkpoint. The authors' folder holds both frozen models as well, with LoRA beside their
-weights, which is merged as it is read.
+Both end as one Checkpoint. The authors' folder holds both frozen models, too; their LoRA is merged.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from adapter import Adapter
-from checkpoints import Part, build, metadata, read, read_json, table
+from checkpoints import Part, build, metadata, read, table
 from support.cli import UserError, reading
 
 
@@ -42,15 +43,12 @@ def read_checkpoint(path, lora_scale=1.0, dtype=torch.float32):
 def read_saved(file):
     """A file of `DreamEngine.save`: adapter.*, lora.*, and a config in its metadata."""
     tensors = read(file)
-    text = metadata(file).get("config") if file.suffix == ".safetensors" else None
-    if text is None:
-        raise UserError(f"{file}: not a Dream Engine checkpoint (no config in its metadata)")
-    config = read_json(file, text)
     needed = ["base", "lmm"] + ["alpha"] * any(name.startswith("lora.") for name in tensors)
-    for name in needed + ["guidance"] * ("guidance" in config):
-        value = config.get(name)
-        if type(value) not in (int, float) or not 0 < value < 1e9:
-            raise UserError(f"{file}: its config says {name} {str(value)[:40]}, no positive number")
+    with reading(file, "a Dream Engine checkpoint, with a config in its metadata"):
+        config = json.loads(metadata(file)["config"])
+        for name in needed + ["guidance"] * ("guidance" in config):
+            if not 0 < config[name] < 1e9:
+                raise ValueError(f"{name} {config[name]}")
     adapter = {k: x for k, x in tensors.items() if k.startswith("adapter.")}
     return Checkpoint(file, Part(adapter, file, prefix="adapter."), config, tensors)
 
@@ -76,9 +74,8 @@ def read_published(folder, scale=1.0, dtype=torch.float32):
     dit, lmm, adapter = ({k: x for k, x in tensors.items() if k.startswith(s)} for s in starts)
     if unknown := tensors.keys() - dit.keys() - lmm.keys() - adapter.keys():
         raise UserError(f"{folder}: not a DreamEngine checkpoint: unknown {min(unknown)}")
-    for name, part in (("dit", dit), ("lmm", lmm)):
-        if not part:
-            raise UserError(f"{folder}: not a DreamEngine checkpoint: missing {name}.*")
+    if not dit or not lmm:
+        raise UserError(f"{folder}: not a DreamEngine checkpoint: it needs dit.* and lmm.*")
     return Checkpoint(folder, Part(adapter, folder, ADAPTER_PUBLISHED), dit=dit, lmm=lmm)
 
 
@@ -95,14 +92,10 @@ def merge_published_lora(tensors, source, scale, dtype):
             tensors[f"{path}.weight"] = (weight.float() + scale * delta).to(dtype)
 
 
-def build_adapter(part, widths, device):
-    """An Adapter for (LMM width, MM-DiT width), filled with a Part, whose shapes say how it is built."""
+def build_adapter(part, lmm, mmdit):
+    """The Adapter between these two, filled with a Part, whose shapes say how it is built."""
+    widths = lmm.config.text_config.hidden_size, mmdit.config.width
+    mlp_dim = part.dimension("txt.0.weight", 0)
     layers = sum(part.shape(f"txt.{2 * i}.weight") is not None for i in range(9))
-    if not layers:
-        raise UserError(f"{part.source}: holds no adapter ({part.names('txt.0.weight')[0]})")
-    mlp_dim, lmm_width = (part.dimension("txt.0.weight", i) for i in (0, 1))
-    width = part.dimension(f"txt.{2 * layers - 2}.weight", 0)
-    if (lmm_width, width) != widths:
-        joins = f"this adapter joins an LMM {lmm_width} wide to an MM-DiT {width} wide"
-        raise UserError(f"{part.source}: {joins}, not {widths[0]} to {widths[1]}")
-    return build(part, lambda: Adapter(*widths, mlp_dim, layers), device, torch.float32)
+    make = partial(Adapter, *widths, mlp_dim, layers)
+    return build(part, make, mmdit.pos_embed.device, torch.float32)

@@ -6,9 +6,9 @@
 
 Two passes share all weights. Draw: the image stream is a noisy latent, followed by the pictures to
 start from, the text stream a prompt; `flow.py` walks from noise to a latent. Read: the image stream is
-a clean latent, the text stream a text with masked tokens; `masked.py` fills them in. T5 makes the text
-stream in both. Nothing but the time modulates the blocks, and reading is at t = 0. Precision: T5 and
-MM-DiT in `dtype` (fp32 on CPU, bf16 on CUDA); VAE, latents, times and losses in fp32.
+a clean latent, the text stream a text with masked tokens; `masked.py` fills them in. Time alone
+modulates the blocks, t = 0 to read. Precision: T5, which makes both text streams, and MM-DiT in
+`dtype` (fp32 on CPU, bf16 on CUDA); VAE, latents, times and losses in fp32.
 Letters: B batch, L text slots, N image tokens, D width, V vocabulary, C channels, M the teacher's width.
 """
 
@@ -56,12 +56,11 @@ class UniAlignment(nn.Module):
         self.guidance = sampling.guidance
 
     @classmethod
-    def load(cls, folder=MINI, sd3=None, device=None, dtype=None, *, mask=None):
+    def load(cls, folder=MINI, sd3=None, device=None, dtype=None):
         """Load a published pipeline folder, or its transformer/ completed by a folder of SD3-medium.
 
-        mask: the file of the vector that stands for MASK, a bare tensor, where text_encoder/ still has
-        T5's own; a mask_token_emb*.pth in the folder is found. Raises FileNotFoundError or UserError,
-        with one line that says what is missing or does not fit.
+        A mask_token_emb*.pth in the folder holds the vector that stands for MASK, if text_encoder/
+        has still T5's own. Raises FileNotFoundError or UserError naming what does not fit.
         """
         device, dtype = fast.device_and_dtype(device, dtype)
         folder = Path(folder)
@@ -75,7 +74,7 @@ class UniAlignment(nn.Module):
         vae = load_vae(places["vae"], device)
         text_encoder = pipeline.load_text_encoder(places["text_encoder"], device, dtype)
         engine = cls(mmdit, text_encoder, tokenizer, vae, sampling).requires_grad_(False).eval()
-        for file in [mask] if mask else sorted(folder.glob("mask_token_emb*.pth")):
+        for file in sorted(folder.glob("mask_token_emb*.pth")):
             row = text_encoder.shared.weight[engine.tokens.mask_id]
             with reading(file, f"one tensor of {len(row)} numbers"):
                 row.copy_(torch.load(file, map_location="cpu", weights_only=True).view(len(row)))
@@ -120,8 +119,6 @@ class UniAlignment(nn.Module):
         the final image features (B, N, D) and the image tokens (B, N, D) after block k, from 1.
         """
         mmdit = self.mmdit
-        if any(source.shape != latent.shape for source in sources):
-            raise UserError("a source latent of another shape than the target")
         c = mmdit.embed_time(t, len(latent))
         img = [mmdit.embed_image(x.to(mmdit.pos_embed.dtype)) for x in (latent, *sources)]
         n = img[0].shape[1]  # the target's tokens come first, only they are read off
@@ -156,10 +153,10 @@ class UniAlignment(nn.Module):
     ):  # fmt: skip
         """Draw one PIL image for each prompt, a text, or a list of texts and PIL images.
 
-        images: a list of PIL images for each prompt: none to draw, one to edit or perceive, more to
-        compose (published weights: three); the same number for all. size: (width, height), multiples of 16; pictures are cut to
-        it. negative: what guidance moves away from, while the pictures stay. Image i depends on its
-        prompt, its pictures and seed + i alone. Raises UserError for what cannot be drawn.
+        images: a list of PIL images for each prompt: none to draw, one to edit or perceive, more
+        to compose (published: three); the same number for all. size: (width, height), multiples of 16, to which they
+        are cut. negative: what guidance moves away from. Image i depends on its prompt, its images
+        and seed + i alone. Raises UserError for what cannot be drawn.
         """
         sampling, images = self.sampling, images or [[]] * len(prompts)
         prompts = [[p] if isinstance(p, str) else p for p in prompts]
@@ -236,9 +233,9 @@ class UniAlignment(nn.Module):
     def forward(self, batch, image, noise, t, times, weighted=True):
         """The weighted sum of the four losses of B examples, (B,); `parts` keeps their means.
 
-        batch: `data.Pairs`; image (B, 3, H, W) in [-1, 1] the target; noise (B, 2 + S, C, h, w): of the
-        flow, then of the posterior samples of the target and its S sources; t (B,) of the picture, times
-        (B,) of the text. weighted: the published weighting of the velocity, by t^2.
+        batch: `data.Pairs`; image (B, 3, H, W) in [-1, 1]; noise (B, 2 + S, C, h, w): of the flow,
+        of the posteriors of image and S sources; t (B,) of the picture, times (B,) of the text.
+        weighted: the published weighting of the velocity, by t^2.
         """
         flow_noise, *noises = noise.unbind(1)
         with torch.no_grad():
@@ -270,9 +267,8 @@ class UniAlignment(nn.Module):
     def losses(self, batch, times, x0, noise, t, sources=(), *, teacher=None, weighted=True):
         """The four losses of both passes on clean latents x0 (B, C, H, W): {name: (B,) fp32}.
 
-        batch: has prompts, texts and hidden, (B, L) ids each, see `data.Pairs`; times (B,) of the text;
-        noise like x0, t (B,): of the flow; sources: latents to start from; teacher: its mean image
-        features and mean text features, (B, M) each, without which ISA is 0.
+        batch, times, weighted: see `forward`; noise like x0, t (B,): of the flow; sources: latents
+        to start from; teacher: its mean image and text features, (B, M) each, else ISA is 0.
         """
         k = max(1, self.mmdit.config.depth // 3)  # its tokens are aligned: block 8 of 24
         context, masked_context = self.context(torch.cat([batch.prompts, batch.hidden])).chunk(2)

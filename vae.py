@@ -27,8 +27,7 @@ class VAEConfig:
     groups: int | None = None  # of the norms
 
     def __post_init__(self):
-        # 32 at SD3.5's width; never fewer than 4 channels a group, or the norm would erase the
-        # mean of a channel, and with it all flat colour.
+        # 32 at SD3.5's width; with fewer than 4 channels a group the norm would erase flat colour
         if self.groups is None:
             object.__setattr__(self, "groups", max(1, min(32, self.base // 4)))
 
@@ -82,19 +81,12 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0))
 
 
-class Level(nn.ModuleDict):
+def level(c_in, c_out, blocks, groups, resize):
     """Residual blocks from c_in to c_out channels, then a change of size, if any: {name: kind}."""
-
-    def __init__(self, c_in, c_out, blocks, groups, resize):
-        widths = pairwise([c_in, *[c_out] * blocks])
-        super().__init__({"block": nn.Sequential(*(ResnetBlock(*w, groups) for w in widths))})
-        for name, kind in resize.items():
-            self[name] = kind(c_out)
-
-    def forward(self, x):
-        for part in self.values():
-            x = part(x)
-        return x
+    widths = pairwise([c_in, *[c_out] * blocks])
+    parts = {"block": nn.Sequential(*(ResnetBlock(*w, groups) for w in widths))}
+    parts |= {name: kind(c_out) for name, kind in resize.items()}
+    return nn.Sequential(OrderedDict(parts))
 
 
 def middle(c, groups):
@@ -108,20 +100,18 @@ class Encoder(nn.Module):
         super().__init__()
         groups, c = config.groups, config.base
         self.conv_in = nn.Conv2d(3, c, 3, padding=1)
-        self.down = nn.ModuleList()
+        self.down = nn.Sequential()
         for i, multiplier in enumerate(config.multipliers, 1):
             resize = {"downsample": Downsample} if i < len(config.multipliers) else {}
-            self.down.append(Level(c, config.base * multiplier, config.blocks, groups, resize))
+            self.down.append(level(c, config.base * multiplier, config.blocks, groups, resize))
             c = config.base * multiplier
         self.mid = middle(c, groups)
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):  # (B, 3, H, W) -> mean and log-variance (B, 2C, h, w)
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        x = self.mid(self.down(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -133,7 +123,7 @@ class Decoder(nn.Module):
         levels = []
         for i, multiplier in reversed(list(enumerate(config.multipliers))):
             resize = {"upsample": Upsample} if i > 0 else {}
-            levels.append(Level(c, config.base * multiplier, config.blocks + 1, groups, resize))
+            levels.append(level(c, config.base * multiplier, config.blocks + 1, groups, resize))
             c = config.base * multiplier
         self.up = nn.ModuleList(reversed(levels))  # the published names count from fine to coarse
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
@@ -141,8 +131,8 @@ class Decoder(nn.Module):
 
     def forward(self, z):  # (B, C, h, w) -> (B, 3, H, W)
         x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            x = level(x)
+        for part in reversed(self.up):
+            x = part(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

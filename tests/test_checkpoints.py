@@ -138,7 +138,7 @@ def test_pickles_that_run_code_are_refused(tmp_path, capsys):
     assert "boom" not in capsys.readouterr().out
     for other in ([torch.ones(2)], {"a": 3}):
         torch.save(other, tmp_path / "other.bin")
-        with pytest.raises(UserError, match="not a dictionary of tensors"):
+        with pytest.raises(UserError, match="a pickle may hold tensors only, by name"):
             checkpoints.read(tmp_path / "other.bin")
     torch.save({"a": torch.ones(2)}, tmp_path / "good.bin")
     assert torch.equal(checkpoints.read(tmp_path / "good.bin")["a"], torch.ones(2))
@@ -222,5 +222,5 @@ def test_damaged_pickles_are_one_line(kind, tmp_path):
 )
 def test_names_must_be_text_and_tensors_plain(content, tmp_path):
     torch.save(content, tmp_path / "a.bin")
-    with pytest.raises(UserError, match="not a dictionary of tensors"):
+    with pytest.raises(UserError, match="a pickle may hold tensors only, by name"):
         checkpoints.read(tmp_path / "a.bin")

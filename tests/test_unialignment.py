@@ -178,8 +178,6 @@ def test_sources_come_after_the_noise_at_the_same_positions(uni):
     assert torch.equal(seen[0][:, n:], uni.mmdit.embed_image(sources[0]))
     assert torch.equal(seen[1][:, :n], seen[1][:, n:])
     assert velocity.shape == latent.shape and relative(velocity, swapped) > 1e-3
-    with pytest.raises(UserError, match="of another shape than the target"):
-        uni.draw(latent, T, context, [sources[0][..., :8]])
 
 
 def test_the_last_text_block_is_stored_unswapped_and_the_final_layer_swapped(uni):
@@ -415,7 +413,7 @@ def remove(part):
         (lambda f: (f / "text_encoder/config.json").unlink(), "No such file.*text_encoder/config.json"),
         (edit("scheduler/scheduler_config.json", shift=0), "shift must be positive"),
         (edit("scheduler/scheduler_config.json", slots="many"), "expected settings of sampling"),
-        (remove("text_encoder"), "holds no text_encoder/; a folder of SD3-medium"),
+        (remove("text_encoder"), "holds no text_encoder/; a folder of SD3-medium .--sd3. would"),
         (remove("vae"), "holds no vae/"),
         (lambda f: (f / "tokenizer/tokenizer.json").unlink(), "expected a T5 tokenizer"),
         (lambda f: (f / "mask_token_emb.pth").write_bytes(b"no"), "expected one tensor of 48 numbers"),
