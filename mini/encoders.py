@@ -56,11 +56,10 @@ def make_lmm_tokenizer(folder):
     trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(lines, trainer)
     state = json.loads(tokenizer.to_str())["model"]
-    images = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
     tokenizer = transformers.Qwen2Tokenizer(
         vocab=state["vocab"],
         merges=[tuple(merge) for merge in state["merges"]],
-        extra_special_tokens=["<|im_start|>", "<|im_end|>", *images, "<|video_pad|>"],
+        extra_special_tokens=["<|im_start|>", "<|im_end|>", *VISION_TOKENS, "<|video_pad|>"],
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -91,24 +90,6 @@ def tokenize(tokenizer, texts, pads=0):
     return torch.tensor(ids), torch.arange(longest) < torch.tensor(lengths)[:, None]
 
 
-def t5_rows(texts, tokenizer, rng, generator):
-    """Lessons of one text as the T5 meets them, and what is asked of it.
-
-    ids, mask (B, L): as of `tokenize`. masked (B, L): where it is shown <extra_id_0>; in half of the
-    rows any share of the words, pads included. known (B, L), facts (B, L, 5): where, and which.
-    """
-    pads = rng.choice((0, 0, 1, 2, 4, 8, 16, 24))
-    ids, mask = tokenize(tokenizer, [text.prompt[0] for text in texts], pads)
-    share = torch.rand(len(ids), 1, generator=generator) * 2 - 1  # half below 0: nothing masked
-    masked = torch.rand(ids.shape, generator=generator) < share
-    known, facts = torch.zeros_like(mask), torch.zeros(*ids.shape, len(FACTS), dtype=torch.long)
-    for i, text in enumerate(texts):
-        if text.nouns and not masked[i].any():
-            places = noun_places(ids[i], tokenizer)
-            known[i, places], facts[i, places] = True, torch.tensor(text.nouns)
-    return ids, mask, masked, known, facts
-
-
 def new_t5(tokenizer):
     """The T5, and the readouts that it learns with."""
     facts = Facts(128, len(tokenizer))
@@ -133,38 +114,49 @@ def leaning(side):
     return torch.stack(heads, 1)
 
 
-def train_t5(args, steps):
-    """The T5 learns to foretell masked words and to gather, at every noun, all that is said of it.
+def t5_states(t5, tokenizer, texts, rng, generator):
+    """What the T5 makes of Lessons of one text: ids, seen, masked (B, L), states (B, L, D), facts.
 
-    In half of the batches pads are attended, as UniAlignment has them, in half they are not.
+    seen: what is attended: in half of the batches pads, too, as UniAlignment has them. masked: where
+    it is shown <extra_id_0>; in half of the rows any share of the words, pads included.
+    facts: the states (n, D) and labels (n, 5) of nouns.
     """
+    pads = rng.choice((0, 0, 1, 2, 4, 8, 16, 24))
+    ids, mask = tokenize(tokenizer, [text.prompt[0] for text in texts], pads)
+    share = torch.rand(len(ids), 1, generator=generator) * 2 - 1  # half below 0: nothing masked
+    masked = torch.rand(ids.shape, generator=generator) < share
+    known, labels = torch.zeros_like(mask), torch.zeros(*ids.shape, len(FACTS), dtype=torch.long)
+    for i, text in enumerate(texts):
+        if text.nouns and not masked[i].any():
+            places = noun_places(ids[i], tokenizer)
+            known[i, places], labels[i, places] = True, torch.tensor(text.nouns)
+    seen = mask if rng.random() < 0.5 else torch.ones_like(mask)
+    ids, seen, masked, known, labels = (x.to(t5.device) for x in (ids, seen, masked, known, labels))
+    shown = ids.masked_fill(masked, tokenizer.convert_tokens_to_ids("<extra_id_0>"))
+    states = t5(input_ids=shown, attention_mask=seen).last_hidden_state
+    return ids, seen, masked, states, (states[known], labels[known])
+
+
+def train_t5(args, steps):
+    """The T5 learns to foretell masked words and to gather, at every noun, all that is said of it."""
     torch.manual_seed(SEED)
     tokenizer = make_t5_tokenizer(Path(args.out, "t5-tokenizer"))
-    mask_id = tokenizer.convert_tokens_to_ids("<extra_id_0>")
     modules = new_t5(tokenizer).to(args.device)
     t5, facts = modules["t5"], modules["facts"]
-
-    def met(texts, rng, generator):
-        """Their ids, where they are attended and masked; the states and labels of their nouns."""
-        rows = t5_rows(texts, tokenizer, rng, generator)
-        ids, mask, masked, known, labels = (x.to(args.device) for x in rows)
-        attended = mask if rng.random() < 0.5 else torch.ones_like(mask)
-        shown = ids.masked_fill(masked, mask_id)
-        states = t5(input_ids=shown, attention_mask=attended).last_hidden_state
-        return ids, attended, masked, states, (states[known], labels[known])
 
     def loss_of(step, rng, generator):
         long = rng.random() < 0.25  # rows of like length together, as pads cost as much as words
         texts = sorted(lessons.sample_texts(128, rng), key=lambda text: len(text.prompt[0]))
         texts = texts[96:] if long else rng.sample(texts[:96], 64)
-        ids, mask, _, states, nouns = met(texts, rng, generator)
-        return F.cross_entropy(facts.words(states[mask]), ids[mask]) + facts(*nouns)
+        ids, seen, _, states, nouns = t5_states(t5, tokenizer, texts, rng, generator)
+        return F.cross_entropy(facts.words(states[seen]), ids[seen]) + facts(*nouns)
 
     @torch.no_grad()
     def preview(step):
         rng, generator = random.Random("preview t5"), torch.Generator().manual_seed(0)
-        ids, mask, masked, states, _ = met(lessons.sample_texts(512, rng), rng, generator)
-        right = (facts.words(states).argmax(2) == ids)[masked & mask]
+        texts = lessons.sample_texts(512, rng)
+        ids, seen, masked, states, _ = t5_states(t5, tokenizer, texts, rng, generator)
+        right = (facts.words(states).argmax(2) == ids)[masked & seen]
         return {"masked": round(right.float().mean().item(), 4)}
 
     return fit("t5", modules, loss_of, steps, 1.5e-3, args, preview)
@@ -177,6 +169,7 @@ def trained_t5(args):
 
 # ---- the LMM: Qwen2-VL in miniature -------------------------------------------------------------
 
+CAPTION = "Copy Image: "  # after a picture alone the LMM may as well begin with a question
 PATCHES = PatchConfig(patch=8, merge=2, min_pixels=16 * 16, max_pixels=scenes.SIZE**2)
 
 
@@ -253,7 +246,9 @@ def train_lmm(args, steps):
             return {}
         rng = random.Random("preview lmm")
         drawn = [scenes.sample_scene("scene", rng, exam=True) for _ in range(100)]
-        return {"captions": fmean(describes(lmm, drawn))}
+        prompts = [[CAPTION, scenes.render(scene)] for scene in drawn]
+        texts = continued(lmm, model.lm_head, prompts, 26)
+        return {"captions": fmean(map(str.startswith, texts, map(scenes.describe, drawn)))}
 
     return fit("lmm", modules, loss_of, steps, 1.5e-3, args, preview)
 
@@ -264,14 +259,13 @@ def trained_lmm(args):
 
 
 @torch.no_grad()
-def describes(lmm, drawn):
-    """For each scene: does the LMM, taking the likeliest word each time, describe its picture exactly?"""
-    words, texts = lmm.language_model.embed_tokens.weight, [""] * len(drawn)
-    for _ in range(26):
-        prompts = [["Copy Image: ", scenes.render(s), text] for s, text in zip(drawn, texts)]
-        batch = lmm.collate(prompts)  # after a picture alone it may as well begin with a question
+def continued(lmm, head, prompts, length):
+    """The most likely words after each prompt."""
+    texts = [""] * len(prompts)
+    for _ in range(length):
+        batch = lmm.collate([[*prompt, text] for prompt, text in zip(prompts, texts)])
         hidden, _ = lmm(batch)
-        last = hidden[torch.arange(len(drawn)), batch.mask.sum(1) - 1]
-        found = lmm.tokenizer.batch_decode((last @ words.T).argmax(1)[:, None])
-        texts = [text + word for text, word in zip(texts, found)]
-    return [text.startswith(scenes.describe(s)) for s, text in zip(drawn, texts)]
+        last = hidden[torch.arange(len(prompts)), batch.mask.sum(1) - 1]
+        words = lmm.tokenizer.batch_decode(head(last).argmax(1)[:, None])
+        texts = [text + word for text, word in zip(texts, words)]
+    return texts

@@ -25,7 +25,7 @@ from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
 from lmm import load_lmm
 from mini import cases, pretrain, world
 from mini.cases import CASES, STREAM, bits, copies_of, interval, score, share
-from mini.encoders import describes
+from mini.encoders import CAPTION, continued
 from mini.world import HELD_OUT, SEEN
 from support.cli import Parser, UserError, number, one_line_errors, whole_number
 from support.files import prompt_row, sheet, table, whole, write_json, write_png, write_text
@@ -91,8 +91,12 @@ def copied(args):
 
 def captioned(args):
     lmm = load_lmm(LMM)
+    words = lmm.language_model.embed_tokens.weight
     for name, scenes in random_scenes(args, "captions"):
-        yield name, {"captions": {"exact": bits(describes(lmm, scenes))}}
+        prompts = [[CAPTION, world.render(scene)] for scene in scenes]
+        texts = continued(lmm, lambda states: states @ words.T, prompts, 26)
+        right = bits(text.startswith(world.describe(s)) for text, s in zip(texts, scenes))
+        yield name, {"captions": {"exact": right}}
 
 
 def drawn_by_base(args):
@@ -131,9 +135,8 @@ def variety(args, prompts=20, seeds=8):
     """{r: [distinct readings of `seeds` pictures of an open prompt, share of unclear pictures]}."""
     engine = DreamEngine.load(SD3, LMM, args.checkpoint, args.device)
     rng = random.Random(f"variety {STREAM}")
-    pairs = [rng.sample(SEEN, 2) for _ in range(prompts)]
+    pairs, result = [rng.sample(SEEN, 2) for _ in range(prompts)], {}
     asked = [[cases.picture(a), " and ", cases.picture(b)] for a, b in pairs]
-    result = {}
     for r in RATIOS:
         drawn = (engine.generate([prompt] * seeds, task="objects", r=r) for prompt in asked)
         scenes = [list(map(world.detect, images)) for images in drawn]

@@ -29,7 +29,7 @@ from mini.encoders import PATCHES, tokenize, train_lmm, train_t5, trained_lmm, t
 from mini.fitting import EARLIER, SEED, fit, trained
 from mmdit import MMDiT, MMDiTConfig, position_table
 from prompts import to_images, to_tensor
-from support.cli import Parser, number, one_line_errors, reading, whole_number
+from support.cli import Parser, number, one_line_errors, reading
 from support.fast import usable_device
 from support.files import sheet, whole, write_json
 from vae import SCALE, SHIFT, VAE, VAEConfig
@@ -297,7 +297,6 @@ def main():
     parser.add_argument("part", choices=(*PARTS, "export"))
     parser.add_argument("--scale", type=number(0, 1000, exclude_low=True), default=1.0,
                         help="how long: 2 trains twice the steps; default: 1")  # fmt: skip
-    parser.add_argument("--steps", type=whole_number(1), help="instead of --scale")
     parser.add_argument("--out", default="runs/pretrain")
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
     args = parser.parse_args()
@@ -306,7 +305,7 @@ def main():
     if args.part == "export":
         return export(args)
     train, steps = PARTS[args.part]
-    train(args, args.steps or max(1, round(args.scale * steps)))
+    train(args, max(1, round(args.scale * steps)))
 
 
 if __name__ == "__main__":

@@ -219,8 +219,7 @@ def answer(question, scene):
     if kind == "background":
         return scene.background
     if kind == "relation":
-        claim = Claim(what, question.relation, question.other)
-        return "yes" if claim.holds(scene) else "no"
+        return "yes" if Claim(what, question.relation, question.other).holds(scene) else "no"
     fitting = [o for o in scene.objects if what.fits(o)]
     if kind in ("total", "count"):
         return NUMBERS[len(fitting)]
