@@ -32,10 +32,9 @@ def sample_edit(kind, rng, pairs=SEEN, exam=False):
     All objects are of pairs; if those are HELD_OUT, only what a recolor or add makes is, of a source
     of SEEN ones.
     """
+    given = SEEN if pairs is scenes.HELD_OUT else pairs
     while True:
-        source = scenes.sample_scene(
-            "scene", rng, SEEN if pairs is scenes.HELD_OUT else pairs, exam
-        )
+        source = scenes.sample_scene("scene", rng, given, exam)
         edit = MAKERS[kind](source, rng, pairs)
         if edit and scenes.is_exam(edit.target) == exam and edit.target.objects:
             return edit
@@ -162,7 +161,5 @@ def several(source, rng, pairs):
     return Edit("several", source, text, scene, told=told)
 
 
-MAKERS = {
-    maker.__name__: maker
-    for maker in (recolor, remove, add, move, background, reference, swap, several)
-}
+makers = (recolor, remove, add, move, background, reference, swap, several)
+MAKERS = {maker.__name__: maker for maker in makers}

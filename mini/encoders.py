@@ -5,6 +5,7 @@ import random
 import re
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +56,10 @@ def make_lmm_tokenizer(folder):
     trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(lines, trainer)
     state = json.loads(tokenizer.to_str())["model"]
-    images = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
     tokenizer = transformers.Qwen2Tokenizer(
         vocab=state["vocab"],
         merges=[tuple(merge) for merge in state["merges"]],
-        extra_special_tokens=["<|im_start|>", "<|im_end|>", *images, "<|video_pad|>"],
+        extra_special_tokens=["<|im_start|>", "<|im_end|>", *VISION_TOKENS, "<|video_pad|>"],
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -69,10 +69,8 @@ def make_lmm_tokenizer(folder):
 def noun_ids(tokenizer):
     """The tokens that are nouns, at the start of a text or within it."""
     texts = [prefix + noun for noun in NOUNS for prefix in ("", " ")]
-    rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    if bad := [text for text, row in zip(texts, rows) if len(row) != 1]:
-        raise ValueError(f"{bad[0]!r} is not one token")
-    return {row[0] for row in rows}
+    rows = tokenizer(texts, add_special_tokens=False).input_ids
+    return {token for (token,) in rows}  # each noun is one token
 
 
 def noun_places(ids, tokenizer):
@@ -92,50 +90,23 @@ def tokenize(tokenizer, texts, pads=0):
     return torch.tensor(ids), torch.arange(longest) < torch.tensor(lengths)[:, None]
 
 
-def t5_rows(texts, tokenizer, rng, generator):
-    """Lessons of one text as the T5 meets them, and what is asked of it.
-
-    ids, mask (B, L): closed and padded with EOS, before any masking; mask is False at pads, for those
-    who leave them out. masked (B, L): where it is shown <extra_id_0>; in half of the rows any share
-    of the words, pads included. known (B, L), facts (B, L, 5): where facts are known, and which.
-    """
-    pads = rng.choice((0, 0, 1, 2, 4, 8, 16, 24))
-    ids, mask = tokenize(tokenizer, [text.prompt[0] for text in texts], pads)
-    share = torch.rand(len(ids), 1, generator=generator) * 2 - 1  # half below 0: nothing masked
-    masked = torch.rand(ids.shape, generator=generator) < share
-    known, facts = torch.zeros_like(mask), torch.zeros(*ids.shape, len(FACTS), dtype=torch.long)
-    for i, text in enumerate(texts):
-        if text.nouns and not masked[i].any():
-            places = noun_places(ids[i], tokenizer)
-            known[i, places], facts[i, places] = True, torch.tensor(text.nouns)
-    return ids, mask, masked, known, facts
-
-
 def new_t5(tokenizer):
     """The T5, and the readouts that it learns with."""
     facts = Facts(128, len(tokenizer))
-    config = transformers.T5Config(
-        vocab_size=len(tokenizer),
-        d_model=128,
-        d_kv=32,
-        d_ff=256,
-        num_layers=4,
-        num_heads=4,
-        relative_attention_num_buckets=128,  # exact up to 32 words away
-        relative_attention_max_distance=128,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-    )
-    model = transformers.T5EncoderModel(config)
+    model = transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=256, num_layers=4, num_heads=4,
+        feed_forward_proj="gated-gelu", dropout_rate=0.0,
+        relative_attention_num_buckets=128, relative_attention_max_distance=128,  # exact to 32
+    ))  # fmt: skip
     bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
-    bias.data.copy_(leaning(config.relative_attention_num_buckets // 2))
+    bias.data.copy_(leaning(64))
     return nn.ModuleDict({"t5": model, "facts": facts})
 
 
 def leaning(side):
     """Where four heads look at first (2 side, 4): left, right, far left, far right.
 
-    From T5's own start near zero it takes thousands of steps to tell a neighbour from the rest.
+    T5's own start near zero takes thousands of steps to tell a neighbour from the rest.
     """
     distance = torch.arange(side).float()
     looks = [((2 - slope * distance).clamp(-8), -3 - 0 * distance) for slope in (1.0, 0.15)]
@@ -143,43 +114,50 @@ def leaning(side):
     return torch.stack(heads, 1)
 
 
-def train_t5(args, steps):
-    """The T5 learns to foretell masked words and to gather, at every noun, all that is said of it.
+def t5_states(t5, tokenizer, texts, rng, generator):
+    """What the T5 makes of Lessons of one text: ids, seen, masked (B, L), states (B, L, D), facts.
 
-    In half of the batches pads are attended, as UniAlignment has them, in half they are not.
+    seen: what is attended: in half of the batches pads, too, as UniAlignment has them. masked: where
+    it is shown <extra_id_0>; in half of the rows any share of the words, pads included.
+    facts: the states (n, D) and labels (n, 5) of nouns.
     """
+    pads = rng.choice((0, 0, 1, 2, 4, 8, 16, 24))
+    ids, mask = tokenize(tokenizer, [text.prompt[0] for text in texts], pads)
+    share = torch.rand(len(ids), 1, generator=generator) * 2 - 1  # half below 0: nothing masked
+    masked = torch.rand(ids.shape, generator=generator) < share
+    known, labels = torch.zeros_like(mask), torch.zeros(*ids.shape, len(FACTS), dtype=torch.long)
+    for i, text in enumerate(texts):
+        if text.nouns and not masked[i].any():
+            places = noun_places(ids[i], tokenizer)
+            known[i, places], labels[i, places] = True, torch.tensor(text.nouns)
+    seen = mask if rng.random() < 0.5 else torch.ones_like(mask)
+    ids, seen, masked, known, labels = (x.to(t5.device) for x in (ids, seen, masked, known, labels))
+    shown = ids.masked_fill(masked, tokenizer.convert_tokens_to_ids("<extra_id_0>"))
+    states = t5(input_ids=shown, attention_mask=seen).last_hidden_state
+    return ids, seen, masked, states, (states[known], labels[known])
+
+
+def train_t5(args, steps):
+    """The T5 learns to foretell masked words and to gather, at every noun, all that is said of it."""
     torch.manual_seed(SEED)
     tokenizer = make_t5_tokenizer(Path(args.out, "t5-tokenizer"))
-    mask_id = tokenizer.convert_tokens_to_ids("<extra_id_0>")
     modules = new_t5(tokenizer).to(args.device)
     t5, facts = modules["t5"], modules["facts"]
-
-    def met(texts, rng, generator):
-        """Their ids, where they are attended and masked; the states and labels of their nouns."""
-        rows = t5_rows(texts, tokenizer, rng, generator)
-        ids, mask, masked, known, labels = (x.to(args.device) for x in rows)
-        attended = mask if rng.random() < 0.5 else torch.ones_like(mask)
-        shown = ids.masked_fill(masked, mask_id)
-        states = t5(input_ids=shown, attention_mask=attended).last_hidden_state
-        return ids, attended, masked, states, (states[known], labels[known])
 
     def loss_of(step, rng, generator):
         long = rng.random() < 0.25  # rows of like length together, as pads cost as much as words
         texts = sorted(lessons.sample_texts(128, rng), key=lambda text: len(text.prompt[0]))
         texts = texts[96:] if long else rng.sample(texts[:96], 64)
-        ids, mask, _, states, nouns = met(texts, rng, generator)
-        return F.cross_entropy(facts.words(states[mask]), ids[mask]) + facts(*nouns)
+        ids, seen, _, states, nouns = t5_states(t5, tokenizer, texts, rng, generator)
+        return F.cross_entropy(facts.words(states[seen]), ids[seen]) + facts(*nouns)
 
     @torch.no_grad()
     def preview(step):
         rng, generator = random.Random("preview t5"), torch.Generator().manual_seed(0)
         texts = lessons.sample_texts(512, rng)
-        ids, mask, masked, states, nouns = met(texts, rng, generator)
-        right = facts.words(states).argmax(2) == ids
-        scores = facts.right(*nouns)
-        for name, where in ("masked", masked & mask), ("shown", ~masked & mask):
-            scores[name] = right[where].float().mean().item()
-        return {name: round(score, 4) for name, score in scores.items()}
+        ids, seen, masked, states, _ = t5_states(t5, tokenizer, texts, rng, generator)
+        right = (facts.words(states).argmax(2) == ids)[masked & seen]
+        return {"masked": round(right.float().mean().item(), 4)}
 
     return fit("t5", modules, loss_of, steps, 1.5e-3, args, preview)
 
@@ -198,8 +176,7 @@ PATCHES = PatchConfig(patch=8, merge=2, min_pixels=16 * 16, max_pixels=scenes.SI
 def labels_of(asked, batch, tokenizer):
     """What is known of a Batch of Lessons: words (B, L), facts (B, L, 5), known (B, L), alone (n, 6).
 
-    words: each token's own, and what a picture's token stands for. facts: where they are known.
-    alone: facts and words of all tokens of pictures by themselves.
+    words: each token's own, and what a picture's stands for. alone: facts and words of all pictures.
     """
     names = (*scenes.SHAPES, *scenes.BACKGROUNDS, "shape", "color")
     word_ids = {name: tokenizer.encode(f" {name}")[0] for name in names}
@@ -228,43 +205,20 @@ def labels_of(asked, batch, tokenizer):
 def new_lmm(tokenizer):
     """The LMM, and the readouts that it learns with."""
     start, image, end, video = tokenizer.convert_tokens_to_ids([*VISION_TOKENS, "<|video_pad|>"])
+    text = {
+        "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+        "max_position_embeddings": 512, "vocab_size": len(tokenizer), "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vit = {"depth": 2, "embed_dim": 96, "num_heads": 3, "hidden_size": 192, "patch_size": 8}
     config = transformers.Qwen2VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            "hidden_size": 192,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 512,
-            "rope_parameters": {"rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-        },
-        vision_config={
-            "depth": 2,
-            "embed_dim": 96,
-            "num_heads": 3,
-            "hidden_size": 192,
-            "patch_size": PATCHES.patch,
-        },
-        image_token_id=image,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
-        video_token_id=video,
-        tie_word_embeddings=True,
-    )
+        text_config=text, vision_config=vit, tie_word_embeddings=True, image_token_id=image,
+        vision_start_token_id=start, vision_end_token_id=end, video_token_id=video,
+    )  # fmt: skip
     model = transformers.Qwen2VLForConditionalGeneration(config)
     return nn.ModuleDict({"lmm": model, "facts": Facts(192, len(tokenizer))})
-
-
-def met_by(lmm, asked):
-    """A Batch of Lessons, its labels, the LMM's states and those of its ViT."""
-    batch = lmm.collate([lesson.prompt for lesson in asked])
-    labels = labels_of(asked, batch.to("cpu"), lmm.tokenizer)
-    return batch, [x.to(batch.ids.device) for x in labels], *lmm(batch)
 
 
 def train_lmm(args, steps):
@@ -276,8 +230,11 @@ def train_lmm(args, steps):
     lmm = Qwen2VL(model.model, tokenizer, PATCHES)
 
     def loss_of(step, rng, generator):
-        batch, labels, hidden, vit = met_by(lmm, lessons.sample_lessons(64, rng))
-        words, labels, known, alone = labels
+        asked = lessons.sample_lessons(64, rng)
+        batch = lmm.collate([lesson.prompt for lesson in asked])
+        labels = labels_of(asked, batch.to("cpu"), tokenizer)
+        words, labels, known, alone = (x.to(args.device) for x in labels)
+        hidden, vit = lmm(batch)
         follows = batch.mask[:, 1:] & ~batch.image_mask[:, 1:]  # words to be foretold
         loss = F.cross_entropy(model.lm_head(hidden[:, :-1][follows]), batch.ids[:, 1:][follows])
         loss = loss + F.cross_entropy(facts.words(hidden[batch.mask]), words[batch.mask])
@@ -285,7 +242,13 @@ def train_lmm(args, steps):
         return loss + facts(vit, alone) if len(vit) else loss
 
     def preview(step):
-        return {} if step % 500 else preview_lmm(lmm, model.lm_head, facts)
+        if step % 500:
+            return {}
+        rng = random.Random("preview lmm")
+        drawn = [scenes.sample_scene("scene", rng, exam=True) for _ in range(100)]
+        prompts = [[CAPTION, scenes.render(scene)] for scene in drawn]
+        texts = continued(lmm, model.lm_head, prompts, 26)
+        return {"captions": fmean(map(str.startswith, texts, map(scenes.describe, drawn)))}
 
     return fit("lmm", modules, loss_of, steps, 1.5e-3, args, preview)
 
@@ -296,30 +259,6 @@ def trained_lmm(args):
 
 
 @torch.no_grad()
-def preview_lmm(lmm, head, facts):
-    """Shares of pictures described exactly, of questions answered, of mixtures understood; facts."""
-    rng, scores = random.Random("preview lmm"), {}
-
-    def share(prompts, expected, length):
-        texts = continued(lmm, head, prompts, length)
-        return sum(map(str.startswith, texts, expected)) / len(texts)
-
-    for name, pairs in (("captions", scenes.SEEN), ("held_out", scenes.HELD_OUT)):
-        drawn = [scenes.sample_scene("scene", rng, pairs, exam=True) for _ in range(100)]
-        prompts = [[CAPTION, scenes.render(scene)] for scene in drawn]
-        scores[name] = share(prompts, map(scenes.describe, drawn), 26)
-    for name, mark in (("answers", " A:"), ("mixtures", ": a")):
-        kind = lessons.question_lesson if name == "answers" else lessons.mixing_lesson
-        prompts = [kind(rng).prompt for _ in range(200)]
-        cut = [(*before, *text.rpartition(mark)) for *before, text in prompts if mark in text]
-        scores[name] = share([parts[:-1] for parts in cut], [parts[-1] for parts in cut], 3)
-    kinds = [kind for group in lessons.LESSONS for kind in group]
-    asked = [kind(rng) for kind in kinds for _ in range(30)]
-    _, (_, labels, known, _), hidden, _ = met_by(lmm, asked)
-    scores |= facts.right(hidden[known], labels[known])
-    return {name: round(score, 4) for name, score in scores.items()}
-
-
 def continued(lmm, head, prompts, length):
     """The most likely words after each prompt."""
     texts = [""] * len(prompts)

@@ -50,17 +50,15 @@ class Base:
 
     def __init__(self, device=None):
         device = device or "cpu"
-        self.mmdit, self.vae = load_mmdit(SD3, device), load_vae(SD3, device)
+        mmdit, self.vae = load_mmdit(SD3, device), load_vae(SD3, device)
         t5 = T5EncoderModel.from_pretrained(pretrain.T5, dtype=torch.float32).eval().to(device)
-        self.condition = pretrain.TextCondition(
-            self.mmdit, t5, AutoTokenizer.from_pretrained(pretrain.T5)
-        )
+        tokenizer = AutoTokenizer.from_pretrained(pretrain.T5)
+        self.condition = pretrain.TextCondition(mmdit, t5, tokenizer)
 
     def generate(self, prompts, *, task=None, seed=0, steps=28, guidance=4.5, alone=False):
-        """alone: without the pooled vector, and with pads attended, as UniAlignment starts."""
-        texts = ["".join(prompt) for prompt in prompts] + [""] * len(prompts)
-        condition = self.condition(texts, *((4, torch.zeros(len(texts))) if alone else ()))
-        return pretrain.draw(self.mmdit, self.vae, condition, steps, guidance, seed)
+        """alone: see `pretrain.draw`."""
+        texts = ["".join(prompt) for prompt in prompts]
+        return pretrain.draw(self.vae, self.condition, texts, steps, guidance, seed, alone)
 
 
 # A row is a function of the program's options: it yields (name, {group: {check: bits}}).
@@ -142,30 +140,12 @@ def tile(case, image, right):
 # ---- what is measured besides -------------------------------------------------------------------
 
 
-def photographs(args):
-    """Mean of the VAE's decibels on crops of real photographs, or None without scikit-image."""
-    try:
-        from skimage import data
-    except ImportError:
-        return None
-    photos = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket()]
-    rng, crops = random.Random("photographs"), []
-    for _ in range(args.num):
-        photo = Image.fromarray(rng.choice(photos))
-        side = rng.randint(world.SIZE, min(photo.size))
-        left, top = rng.randint(0, photo.width - side), rng.randint(0, photo.height - side)
-        box = (left, top, left + side, top + side)
-        crops.append(photo.crop(box).resize((world.SIZE,) * 2, Image.LANCZOS))
-    return pretrain.decibels(crops, copies_of(load_vae(SD3), crops))
-
-
 def variety(args, prompts=20, seeds=8):
     """{r: [distinct readings of `seeds` pictures of an open prompt, share of unclear pictures]}."""
     engine = DreamEngine.load(SD3, LMM, args.checkpoint, args.device)
     rng = random.Random(f"variety {STREAM}")
-    pairs = [rng.sample(SEEN, 2) for _ in range(prompts)]
+    pairs, result = [rng.sample(SEEN, 2) for _ in range(prompts)], {}
     asked = [[cases.picture(a), " and ", cases.picture(b)] for a, b in pairs]
-    result = {}
     for r in RATIOS:
         drawn = (engine.generate([prompt] * seeds, task="objects", r=r) for prompt in asked)
         scenes = [list(map(world.detect, images)) for images in drawn]
@@ -184,7 +164,7 @@ def by_steps(args):
     return result
 
 
-MEASURES = {"photographs": photographs, "variety": variety, "steps": by_steps, **unified.MEASURES}
+MEASURES = {"variety": variety, "steps": by_steps, **unified.MEASURES}
 
 
 # ---- guidance -----------------------------------------------------------------------------------
@@ -251,8 +231,6 @@ def report(scores):
     parts = ["**Right pictures** (`card`)"]
     parts += [table(["", "n", "score", "95 %", "ratio", *CONTROLS.values()], lines)]
     settings = [f"{k} {v}" for k, v in scores["settings"].items()]
-    if scores.get("photographs"):
-        settings.append(f"photographs through the VAE {scores['photographs']:.1f} dB")
     parts.append(f"({', '.join(settings)})")
     for name, title, columns in (
         ("variety", "**Variety** (`variety`): two pictures, their places left open, 8 seeds each",

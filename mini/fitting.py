@@ -2,7 +2,6 @@
 
 import json
 import random
-import time
 from pathlib import Path
 
 import torch
@@ -25,14 +24,13 @@ def fit(name, modules, loss_of, steps, lr, args, preview=None, decay=0.3, every=
     file = Path(args.out, f"{name}.pt")
     params = [p for p in modules.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    start, seconds, average = 0, 0.0, None
+    start, average = 0, None
     if file.exists():
         with reading(file, EARLIER):
             state = torch.load(file, map_location=args.device, weights_only=True)
             modules.load_state_dict(state["modules"])
             optimizer.load_state_dict(state["optimizer"])
-            start, seconds = state["step"], state["seconds"]
-    clock = time.monotonic() - seconds
+            start = state["step"]
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
     for step in bar:
         rate = lr * min(1.0, (step + 1) / 200, (steps - step) / (decay * steps))
@@ -52,15 +50,9 @@ def fit(name, modules, loss_of, steps, lr, args, preview=None, decay=0.3, every=
             continue
         scores = preview(step + 1) if preview else {}
         state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"step": step + 1, "seconds": time.monotonic() - clock}
         with whole(file) as partial:
-            torch.save(state, partial)
-        record = {
-            "step": step + 1,
-            "seconds": round(state["seconds"], 1),
-            "loss": round(average, 5),
-        }
-        line = json.dumps(record | scores)
+            torch.save(state | {"step": step + 1}, partial)
+        line = json.dumps({"step": step + 1, "loss": round(average, 5)} | scores)
         tqdm.write(line)
         with Path(args.out, f"{name}.jsonl").open("a", encoding="utf-8") as log:
             log.write(line + "\n")

@@ -10,7 +10,6 @@ words.
 
 from dataclasses import dataclass, replace
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -44,11 +43,6 @@ class Facts(nn.Module):
     def words(self, states):
         """Logits of each state's own word."""
         return self.readouts[-1](states)
-
-    def right(self, states, labels):
-        """{fact: share of states (n, width) from which it is read as in labels (n, 5)}."""
-        read = torch.stack([r(states).argmax(1) for r in self.readouts[: len(FACTS)]], 1)
-        return dict(zip(FACTS, (read == labels).float().mean(0).tolist()))
 
 
 def facts_of(mention, relation=None):

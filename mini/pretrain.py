@@ -29,7 +29,7 @@ from mini.encoders import PATCHES, tokenize, train_lmm, train_t5, trained_lmm, t
 from mini.fitting import EARLIER, SEED, fit, trained
 from mmdit import MMDiT, MMDiTConfig, position_table
 from prompts import to_images, to_tensor
-from support.cli import Parser, number, one_line_errors, reading, whole_number
+from support.cli import Parser, number, one_line_errors, reading
 from support.fast import usable_device
 from support.files import sheet, whole, write_json
 from vae import SCALE, SHIFT, VAE, VAEConfig
@@ -95,29 +95,17 @@ def pixel_loss(copy, image):
 
 @torch.no_grad()
 def preview_vae(model, args, file, step):
-    """Shares of pictures read exactly, of pairs that every stage sees and of the held-out ones."""
-    rng, n = random.Random("preview"), 200
-    groups = (scenes.SEEN, scenes.HELD_OUT)
-    drawn = [scenes.sample_scene("scene", rng, p, exam=True) for p in groups for _ in range(n)]
+    """The share of the world's pictures that are read exactly, decibels of all kinds; their copies."""
+    rng = random.Random("preview")
+    drawn = [scenes.sample_scene("scene", rng, scenes.PAIRS, exam=True) for _ in range(200)]
     images = [*map(scenes.render, drawn), *(pictures.sample(rng) for _ in range(100))]
-    latent = model.encode(to_tensor(images).to(args.device))
-    copies = to_images(model.decode(latent))
-    right = [scenes.detect(copy) == scene for copy, scene in zip(copies, drawn)]
-    shown = (slice(8), slice(n, n + 8), slice(-24, None))
-    sheet([row[part] for part in shown for row in (images, copies)], 96).save(Path(args.out, file))
-    return {
-        "seen": fmean(right[:n]),
-        "held_out": fmean(right[n:]),
-        "db": round(decibels(images[: 2 * n], copies[: 2 * n]), 2),
-        "db_others": round(decibels(images[2 * n :], copies[2 * n :]), 2),
-        "mean": round(latent.mean().item(), 3),
-        "std": round(latent.std().item(), 3),
-    }
-
-
-def decibels(images, copies):
-    errors = (to_tensor(copies) - to_tensor(images)).square().mean((1, 2, 3)) / 4
-    return (-10 * errors.log10()).mean().item()
+    batch = to_tensor(images).to(args.device)
+    copies = model.decode(model.encode(batch))
+    errors = (copies - batch).square().mean((1, 2, 3)) / 4
+    copies, shown = to_images(copies), slice(190, 210)
+    sheet([images[shown], copies[shown]], 96).save(Path(args.out, file))
+    right = fmean(scenes.detect(copy) == scene for copy, scene in zip(copies, drawn))
+    return {"right": right, "db": round(-10 * errors.log10().mean().item(), 2)}
 
 
 # ---- the base: SD3.5 in miniature ---------------------------------------------------------------
@@ -136,26 +124,27 @@ SHORT = {  # captions: of which kind of scenes, and their shares at first and la
 }
 
 
-@torch.no_grad()
 def latent_pool(vae, args):
     """{kind: (scenes, latents)}: encoded once, captioned anew at every use."""
-    file = Path(args.out, "latents.pt")
-    with reading(file, EARLIER):
-        latents = torch.load(file, weights_only=True) if file.exists() else {}
-    pool = {}
+    file, pool = Path(args.out, "latents.pt"), {}
     for kind, size in POOL.items():
         rng = random.Random(f"{SEED} pool {kind}")
-        drawn = [scenes.sample_scene(kind, rng, scenes.PAIRS) for _ in range(size)]
-        if kind not in latents:
-            parts = []
-            for i in tqdm(range(0, size, 100), desc=f"latents of {kind}"):
-                image = to_tensor([scenes.render(scene) for scene in drawn[i : i + 100]])
-                parts.append(vae.encode(image.to(args.device)).cpu())
-            latents[kind] = torch.cat(parts)
-            with whole(file) as partial:
-                torch.save(latents, partial)
-        pool[kind] = drawn, latents[kind]
-    return pool
+        pool[kind] = [scenes.sample_scene(kind, rng, scenes.PAIRS) for _ in range(size)]
+    if not file.exists():
+        with whole(file) as partial:
+            torch.save({kind: encoded(vae, drawn, args) for kind, drawn in pool.items()}, partial)
+    with reading(file, EARLIER):
+        latents = torch.load(file, weights_only=True)
+        return {kind: (drawn, latents[kind]) for kind, drawn in pool.items()}
+
+
+@torch.no_grad()
+def encoded(vae, drawn, args):
+    parts = []
+    for i in tqdm(range(0, len(drawn), 100), desc="latents"):
+        image = to_tensor(list(map(scenes.render, drawn[i : i + 100])))
+        parts.append(vae.encode(image.to(args.device)).cpu())
+    return torch.cat(parts)
 
 
 class TextCondition:
@@ -239,31 +228,34 @@ def train_base(args, steps):
     def preview(step):
         if step % 1000 and step != steps:
             return {}
-        return preview_base(model, vae, condition_of, Path(args.out, "base.png"))
+        return preview_base(vae, condition_of, Path(args.out, "base.png"))
 
     return fit("base", model, loss_of, steps, 2.5e-3, args, preview, decay=0.5)
 
 
 @torch.no_grad()
-def draw(model, vae, condition, steps, guidance, seed=0):
-    """One picture for each text of a condition, whose second half is the null prompts."""
+def draw(vae, condition_of, texts, steps, guidance, seed=0, alone=False):
+    """A picture for each text, by a TextCondition and the model that it is made for.
+
+    alone: without the pooled vector, and with pads attended, as UniAlignment starts.
+    """
+    model, texts = condition_of.model, [*texts, *[""] * len(texts)]
+    condition = condition_of(texts, *((4, torch.zeros(len(texts))) if alone else ()))
     shape = (model.config.channels, scenes.SIZE // 8, scenes.SIZE // 8)
-    start = flow.noise(len(condition.vec) // 2, shape, seed)
+    start = flow.noise(len(texts) // 2, shape, seed)
     return to_images(vae.decode(denoise(model, condition, start, steps, guidance)))
 
 
-def preview_base(model, vae, condition_of, file, n=16):
-    """The six tasks of the reserved eighth, as SD3 draws, and as UniAlignment will."""
-    cases = scenes.benchmark(n, seed="preview", pairs=scenes.PAIRS)
-    prompts = [prompt for pairs in cases.values() for _, prompt in pairs]
-    texts = [prompt.text for prompt in prompts] + [""] * len(prompts)
-    images = draw(model, vae, condition_of(texts), 12, 2.5)
-    alone = draw(model, vae, condition_of(texts, 4, torch.zeros(len(texts))), 12, 2.5)
+def preview_base(vae, condition_of, file, n=16):
+    """Shares of the six tasks that are drawn right, as SD3 draws and as UniAlignment will."""
+    asked = scenes.benchmark(n, seed="preview", pairs=scenes.PAIRS).values()
+    prompts, scores = [prompt for pairs in asked for _, prompt in pairs], {}
+    for name, alone in (("time_alone", True), ("mean", False)):
+        images = draw(vae, condition_of, [p.text for p in prompts], 12, 2.5, alone=alone)
+        right = [scenes.matches(p, scenes.detect(image)) for p, image in zip(prompts, images)]
+        scores[name] = round(fmean(right), 3)
     sheet([images[i : i + n] for i in range(0, len(images), n)]).save(file)
-    right = [scenes.matches(p, scenes.detect(x)) for p, x in zip(prompts * 2, images + alone)]
-    scores = {"mean": right[: len(prompts)], "time_alone": right[len(prompts) :]}
-    scores |= {task: right[i * n : (i + 1) * n] for i, task in enumerate(cases)}
-    return {name: round(fmean(flags), 3) for name, flags in scores.items()}
+    return scores
 
 
 # ---- the published layouts ----------------------------------------------------------------------
@@ -284,12 +276,9 @@ def export(args):
         tokenizer.save_pretrained(folder)
     images = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "patch_size": PATCHES.patch,
-        "merge_size": PATCHES.merge,
-        "temporal_patch_size": 2,
-        "min_pixels": PATCHES.min_pixels,
-        "max_pixels": PATCHES.max_pixels,
-    }
+        "patch_size": PATCHES.patch, "merge_size": PATCHES.merge, "temporal_patch_size": 2,
+        "min_pixels": PATCHES.min_pixels, "max_pixels": PATCHES.max_pixels,
+    }  # fmt: skip
     write_json(LMM / "preprocessor_config.json", images)
     print(MINI)
 
@@ -308,7 +297,6 @@ def main():
     parser.add_argument("part", choices=(*PARTS, "export"))
     parser.add_argument("--scale", type=number(0, 1000, exclude_low=True), default=1.0,
                         help="how long: 2 trains twice the steps; default: 1")  # fmt: skip
-    parser.add_argument("--steps", type=whole_number(1), help="instead of --scale")
     parser.add_argument("--out", default="runs/pretrain")
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
     args = parser.parse_args()
@@ -317,7 +305,7 @@ def main():
     if args.part == "export":
         return export(args)
     train, steps = PARTS[args.part]
-    train(args, args.steps or max(1, round(args.scale * steps)))
+    train(args, max(1, round(args.scale * steps)))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,11 @@ ANSWERS = {  # to each kind of question, as they are drawn: each as often as any
     "background": tuple(scenes.BACKGROUNDS),
 }
 QUESTIONS = tuple(ANSWERS)
+LONG = (  # sentences of long prompts, and what stands between them
+    ("a {o.color} {o.shape} is at the {place}", ", "),
+    ("at the {place} there is a {o.color} {o.shape}", ". "),
+    ("the {o.shape} at the {place} is {o.color}", ", "),
+)
 
 
 @dataclass(frozen=True)
@@ -79,24 +84,20 @@ def satisfies(semantic, scene):
 # ---- prompts ------------------------------------------------------------------------------------
 
 
-def sample_reference(rng, pairs=SEEN, exam=False, count=None):
-    """A random Reference: one to three objects, at least one of them shown and its color not said.
-
-    With a count, so many, and all of them shown.
-    """
-    while scenes.is_exam((made := _any_reference(rng, pairs, exam, count)).prompt) != exam:
+def sample_reference(rng, pairs=SEEN, exam=False):
+    """A random Reference: one to three objects, at least one of them shown and its color not said."""
+    while scenes.is_exam((made := _any_reference(rng, pairs, exam)).prompt) != exam:
         pass
     return made
 
 
-def _any_reference(rng, pairs, exam, count):
-    task = "scene" if count else rng.choice(("single", "two", "position", "scene"))
-    scene = scenes.sample_scene(task, rng, pairs, exam)
-    while not (len(scene.objects) == count if count else len(scene.objects) <= 3):
-        scene = scenes.sample_scene(task, rng, pairs, exam)
+def _any_reference(rng, pairs, exam):
+    task = rng.choice(("single", "two", "position", "scene"))
+    while len((scene := scenes.sample_scene(task, rng, pairs, exam)).objects) > 3:
+        pass
     said = scenes.caption(scene, task, rng)
     objects, segments, rest = [], [], said.text
-    shown = rng.sample(range(len(said.mentions)), count or rng.randint(1, len(said.mentions)))
+    shown = rng.sample(range(len(said.mentions)), rng.randint(1, len(said.mentions)))
     for i, m in enumerate(said.mentions):
         (obj,) = filter(m.fits, scene.objects)
         article = "" if task == "scene" else "a "
@@ -128,13 +129,7 @@ def sample_long(rng, pairs=SEEN, exam=False):
         if len(scene.objects) < 4:
             continue
         objects = rng.sample(scene.objects, 4)
-        form, mark = rng.choice(
-            (
-                ("a {o.color} {o.shape} is at the {place}", ", "),
-                ("at the {place} there is a {o.color} {o.shape}", ". "),
-                ("the {o.shape} at the {place} is {o.color}", ", "),
-            )
-        )
+        form, mark = rng.choice(LONG)
         parts = [form.format(o=o, place=scenes.PLACES[o.place]) for o in objects]
         text = mark.join([*parts, f"the background is {scene.background}"])
         mentions = tuple(as_mention(o, place=True) for o in objects)
@@ -224,8 +219,7 @@ def answer(question, scene):
     if kind == "background":
         return scene.background
     if kind == "relation":
-        claim = Claim(what, question.relation, question.other)
-        return "yes" if claim.holds(scene) else "no"
+        return "yes" if Claim(what, question.relation, question.other).holds(scene) else "no"
     fitting = [o for o in scene.objects if what.fits(o)]
     if kind in ("total", "count"):
         return NUMBERS[len(fitting)]

@@ -213,8 +213,7 @@ def read(image):
 def detect(image):
     """Read a picture back into its Scene, or None if any part of it is not as `render` draws.
 
-    Every cell must lie within TOLERANCE of exactly one drawing, or of bare background, and all on
-    one background: blobs, mixed colours, half shapes and specks are all refused.
+    Every cell must lie within TOLERANCE of one drawing or of bare background, all on one background.
     """
     return read(image).scene if image.size == (SIZE, SIZE) else None
 
@@ -331,7 +330,7 @@ def matches(prompt, scene):
     return any(map(right, itertools.permutations(scene.objects)))
 
 
-def benchmark(n, seed=0, tasks=TASKS, pairs=SEEN):
+def benchmark(n, seed=0, pairs=SEEN):
     """{task: [(Scene, Prompt), ...]}, n of each task, of those that no training draws."""
     rng = random.Random(f"benchmark {seed}")
-    return {t: [sample_caption(t, rng, pairs, exam=True) for _ in range(n)] for t in tasks}
+    return {t: [sample_caption(t, rng, pairs, exam=True) for _ in range(n)] for t in TASKS}

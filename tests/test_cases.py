@@ -7,32 +7,22 @@ import pytest
 from PIL import Image
 
 from mini import cases, world
-from mini.world import HELD_OUT, SEEN, Scene
+from mini.world import HELD_OUT, SEEN
 from prompts import apply_task
 
 
 @pytest.mark.parametrize("pairs", [SEEN, HELD_OUT], ids=["seen", "held out"])
 @pytest.mark.parametrize("row", cases.CASES)
-def test_perfect_pictures_pass_every_check(row, pairs):
+def test_perfect_pictures_are_right_and_others_are_not(row, pairs):
     for group in cases.CASES[row](12, "test", pairs).values():
         images = [world.render(case.target) for case in group]
-        assert set("".join(cases.judge(group, images).values())) == {"1"}
+        assert set(cases.judge(group, images)["exact"]) == {"1"}
         others = cases.judge(group, [*images[1:], images[0]])["exact"]
         assert row in ("t2i", "mixing") or others.count("1") <= 1  # small scenes may be alike
         for case in group:
             apply_task(case.task, case.prompt)
             blank = world.read(Image.new("RGB", (48, 48), (240, 240, 240)))
             assert not case.checks["exact"](blank)
-
-
-def test_weaker_checks_see_what_was_kept_and_what_was_done():
-    (case,) = cases.edit_cases(5, "test")["recolor"]
-    edit_source = world.detect(case.source)
-    read = world.read(case.source)
-    assert case.checks["kept"](read) and not case.checks["followed"](read)
-    changed = set(case.target.objects) - set(edit_source.objects)
-    alone = world.read(world.render(Scene(edit_source.background, tuple(changed))))
-    assert case.checks["followed"](alone) and not case.checks["exact"](alone)
 
 
 def test_evaluation_asks_only_for_what_training_never_draws():
