@@ -18,7 +18,7 @@ METADATA = [  # as in the public evaluation_metadata.jsonl
     {"tag": "counting", "exclude": [{"class": "clock", "count": 3}], "prompt": "two blue stars"},
     {"tag": "colors", "include": [{"class": "bus", "color": "red"}], "prompt": "a ring"},
 ]
-DRAW = ["draw", "--metadata", "metadata.jsonl", "--out"]
+DRAW = ["--metadata", "metadata.jsonl", "--out"]
 
 
 class Painter:
@@ -116,31 +116,22 @@ def test_processes_share_the_prompts(painter, monkeypatch):
     assert files_in("split") == files_in("out")
 
 
-def test_the_summary_is_the_mean_over_tasks_not_pictures(capsys):
-    lines = [{"filename": f"{i}.png", "tag": "counting", "correct": i < 1} for i in range(4)]
-    write_jsonl("results.jsonl", [*lines, {"tag": "colors", "correct": True, "reason": ""}])
-    geneval.main(["summary", "results.jsonl"])
-    counting, colors, mean = capsys.readouterr().out.splitlines()
-    assert counting.split()[:2] == ["counting", "0.2500"] and counting.endswith("n = 4")
-    assert colors.split()[:2] == ["colors", "1.0000"]
-    assert mean.split() == ["mean", "0.6250"]
-
-
-GOOD = b'{"prompt": "a", "tag": "b", "correct": true}\n'
+GOOD = b'{"prompt": "a", "tag": "b", "exclude": []}\n'
 
 
 @pytest.mark.parametrize(
     "line",
     [
         b"{broken",
-        b'"prompt tag correct"',
-        b'["prompt", "tag", "correct"]',
+        b'"prompt tag"',
+        b'["prompt", "tag"]',
         b"null",
-        b'{"prompt": "a", "correct": true}',
-        b'{"prompt": "a", "tag": null, "correct": true}',
-        b'{"prompt": "a", "tag": ["b"], "correct": true}',
-        b'{"prompt": "a", "tag": "\\ud800", "correct": true}',
-        b'{"prompt": "a", "tag": "b\xff", "correct": true}',
+        b'{"prompt": "a"}',
+        b'{"prompt": "a", "tag": null}',
+        b'{"prompt": "a", "tag": ["b"]}',
+        b'{"prompt": " ", "tag": "b"}',
+        b'{"prompt": "a", "tag": "\\ud800"}',
+        b'{"prompt": "a", "tag": "b\xff"}',
         GOOD.decode().encode("utf-16"),
         b"[" * 100_000,
         bytes(3_000_000),
@@ -148,9 +139,8 @@ GOOD = b'{"prompt": "a", "tag": "b", "correct": true}\n'
 )
 def test_a_bad_line_of_a_benchmark_is_named(line, capsys):
     Path("bad.jsonl").write_bytes(GOOD + b"\n" + line + b"\n")
-    for arguments in (["summary", "bad.jsonl"], ["draw", "--metadata", "bad.jsonl"]):
-        said = fails(geneval.main, arguments, capsys)
-        assert said.startswith("error: bad.jsonl:3: expected a JSON object with ")
+    said = fails(geneval.main, ["--metadata", "bad.jsonl"], capsys)
+    assert said.startswith("error: bad.jsonl:3: expected a JSON object with ")
 
 
 # ---- reconstruct --------------------------------------------------------------------------------
@@ -209,19 +199,14 @@ def test_a_manifest_is_checked_and_drawn(capsys):
 @pytest.mark.parametrize(
     "program, arguments, message",
     [
-        (geneval, [], "required: command"),
-        (geneval, ["draw", "--metadata", "none.jsonl"], "none.jsonl"),
+        (geneval, [], "required: --metadata"),
+        (geneval, ["--metadata", "none.jsonl"], "none.jsonl"),
+        (geneval, ["--metadata", "empty.jsonl"], "empty.jsonl: empty"),
         (geneval, [*DRAW, "out", "--num", "0"], "expected a whole number from 1 to 1000"),
         (geneval, [*DRAW, "out", "--num", "100000000000000000000"], "expected a whole number"),
         (geneval, [*DRAW, "out", "--steps", "0"], "--steps: '0': expected a whole number"),
         (geneval, [*DRAW, "out", "--guidance", "nan"], "--guidance: 'nan': expected a number"),
         (geneval, [*DRAW, "out", "--seed", "-1"], "--seed: '-1': expected a whole number"),
-        (
-            geneval,
-            ["summary", "metadata.jsonl"],
-            "metadata.jsonl:1: expected a JSON object with tag",
-        ),
-        (geneval, ["summary", "empty.jsonl"], "empty.jsonl: empty"),
         (reconstruct, ["."], "holds no PNG, JPEG or WebP picture"),
         (reconstruct, [".", "--blend", "1.5"], "--blend: '1.5': expected a number from 0 to 1"),
         (check_manifest, ["none.jsonl"], "none.jsonl: no such manifest"),
