@@ -4,15 +4,14 @@
     python -m tools.bench large --device cuda       # SD3.5-large, random weights
 
 Contestants first show that they compute the same numbers, then take turns. A time is the median
-over the rounds and a ratio the median of the rounds' ratios. Where diffusers and peft are missing
-(pip install diffusers peft), so are their rows.
+over the rounds and a ratio the median of the rounds' ratios. Where diffusers is missing (pip
+install diffusers), so are its rows.
 """
 
 import math
 import time
 from collections import defaultdict
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -34,13 +33,10 @@ from support.files import table, write_json, write_text
 
 try:
     from diffusers import SD3Transformer2DModel
-    from peft import LoraConfig, inject_adapter_in_model
 except ImportError:
     SD3Transformer2DModel = None
 
 MINIATURE = MMDiTConfig(6, 128, 32, 8, positions=3, context_dim=128, pooled_dim=128)
-GROWTH = replace(MINIATURE, positions=64)
-SIZES = [(n, 16) for n in (64, 256, 1024, 4096)] + [(64, n) for n in (64, 256, 1024, 2048)]
 CIRCLE, STAR = (picture(pair) for pair in (("red", "circle"), ("blue", "star")))
 PROMPT = ["top left ", CIRCLE, ", center ", STAR, ", white background"]
 MID, LARGE = MMDiTConfig(12, 768, positions=32), FAMILIES["SD3.5-large"]
@@ -69,11 +65,6 @@ class Reference(nn.Module):
         assert mask is None, "diffusers masks no padding"
         t = torch.as_tensor(t, dtype=torch.float32, device=latent.device).expand(len(latent))
         return self.transformer(latent, txt, vec, 1000 * t, return_dict=False)[0]
-
-    def add_lora(self, rank):
-        attention = r".*attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=attention)
-        inject_adapter_in_model(config, self.transformer)
 
 
 def contestants(config, device="cpu", dtype=torch.float32):
@@ -211,66 +202,12 @@ def request(device, steps=28):
     return {"rows": rows[:-1], "largest difference of 255": apart}
 
 
-def training_step(engine, size, device):
-    """A function that takes a training step on so many examples and returns their losses."""
-    params = [p for p in engine.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, 1e-5, betas=(0.9, 0.98), fused=True)
-    torch.manual_seed(0)  # the same pictures and noise for every contestant
-    side = engine.default_size
-    images = torch.rand(size, 3, side, side) * 2 - 1
-    noise = torch.randn(size, engine.mmdit.config.channels, side // 8, side // 8)
-    batch = engine.lmm.collate([PROMPT] * size)  # equally long: diffusers masks no padding
-    inputs = batch, images, noise, flow.training_sigmas(size), torch.rand(size)
-
-    def step():
-        losses = engine(*(x.to(device) for x in inputs))
-        losses.mean().backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return losses.detach()
-
-    return step
-
-
-def training(device, size=16):
-    """A training step of 16 examples in the miniature; stage 2 of diffusers with peft's LoRA."""
-    rows, apart = [], 0
-    for stage, rank in (1, None), (2, 16):
-        steps = {}
-        for name, model in contestants(MINIATURE, device).items():
-            torch.manual_seed(0)  # for a new adapter
-            engine = DreamEngine.load(checkpoint=None, device=device)
-            engine.mmdit, is_theirs = model, isinstance(model, Reference)
-            engine.start_training(None if is_theirs else rank)
-            if rank and is_theirs:
-                model.add_lora(rank)
-            steps[name] = training_step(engine, size, device)
-        apart = max(apart, difference([f() for f in steps.values()]))  # LoRA's B is zero at first
-        times = rows_of(race(steps, 15), "ms", "diffusers")
-        rows += [row | {"": f"stage {stage}, {row['']}"} for row in times]
-    return {"rows": rows, "largest relative difference of losses": apart}
-
-
-def growth(device):
-    """Time of a step of sampling with guidance against tokens, six blocks of 128."""
-    models, rows, apart, steps = contestants(GROWTH, device), [], 0, 2
-    for image, text in SIZES:
-        inputs = inputs_of(GROWTH, image, text, 2, device)
-        draw = samplers(models, inputs, steps)
-        apart = max(apart, difference([f() - inputs[0][:1] for f in draw.values()]))
-        times = rows_of(race(draw, 7), "ms a step", "diffusers", steps)
-        (ours,) = (row for row in times if row.pop("") == "ours")
-        rows.append({"image tokens": image, "text tokens": text, **ours})
-    return {"rows": rows, "largest relative difference": apart}
-
-
 # ---- report -------------------------------------------------------------------------------------
 
 PARTS = {
     "step": partial(sampling, "in the miniature", MINIATURE, (9, 14), 28, 60),
     "mid": partial(sampling, "12 blocks of 768", MID, (1024, 128), 2, 7),
-    **{part.__name__: part for part in (request, training, growth)},
+    "request": request,
     "large": partial(sampling, "SD3.5-large", LARGE, (4096, 333), 2, 3, torch.bfloat16),
 }
 
