@@ -1,4 +1,4 @@
-"""GenEval's own files in and out, copies measured against closed forms, manifests checked."""
+"""Benchmarks' own files in and out, copies measured against closed forms, manifests checked."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 
 from mini import world
 from support.cli import one_line_errors
-from tools import check_manifest, geneval, reconstruct
+from tools import check_manifest, geneval, reconstruct, semgen
 from unialignment import UniAlignment
 
 METADATA = [  # as in the public evaluation_metadata.jsonl
@@ -18,7 +18,7 @@ METADATA = [  # as in the public evaluation_metadata.jsonl
     {"tag": "counting", "exclude": [{"class": "clock", "count": 3}], "prompt": "two blue stars"},
     {"tag": "colors", "include": [{"class": "bus", "color": "red"}], "prompt": "a ring"},
 ]
-DRAW = ["draw", "--metadata", "metadata.jsonl", "--out"]
+DRAW = ["--metadata", "metadata.jsonl", "--out"]
 
 
 class Painter:
@@ -116,31 +116,22 @@ def test_processes_share_the_prompts(painter, monkeypatch):
     assert files_in("split") == files_in("out")
 
 
-def test_the_summary_is_the_mean_over_tasks_not_pictures(capsys):
-    lines = [{"filename": f"{i}.png", "tag": "counting", "correct": i < 1} for i in range(4)]
-    write_jsonl("results.jsonl", [*lines, {"tag": "colors", "correct": True, "reason": ""}])
-    geneval.main(["summary", "results.jsonl"])
-    counting, colors, mean = capsys.readouterr().out.splitlines()
-    assert counting.split()[:2] == ["counting", "0.2500"] and counting.endswith("n = 4")
-    assert colors.split()[:2] == ["colors", "1.0000"]
-    assert mean.split() == ["mean", "0.6250"]
-
-
-GOOD = b'{"prompt": "a", "tag": "b", "correct": true}\n'
+GOOD = b'{"prompt": "a", "tag": "b", "exclude": []}\n'
 
 
 @pytest.mark.parametrize(
     "line",
     [
         b"{broken",
-        b'"prompt tag correct"',
-        b'["prompt", "tag", "correct"]',
+        b'"prompt tag"',
+        b'["prompt", "tag"]',
         b"null",
-        b'{"prompt": "a", "correct": true}',
-        b'{"prompt": "a", "tag": null, "correct": true}',
-        b'{"prompt": "a", "tag": ["b"], "correct": true}',
-        b'{"prompt": "a", "tag": "\\ud800", "correct": true}',
-        b'{"prompt": "a", "tag": "b\xff", "correct": true}',
+        b'{"prompt": "a"}',
+        b'{"prompt": "a", "tag": null}',
+        b'{"prompt": "a", "tag": ["b"]}',
+        b'{"prompt": " ", "tag": "b"}',
+        b'{"prompt": "a", "tag": "\\ud800"}',
+        b'{"prompt": "a", "tag": "b\xff"}',
         GOOD.decode().encode("utf-16"),
         b"[" * 100_000,
         bytes(3_000_000),
@@ -148,9 +139,126 @@ GOOD = b'{"prompt": "a", "tag": "b", "correct": true}\n'
 )
 def test_a_bad_line_of_a_benchmark_is_named(line, capsys):
     Path("bad.jsonl").write_bytes(GOOD + b"\n" + line + b"\n")
-    for arguments in (["summary", "bad.jsonl"], ["draw", "--metadata", "bad.jsonl"]):
-        said = fails(geneval.main, arguments, capsys)
-        assert said.startswith("error: bad.jsonl:3: expected a JSON object with ")
+    said = fails(geneval.main, ["--metadata", "bad.jsonl"], capsys)
+    assert said.startswith("error: bad.jsonl:3: expected a JSON object with ")
+
+
+# ---- semgen -------------------------------------------------------------------------------------
+
+GROUPS = "t2i_long", "t2i_complex", "edit_multi", "edit_complex"
+SEMGEN = ["--bench", "bench/semgen_bench.jsonl", "--steps", "2", "--device", "cpu", "--out"]
+
+
+@pytest.fixture
+def bench():
+    """Two rows as published, and their pictures: beside the bench, and where the authors had none."""
+    Path("bench/images").mkdir(parents=True)
+    rng, rows = np.random.default_rng(0), []
+    for n, path in enumerate(("pictures/1.jpg", "/home/author/coco/2.jpg")):
+        file = Path("bench", path if n == 0 else "images/2.jpg")
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 90, 3), dtype=np.uint8)).save(file)
+        texts = {group: f"{group} of row {n}" for group in GROUPS}
+        rows.append({"image_id": n + 1, "image_path": path, **texts})
+    write_jsonl("bench/semgen_bench.jsonl", rows)
+    return rows
+
+
+class Recorder:
+    """Stands in for an engine: white pictures, and a list of what was asked."""
+
+    default_size = 32
+
+    def __init__(self):
+        self.asked = []
+
+    def generate(self, prompts, **options):
+        self.asked.append((prompts, options))
+        return [Image.new("RGB", options["size"])]
+
+
+@pytest.fixture
+def recorder(bench, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(semgen, "load_engine", lambda args: recorder)
+    return recorder
+
+
+def test_semgen_draws_into_the_layout_of_its_judge(bench, engine, monkeypatch):
+    monkeypatch.setattr(semgen, "load_engine", lambda args: engine)
+    semgen.main([*SEMGEN, "out", "--seed", "7"])
+    files = {f"fullset/{group}/{n}.png" for group in GROUPS for n in (0, 1)}
+    sources = {f"fullset/{group}/{n}_SRCIMG.png" for group in GROUPS[2:] for n in (0, 1)}
+    assert files_in("out").keys() == files | sources
+    source = Image.open("bench/images/2.jpg").resize((48, 48), Image.BICUBIC)  # squeezed
+    assert np.array_equal(Image.open("out/fullset/edit_multi/1_SRCIMG.png"), source)
+    edit = [source, bench[1]["edit_multi"]]
+    for group, prompt, task in (
+        ("t2i_long", [bench[1]["t2i_long"]], None),
+        ("edit_multi", edit, "edit"),
+    ):
+        picture = Image.open(f"out/fullset/{group}/1.png")
+        (expected,) = engine.generate([prompt], steps=2, seed=7, task=task)
+        assert np.array_equal(picture, expected)
+        assert picture.text == {"prompt": bench[1][group], "seed": "7"}
+
+
+def test_semgen_draws_with_unialignment(bench, uni_folder):
+    uni = ["--engine", "unialignment", "--checkpoint", str(uni_folder)]
+    semgen.main([*SEMGEN, "out", *uni])
+    engine = UniAlignment.load(uni_folder, device="cpu")
+    source = Image.open("bench/pictures/1.jpg").resize((32, 32), Image.BICUBIC)
+    drawn = engine.generate([bench[0]["t2i_complex"]], steps=2, guidance=7)
+    edited = engine.generate([bench[0]["edit_complex"]], [[source]], steps=2, guidance=9)
+    assert np.array_equal(Image.open("out/fullset/t2i_complex/0.png"), drawn[0])
+    assert np.array_equal(Image.open("out/fullset/edit_complex/0.png"), edited[0])
+
+
+@pytest.mark.parametrize("name", ["dream-engine", "unialignment"])
+def test_settings_are_those_of_the_published_script(name, recorder):
+    arguments = ["--bench", "bench/semgen_bench.jsonl", "--engine", name, "--out"]
+    semgen.main([*arguments, "a"])
+    for group, (_, options) in zip(GROUPS, recorder.asked):
+        edits = group.startswith("edit")
+        uni, ours = {"guidance": 9.0 if edits else 7.0}, {"task": "edit" if edits else "t2i"}
+        given = {"steps": 50, "size": (32, 32), "seed": 0}
+        assert options == given | (uni if name == "unialignment" else ours)
+    semgen.main([*arguments, "b", "--guidance", "3", "--size", "16", "--steps", "5"])
+    for _, options in recorder.asked[8:]:
+        assert (options["guidance"], options["steps"], options["size"]) == (3.0, 5, (16, 16))
+
+
+def test_semgen_goes_on_where_it_was_stopped(recorder, bench, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "0", "1":
+        monkeypatch.setenv("RANK", rank)
+        semgen.main([*SEMGEN, "out"])
+        asked = [prompts[0][-1] for prompts, _ in recorder.asked[-4:]]
+        assert asked == [bench[int(rank)][group] for group in GROUPS]
+    before = files_in("out")
+    Path("out/fullset/edit_multi/1.png").unlink()
+    semgen.main([*SEMGEN, "out"])
+    assert len(recorder.asked) == 9 and files_in("out") == before
+    write_jsonl("bench/semgen_bench.jsonl", bench[::-1])
+    said = fails(semgen.main, [*SEMGEN, "out"], capsys)
+    assert "1.png: drawn for another prompt; choose another --out" in said
+    assert len(recorder.asked) == 9 and files_in("out") == before
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_path": "none/3.jpg"}, "no picture none/3.jpg, nor bench/images/3.jpg"),
+        ({"edit_multi": " "}, "semgen_bench.jsonl:2: expected a JSON object with the texts"),
+        ({"t2i_long": None}, "semgen_bench.jsonl:2: expected a JSON object with the texts"),
+        ({"image_path": "cut.jpg"}, "cut.jpg: expected a whole PNG, JPEG or similar file"),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_said_in_one_line(change, message, recorder, bench, capsys):
+    Path("bench/cut.jpg").write_bytes(Path("bench/images/2.jpg").read_bytes()[:500])
+    write_jsonl("bench/semgen_bench.jsonl", [bench[0], bench[1] | change])
+    assert message in fails(semgen.main, [*SEMGEN, "out"], capsys)
+    assert len(recorder.asked) == (4 if "cut" in message else 0)  # known before anything is drawn
 
 
 # ---- reconstruct --------------------------------------------------------------------------------
@@ -209,19 +317,16 @@ def test_a_manifest_is_checked_and_drawn(capsys):
 @pytest.mark.parametrize(
     "program, arguments, message",
     [
-        (geneval, [], "required: command"),
-        (geneval, ["draw", "--metadata", "none.jsonl"], "none.jsonl"),
+        (geneval, [], "required: --metadata"),
+        (geneval, ["--metadata", "none.jsonl"], "none.jsonl"),
+        (geneval, ["--metadata", "empty.jsonl"], "empty.jsonl: empty"),
         (geneval, [*DRAW, "out", "--num", "0"], "expected a whole number from 1 to 1000"),
         (geneval, [*DRAW, "out", "--num", "100000000000000000000"], "expected a whole number"),
         (geneval, [*DRAW, "out", "--steps", "0"], "--steps: '0': expected a whole number"),
         (geneval, [*DRAW, "out", "--guidance", "nan"], "--guidance: 'nan': expected a number"),
         (geneval, [*DRAW, "out", "--seed", "-1"], "--seed: '-1': expected a whole number"),
-        (
-            geneval,
-            ["summary", "metadata.jsonl"],
-            "metadata.jsonl:1: expected a JSON object with tag",
-        ),
-        (geneval, ["summary", "empty.jsonl"], "empty.jsonl: empty"),
+        (semgen, ["--bench", "none.jsonl"], "none.jsonl"),
+        (semgen, ["--bench", "metadata.jsonl"], "metadata.jsonl:1: expected a JSON object with"),
         (reconstruct, ["."], "holds no PNG, JPEG or WebP picture"),
         (reconstruct, [".", "--blend", "1.5"], "--blend: '1.5': expected a number from 0 to 1"),
         (check_manifest, ["none.jsonl"], "none.jsonl: no such manifest"),

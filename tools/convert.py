@@ -1,20 +1,17 @@
 """Turn public datasets, in the files they are published in, into manifests for training.
 
     python -m tools.convert journeydb train_anno_realease_repath.jsonl --images imgs --out journeydb.jsonl
-    python -m tools.convert cc12m shards/ --out cc12m.jsonl     # as grit; ultraedit: .parquet files
+    python -m tools.convert cc12m shards/ --out cc12m.jsonl     # ultraedit: .parquet files
 
-Shards are the .tar files of img2dataset; GRIT's boxes need its --resize_mode keep_ratio, for the
-default pads. Images in shards and parquet files are copied, byte for byte, into a folder beside the
-manifest, as FILE/NUMBER of the record. Faulty records are skipped and counted; damage inside an
-image is only found by `python -m tools.check_manifest`.
+Shards are img2dataset's .tar files. Images in shards and parquet files are copied, byte for byte,
+into a folder beside the manifest, as FILE/NUMBER of the record. Faulty records are skipped and
+counted; damage inside an image is only found by `python -m tools.check_manifest`.
 """
 
 import json
 import os
 import tarfile
-from functools import partial
-from importlib.util import find_spec
-from io import BytesIO, FileIO
+from io import BytesIO
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -23,14 +20,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import read_json
-from data import LONGEST_LINE, parse_record
+from data import parse_record
 from prompts import upright_size
 from support.cli import Parser, UserError, one_line_errors, reading
 from support.files import whole
 
 COLUMNS = ["source_image", "edited_image", "edit_prompt"]  # UltraEdit's
-PARTS = {".txt": "txt", ".json": "json"}  # of img2dataset's samples
-PARTS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), "image")
+PARTS = {".txt": "txt"} | dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), "image")
 LARGEST = 10**8  # bytes of a part
 
 
@@ -46,7 +42,7 @@ def measure(file):
 
 def store(data, path):
     """Write an image's bytes to path, a suffix added, unless they are there -> (file, size)."""
-    if not data or not isinstance(data, bytes):
+    if not isinstance(data, bytes):
         raise UserError("no image")
     suffix, size = measure(BytesIO(data))
     file = path.with_name(path.name + suffix)
@@ -62,51 +58,24 @@ def store(data, path):
 
 def read_lines(file):
     with file.open("rb") as stream:
-        for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), b""), 1):
-            if len(line) == LONGEST_LINE:
-                raise UserError(f"{file.name}:{number} line too long")
-            yield number, line
-
-
-class Bounded(FileIO):
-    """A file for tarfile, which reads what a header asks for: up to 2^64 bytes, in a file with holes."""
-
-    def read(self, size=-1):
-        if not 0 <= size <= LARGEST:
-            raise tarfile.ReadError(f"{size} bytes at once")
-        return super().read(size)
-
-
-def read_members(archive):
-    """(key, part, bytes) of the members of a shard; without bytes if there are too many."""
-    last = -1
-    for member in archive:
-        if member.size < 0 or member.offset <= last:  # that would never end
-            raise tarfile.ReadError("negative size")
-        last, (key, suffix) = member.offset, os.path.splitext(member.name)
-        part, fits = PARTS.get(suffix.lower()), member.size <= LARGEST
-        if part and member.isreg() and not member.issparse():
-            yield key, part, archive.extractfile(member).read() if fits else b""
+        yield from enumerate(stream, 1)
 
 
 def read_samples(file):
-    """The samples of a shard: "image", "txt" and "json" in bytes."""
-    with reading(file.name, "a .tar file"), Bounded(file) as stream:
-        members = read_members(tarfile.TarFile(fileobj=stream))
-        for key, parts in groupby(members, itemgetter(0)):
-            yield key, {part: data for _, part, data in parts}
+    """The samples of a shard: "image" and "txt" in bytes."""
+    with reading(file.name, "a .tar file"), tarfile.open(file, "r:") as archive:
+        members = (member for member in archive if member.isreg() and member.size <= LARGEST)
+        split = ((*os.path.splitext(member.name), member) for member in members)
+        for key, parts in groupby(split, itemgetter(0)):
+            yield key, {PARTS.get(x.lower()): archive.extractfile(m).read() for _, x, m in parts}
 
 
 def read_rows(file):
     """The rows of a parquet file, COLUMNS of them."""
-    import pyarrow.parquet as pq
+    with reading(file.name, "a parquet file, and pyarrow to read it (pip install pyarrow)"):
+        import pyarrow.parquet as pq
 
-    with reading(file.name, "a parquet file"):
-        table = pq.ParquetFile(file)
-        names = table.schema_arrow.names
-        if missing := [name for name in COLUMNS if name not in names]:
-            raise UserError(f"{file.name}: no column {missing[0]}, only {', '.join(names)}")
-        batches = table.iter_batches(batch_size=64, columns=COLUMNS)
+        batches = pq.ParquetFile(file).iter_batches(batch_size=64, columns=COLUMNS)
         yield from enumerate(row for batch in batches for row in batch.to_pylist())
 
 
@@ -132,11 +101,7 @@ def text_at(record, key):
 
 def convert_journeydb(line, _, images):
     record = read_json("record", line)
-    prompt, path = text_at(record, "prompt"), text_at(record, "img_path")
-    folder = os.path.abspath(images)
-    file = Path(os.path.abspath(Path(folder, path)))
-    if not file.is_relative_to(folder) or not os.path.isfile(file):
-        raise UserError(f"no image {path}")
+    prompt, file = text_at(record, "prompt"), Path(images, text_at(record, "img_path"))
     return {"task": "t2i", "prompt": prompt, "target": file, "size": measure(file)[1]}
 
 
@@ -150,41 +115,9 @@ def convert_cc12m(sample, path, _):
 def convert_ultraedit(row, path, _):
     line = {"task": "edit", "instruction": text_at(row, "edit_prompt")}
     for name, column in zip(("source", "target"), COLUMNS):
-        image = row[column] if isinstance(row[column], dict) else {}
-        line[name], line["size"] = store(image.get("bytes"), Path(f"{path}-{name}"))
+        image = (row.get(column) or {}).get("bytes")
+        line[name], line["size"] = store(image, Path(f"{path}-{name}"))
     return line
-
-
-def convert_grit(sample, path, _):
-    record = read_json("json", sample.get("json", b""))
-    segments = split_caption(text_at(record, "caption"), record.get("noun_chunks"))
-    file, size = store(sample.get("image"), path)
-    return {"task": "objects", "target": file, "segments": segments, "size": size}
-
-
-def split_caption(caption, chunks):
-    """Cut a caption at its noun chunks -> [[text, [[x1, y1, x2, y2], ...]], ...], in thousandths.
-
-    chunks: [start, end, x1, y1, x2, y2, score], edges from 0 to 1. Of chunks whose texts overlap
-    the highest score stays. Raises UserError if a chunk is broken or no box is left.
-    """
-    spans = {}  # (start, end): boxes
-    with reading("noun_chunks", "[start, end, x1, y1, x2, y2, score]"):
-        for *span, x1, y1, x2, y2, _ in sorted(chunks, key=lambda chunk: -chunk[6]):
-            start, end = map(int, span)
-            box = x1, y1, x2, y2 = [round(1000 * min(max(x, 0), 1)) for x in (x1, y1, x2, y2)]
-            if not 0 <= start < end <= len(caption):
-                raise UserError(f"noun chunk from {start} to {end}, beyond the caption")
-            is_free = all(end <= s or e <= start or (s, e) == (start, end) for s, e in spans)
-            if is_free and x1 < x2 and y1 < y2:
-                spans.setdefault((start, end), []).append(box)
-    if not spans:
-        raise UserError("no noun chunk with a box")
-    segments, done = [], 0
-    for (start, end), boxes in sorted(spans.items()):
-        segments += [[caption[done:start], []], [caption[start:end], boxes]]
-        done = end
-    return [segment for segment in [*segments, [caption[done:], []]] if segment[0]]
 
 
 # ---- the program --------------------------------------------------------------------------------
@@ -193,7 +126,6 @@ DATASETS = {
     "journeydb": (".jsonl", read_lines, convert_journeydb),
     "cc12m": (".tar", read_samples, convert_cc12m),
     "ultraedit": (".parquet", read_rows, convert_ultraedit),
-    "grit": (".tar", read_samples, convert_grit),
 }
 
 
@@ -219,25 +151,24 @@ def write_manifest(file, records, convert):
     def relative(path):
         return Path(os.path.relpath(path, file.parent)).as_posix()
 
-    written, skipped, reasons = 0, 0, ""
+    written, faults, folder = 0, [], file.with_suffix("")
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as unfinished, unfinished.open("w", encoding="utf-8") as stream:
         for place, name, record in tqdm(records, unit=" records"):
             try:
                 if isinstance(record, UserError):
                     raise record
-                line = convert(record, file.with_suffix("") / name)
+                line = convert(record, folder / name)
                 line = json.dumps(line, ensure_ascii=False, default=relative)
                 parse_record(line)  # what training would refuse is faulty, too
-            except UserError as error:
-                skipped += 1
-                reasons += f"; {place}{error}" if skipped <= 3 else "; ..." * (skipped == 4)
-            else:
                 written += stream.write(line + "\n") > 0
+            except UserError as error:
+                faults.append(f"{place}{error}")
+        reasons = "; ".join(["", *faults[:3], *["..."][: len(faults) // 4]])
         reasons = "".join(c if c.isprintable() else "?" for c in reasons)  # names from the files
         if not written:
             raise UserError(f"{file}: not written, no usable record{reasons}")
-    print(f"{file}: {written} lines written, {skipped} records skipped{reasons}")
+    print(f"{file}: {written} lines written, {len(faults)} records skipped{reasons}")
 
 
 def main(arguments=None):
@@ -255,8 +186,6 @@ def main(arguments=None):
         raise UserError(f"{out}: --out would overwrite the dataset")
     if args.dataset == "journeydb" and not (args.images and Path(args.images).is_dir()):
         raise UserError(f"--images must be the folder of the images, got {args.images}")
-    if suffix == ".parquet" and not find_spec("pyarrow"):
-        raise UserError("parquet files are read by pyarrow: pip install pyarrow")
     write_manifest(out, read_all(read, files), lambda *record: convert(*record, args.images))
 
 

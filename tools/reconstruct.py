@@ -15,7 +15,7 @@ from tqdm import tqdm
 from prompts import crop_to, read_image, to_tensor
 from support.cli import Parser, number, one_line_errors
 from support.files import sheet, write_json, write_png
-from tools.geneval import add_engine_options, load_engine
+from tools.geneval import ENGINES, add_engine_options, load_engine, settings_of
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 SHOWN = 20  # pictures on the sheet
@@ -34,17 +34,17 @@ def main(arguments=None):
     parser.add_argument("folder")
     blend = "r, from LMM (0) to ViT (1)"
     parser.add_argument("--blend", type=number(0, 1), default=0.0, help=blend)
-    add_engine_options(parser, "runs/reconstruct")
+    add_engine_options(parser, "runs/reconstruct", ENGINES[:1])
     args = parser.parse_args(arguments)
     files = sorted(f for f in Path(args.folder).glob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
         raise FileNotFoundError(f"{args.folder}: holds no PNG, JPEG or WebP picture")
     engine, out, scores, rows = load_engine(args), Path(args.out), {}, []
     side = args.size or engine.default_size
-    options = {"steps": args.steps, "guidance": args.guidance, "r": args.blend, "seed": args.seed}
+    options = settings_of(args) | {"size": (side, side), "r": args.blend, "task": "i2i"}
     for file in tqdm(files, "copies"):
         source = crop_to(read_image(file), side, side)
-        (copy,) = engine.generate([[source]], size=(side, side), task="i2i", **options)
+        (copy,) = engine.generate([[source]], **options)
         score = scores[file.name] = compare(engine.lmm, source, copy)
         text = f"{file.name}: L2 {score['l2']:.4f}, cosine {score['cosine']:.4f}"
         rows += [([source, copy], text)] if len(rows) < SHOWN else []
