@@ -3,7 +3,9 @@
 import importlib
 import io
 import json
+import math
 import os
+import random
 import sys
 import tarfile
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support.cli import one_line_errors
+from support.cli import UserError, one_line_errors
 from tools import convert
 
 
@@ -209,6 +211,90 @@ def test_a_member_too_large_to_read_is_skipped(size, capsys):
     said(capsys)
 
 
+CAPTION = "a wire hanger with a paper cover that reads we heart our customers"
+CHUNKS = [
+    [19.0, 32.0, 0.019644069503434333, 0.31054004, 0.9622142865754519, 0.9603442351, 0.79298526],
+    [0.0, 13.0, 0.019422357885505368, 0.02763416, 0.9593302408854166, 0.96946756045, 0.67520964],
+]
+
+
+def test_grit(capsys):
+    members = [
+        *sample("0", picture(0), CAPTION, noun_chunks=CHUNKS, ref_exps=CHUNKS, id=1),
+        *sample("1", picture(1), "a dog", noun_chunks=CHUNKS),
+        *sample("2", picture(1), "a dog", noun_chunks=[]),
+        *sample("3", picture(1), CAPTION, noun_chunks=CHUNKS)[1:],
+        *sample("4", picture(1), "a dog", noun_chunks=None, ref_exps=None, id=2),
+        *sample("5", picture(1), CAPTION, noun_chunks=CHUNKS)[:2],
+        *(("6.jpg", picture(1)), ("6.json", b'{"caption": "a d')),
+    ]
+    write_tar("grit/00000.tar", members)
+    (line,) = run("grit grit --out g.jsonl")
+    assert line.pop("segments") == [
+        ["a wire hanger", [[19, 28, 959, 969]]],
+        [" with ", []],
+        ["a paper cover", [[20, 311, 962, 960]]],
+        [" that reads we heart our customers", []],
+    ]
+    assert line == {"task": "objects", "target": "g/00000/000000000.jpg", "size": [12, 8]}
+    assert Path("g/00000/000000000.jpg").read_bytes() == picture(0)
+    assert said(capsys) == (
+        "g.jsonl: 1 lines written, 6 records skipped; "
+        "00000.tar:1 noun chunk from 19 to 32, beyond the caption; "
+        "00000.tar:2 no noun chunk with a box; 00000.tar:3 no image; ..."
+    )
+
+
+@pytest.mark.parametrize(
+    "chunks, segments",
+    [
+        (  # the higher score stays
+            [[0, 5, 0, 0, 0.5, 0.5, 0.6], [2, 10, 0, 0, 1, 1, 0.7]],
+            [["a ", []], ["dog on a", [[0, 0, 1000, 1000]]], [" hill", []]],
+        ),
+        (  # a span with two boxes, of which none gives way to the other
+            [[0, 5, 0, 0, 0.5, 0.5, 0.6], [0, 5, 0.25, 0, 1, 1, 0.7], [4, 6, 0, 0, 1, 1, 0.65]],
+            [["a dog", [[250, 0, 1000, 1000], [0, 0, 500, 500]]], [" on a hill", []]],
+        ),
+        (  # neighbours do not overlap; boxes end at the image
+            [[0, 6, -0.1, 0, 0.5, 1.2, 0.6], [6, 15, 0, 0, 1, 1, 0.5]],
+            [["a dog ", [[0, 0, 500, 1000]]], ["on a hill", [[0, 0, 1000, 1000]]]],
+        ),
+        (  # boxes without area give way, whatever their score
+            [[0, 5, 0.5, 0, 0.5, 1, 0.9], [0, 9, 0.7, 0, 0.2, 1, 0.8], [2, 5, 0, 0, 1, 0.5, 0.1]],
+            [["a ", []], ["dog", [[0, 0, 1000, 500]]], [" on a hill", []]],
+        ),
+    ],
+)
+def test_a_caption_is_split_at_its_noun_chunks(chunks, segments):
+    assert convert.split_caption("a dog on a hill", chunks) == segments
+
+
+def test_segments_join_to_the_caption():
+    rng, caption = random.Random(0), "ein Hündchen 🐕 auf dem Hügel"
+    for _ in range(300):
+        chunks = []
+        for _ in range(rng.randint(1, 6)):
+            start, end = sorted(rng.sample(range(len(caption) + 1), 2))
+            chunks.append([start, end, 0.1, 0.1, 0.6, 0.7, rng.random()])
+        segments = convert.split_caption(caption, chunks)
+        assert "".join(text for text, _ in segments) == caption
+        assert all(text for text, _ in segments) and any(boxes for _, boxes in segments)
+
+
+BROKEN = [None, [], "a dog", {"a": 1}, [3], [[0, 5, 0, 0, 1, 1]], [[0, 5, 0, 0, 1, 1, 0.5, 0]]]
+BROKEN += [
+    [[0, 5, 0, 0, *x]] for x in ((1, 1, None), ("1", 1, 1), (math.nan, 1, 1), (0.0001, 1, 1))
+]
+SPANS = (0, math.inf), (0, 10**400), (5, 5), (-1, 5), (0, 99)
+
+
+@pytest.mark.parametrize("chunks", BROKEN + [[[*span, 0, 0, 1, 1, 0.5]] for span in SPANS])
+def test_broken_noun_chunks_are_refused(chunks):
+    with pytest.raises(UserError, match="noun"):
+        convert.split_caption("a dog on a hill", chunks)
+
+
 def write_parquet(name, columns):
     pa = pytest.importorskip("pyarrow")
     importlib.import_module("pyarrow.parquet").write_table(pa.table(columns), name)
@@ -311,6 +397,10 @@ def test_a_full_disk_leaves_no_half_image(monkeypatch, capsys):
         ("cc12m 00000.tar --out folder.jsonl", "--out must be a file that ends in .jsonl"),
         ("cc12m 00000.tar --out 00000.tar/c.jsonl", "00000.tar"),
         ("cc12m a.jsonl --out c.jsonl", "no usable record; a.jsonl: expected a .tar file"),
+        (
+            "grit 00000.tar --out c.jsonl",
+            "no usable record; 00000.tar:0 noun_chunks: expected [start",
+        ),
         ("journeydb a.jsonl --images none --out c.jsonl", "--images must be the folder"),
         ("journeydb a.jsonl --images empty --out a.jsonl", "would overwrite the dataset"),
         (

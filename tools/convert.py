@@ -1,11 +1,12 @@
 """Turn public datasets, in the files they are published in, into manifests for training.
 
     python -m tools.convert journeydb train_anno_realease_repath.jsonl --images imgs --out journeydb.jsonl
-    python -m tools.convert cc12m shards/ --out cc12m.jsonl     # ultraedit: .parquet files
+    python -m tools.convert cc12m shards/ --out cc12m.jsonl     # as grit; ultraedit: .parquet files
 
-Shards are img2dataset's .tar files. Images in shards and parquet files are copied, byte for byte,
-into a folder beside the manifest, as FILE/NUMBER of the record. Faulty records are skipped and
-counted; damage inside an image is only found by `python -m tools.check_manifest`.
+Shards are the .tar files of img2dataset; GRIT's boxes need its --resize_mode keep_ratio, for the
+default pads. Images in shards and parquet files are copied, byte for byte, into a folder beside the
+manifest, as FILE/NUMBER of the record. Faulty records are skipped and counted; damage inside an
+image is only found by `python -m tools.check_manifest`.
 """
 
 import json
@@ -26,7 +27,8 @@ from support.cli import Parser, UserError, one_line_errors, reading
 from support.files import whole
 
 COLUMNS = ["source_image", "edited_image", "edit_prompt"]  # UltraEdit's
-PARTS = {".txt": "txt"} | dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), "image")
+PARTS = {".txt": "txt", ".json": "json"}  # of img2dataset's samples
+PARTS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), "image")
 LARGEST = 10**8  # bytes of a part
 
 
@@ -62,7 +64,7 @@ def read_lines(file):
 
 
 def read_samples(file):
-    """The samples of a shard: "image" and "txt" in bytes."""
+    """The samples of a shard: "image", "txt" and "json" in bytes."""
     with reading(file.name, "a .tar file"), tarfile.open(file, "r:") as archive:
         members = (member for member in archive if member.isreg() and member.size <= LARGEST)
         split = ((*os.path.splitext(member.name), member) for member in members)
@@ -120,12 +122,45 @@ def convert_ultraedit(row, path, _):
     return line
 
 
+def convert_grit(sample, path, _):
+    record = read_json("json", sample.get("json", b""))
+    segments = split_caption(text_at(record, "caption"), record.get("noun_chunks"))
+    file, size = store(sample.get("image"), path)
+    return {"task": "objects", "target": file, "segments": segments, "size": size}
+
+
+def split_caption(caption, chunks):
+    """Cut a caption at its noun chunks -> [[text, [[x1, y1, x2, y2], ...]], ...], in thousandths.
+
+    chunks: [start, end, x1, y1, x2, y2, score], edges from 0 to 1. Of chunks whose texts overlap
+    the highest score stays. Raises UserError if a chunk is broken or no box is left.
+    """
+    spans = {}  # (start, end): boxes
+    with reading("noun_chunks", "[start, end, x1, y1, x2, y2, score]"):
+        for *span, x1, y1, x2, y2, _ in sorted(chunks, key=lambda chunk: -chunk[6]):
+            start, end = map(int, span)
+            box = x1, y1, x2, y2 = [round(1000 * min(max(x, 0), 1)) for x in (x1, y1, x2, y2)]
+            if not 0 <= start < end <= len(caption):
+                raise UserError(f"noun chunk from {start} to {end}, beyond the caption")
+            is_free = all(end <= s or e <= start or (s, e) == (start, end) for s, e in spans)
+            if is_free and x1 < x2 and y1 < y2:
+                spans.setdefault((start, end), []).append(box)
+    if not spans:
+        raise UserError("no noun chunk with a box")
+    segments, done = [], 0
+    for (start, end), boxes in sorted(spans.items()):
+        segments += [[caption[done:start], []], [caption[start:end], boxes]]
+        done = end
+    return [segment for segment in [*segments, [caption[done:], []]] if segment[0]]
+
+
 # ---- the program --------------------------------------------------------------------------------
 
 DATASETS = {
     "journeydb": (".jsonl", read_lines, convert_journeydb),
     "cc12m": (".tar", read_samples, convert_cc12m),
     "ultraedit": (".parquet", read_rows, convert_ultraedit),
+    "grit": (".tar", read_samples, convert_grit),
 }
 
 
