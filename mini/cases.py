@@ -148,7 +148,8 @@ def composed_cases(n, seed, pairs=SEEN, pictures=2):
             "exact": asked_for(Prompt("", mentions)),
             "placed": lambda r, s=scene: r.scene == s,
         }
-        cases.append(Case("objects", [*shown[:pictures], words], scene, checks))
+        task = "objects" if pictures else "t2i"
+        cases.append(Case(task, [*shown[:pictures], words], scene, checks))
     return {"composed": cases}
 
 

@@ -18,23 +18,39 @@ def test_perfect_pictures_are_right_and_others_are_not(row, pairs):
         images = [world.render(case.target) for case in group]
         assert set(cases.judge(group, images)["exact"]) == {"1"}
         others = cases.judge(group, [*images[1:], images[0]])["exact"]
-        assert row in ("t2i", "mixing") or others.count("1") <= 1  # small scenes may be alike
+        open_places = ("t2i", "mixing", "composed", "words alone")  # small scenes may be alike
+        assert row in open_places or others.count("1") <= 1
         for case in group:
             apply_task(case.task, case.prompt)
             blank = world.read(Image.new("RGB", (48, 48), (240, 240, 240)))
             assert not case.checks["exact"](blank)
+            if case.source and row != "segmentation":  # of a red circle on black it is the same
+                assert not case.checks["exact"](world.read(case.source))
 
 
 def test_evaluation_asks_only_for_what_training_never_draws():
     for row, pairs in product(cases.CASES, (SEEN, HELD_OUT)):
         for group in cases.CASES[row](12, "test", pairs).values():
             for case in group:
-                if row != "mixing":  # its prompts are new, whatever they show
+                if row not in ("mixing", "segmentation"):  # their prompts are new
                     assert world.is_exam(case.target)
                 if case.source:
                     assert world.is_exam(world.detect(case.source))
                 asked = {o.pair for o in case.target.objects}
+                if row in ("semgen", "segmentation"):  # of pairs that are trained
+                    assert pairs is HELD_OUT or not asked & set(HELD_OUT)
+                    continue
                 assert bool(asked & set(HELD_OUT)) == (pairs is HELD_OUT)
+
+
+def test_semgen_in_shapes_asks_what_no_training_does():
+    groups = cases.semgen_cases(20, "test")
+    assert {name: len(group) for name, group in groups.items()} == dict.fromkeys(
+        ("long", "semantic", "several", "reference"), 10
+    )
+    assert all(len(case.prompt[0].split()) > 20 for case in groups["long"])
+    assert all(case.prompt[1].count(",") == 1 for case in groups["several"])
+    assert all("the object" in case.prompt[1] for case in groups["reference"])
 
 
 def test_wilsons_interval():

@@ -250,7 +250,6 @@ def test_unialignment_reads(uni_folder, capsys):
         (["--prompt", "a", "--order", "confident"], "--order has no effect with drawing"),
         (["--prompt", " "], "empty prompt"),
         (["--task", "edit", "--prompt", "a"], "task edit takes one image"),
-        (["--prompt", "a", "--image", "dog.png", "--image", "dog.png"], "take no image, all one or all three"),
         (["--prompt", "a", "--size", "40"], "multiples of 16 up to 384"),
         (["--prompt", "a", "--checkpoint", "dog.png"], "dog.png"),
     ],

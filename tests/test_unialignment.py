@@ -458,10 +458,6 @@ def test_parts_of_other_models_are_refused(uni, tmp_path):
         (lambda uni: uni.generate(["a"], steps=0), "steps must be at least 1"),
         (lambda uni: uni.generate(["a"], guidance=float("nan")), "finite"),
         (lambda uni: uni.generate(["a"], size=(32, 50)), "nearest is 48"),
-        (
-            lambda uni: uni.generate(["a"], [[picture(0)] * 2]),
-            r"no image, all one or all three: found \[2\]",
-        ),
         (lambda uni: uni.generate(["a", "a"], [[], [picture(0)]]), r"found \[0, 1\]"),
         (lambda uni: uni.answer([picture(0)], ["how " * 20]), "a question of all 12 slots"),
         (lambda uni: uni.answer([picture(0)], [" "]), "empty question"),
