@@ -27,7 +27,8 @@ from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
 from lmm import load_lmm
 from mini import cases, pretrain, unified, world
 from mini.cases import CASES, STREAM, bits, copies_of, interval, score, share
-from mini.world import HELD_OUT, SEEN
+from mini.unified import GROUPS, random_scenes
+from mini.world import SEEN
 from support.cli import Parser, UserError, number, one_line_errors, whole_number
 from support.files import prompt_row, sheet, table, whole, write_json, write_png, write_text
 from unialignment import MINI, UniAlignment
@@ -66,7 +67,7 @@ class Base:
 
 def drawn(args, name, engine, row, **settings):
     """A row of CASES, of the pairs that training draws and of the held-out ones; and sheets."""
-    for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD))[: 1 if row == "semgen" else 2]:
+    for suffix, pairs in list(GROUPS.items())[: 1 if row == "semgen" else 2]:
         groups, tiles, asked, title = {}, [], CASES[row](args.num, STREAM, pairs), name + suffix
         images = iter(cases.draw(engine.generate, chain(*asked.values()), title, **settings))
         for group, members in asked.items():
@@ -78,25 +79,22 @@ def drawn(args, name, engine, row, **settings):
         yield title, groups
 
 
-def random_scenes(args, name):
-    for pairs, suffix in ((SEEN, ""), (HELD_OUT, HELD)):
-        yield name + suffix, unified.random_scenes(name.lower() + suffix, args.num, pairs)
-
-
 def copied(args):
     vae = load_vae(SD3)
-    for name, scenes in random_scenes(args, "VAE"):
+    for suffix, pairs in GROUPS.items():
+        scenes = random_scenes(f"vae{suffix}", args.num, pairs)
         copies = copies_of(vae, list(map(world.render, scenes)))
         right = bits(world.detect(copy) == scene for copy, scene in zip(copies, scenes))
-        yield name, {"VAE": {"exact": right}}
+        yield f"VAE{suffix}", {"VAE": {"exact": right}}
 
 
 def captioned(args):
     lmm = load_lmm(LMM)
-    for name, scenes in random_scenes(args, "captions"):
+    for suffix, pairs in GROUPS.items():
+        scenes = random_scenes(f"captions{suffix}", args.num, pairs)
         texts = unified.lmm_captions(lmm, map(world.render, scenes))
         right = bits(text == world.describe(scene) for text, scene in zip(texts, scenes))
-        yield name, {"captions": {"exact": right}}
+        yield f"captions{suffix}", {"captions": {"exact": right}}
 
 
 def drawn_by_base(args):
@@ -236,7 +234,7 @@ def report(scores):
         ("variety", "**Variety** (`variety`): two pictures, their places left open, 8 seeds each",
          ["r", "distinct readings", "share unclear"]),
         ("steps", "**Euler steps** (`steps`): text -> image", ["steps", "score", "seconds a picture"]),
-        ("reading", "**Reading** (`reading`): captions", ["who", "exact", "F1 of objects"]),
+        ("reading", "**Reading** (`reading`): captions", ["", "exact", "F1 of objects"]),
         ("questions", "**Questions** (`questions`)", ["kind", "right", "most frequent answer"]),
         ("edges", "**Edges** (`edges`)", ["pictures", "F1"]),
         ("own", "**Its own drawings** (`own`)", ["", "caption fits picture", "does not"]),

@@ -7,13 +7,14 @@ import random
 import time
 from collections import Counter
 from functools import partial
+from operator import eq
+from statistics import fmean
 
 import numpy as np
 
 from dream_engine import LMM, SD3, DreamEngine
-from lmm import load_lmm
 from mini import cases, programs, world
-from mini.cases import STREAM, bits, share
+from mini.cases import STREAM
 from mini.encoders import CAPTION, continued
 from mini.world import HELD_OUT, SEEN
 from unialignment import UniAlignment
@@ -65,18 +66,14 @@ def lmm_captions(lmm, images):
 
 
 def reading(args):
-    """{who: [share of captions that are right word for word, F1 of the objects named]}."""
-    engine, lmm, result = load(args), load_lmm(LMM), {}
-    for group, pairs in GROUPS.items():
-        scenes = random_scenes(f"captions{group}", args.num, pairs)
-        images = list(map(world.render, scenes))
-        for who, texts in (
-            ("UniAlignment", engine.answer(images)),
-            ("Qwen2-VL", lmm_captions(lmm, images)),
-        ):
-            exact = bits(text == world.describe(scene) for text, scene in zip(texts, scenes))
-            found, true = (list(map(objects_of, x)) for x in (texts, map(world.describe, scenes)))
-            result[who + group] = [share(exact), f1(found, true)]
+    """{pairs: [share of captions that are right word for word, F1 of the objects named]}."""
+    engine, result = load(args), {}
+    for name, pairs in GROUPS.items():
+        scenes = random_scenes(f"captions{name}", args.num, pairs)
+        true = list(map(world.describe, scenes))
+        texts = engine.answer(list(map(world.render, scenes)))
+        found, named = (list(map(objects_of, captions)) for captions in (texts, true))
+        result[f"captions{name}"] = [fmean(map(eq, texts, true)), f1(found, named)]
     return result
 
 
@@ -87,8 +84,8 @@ def questions(args):
         rng = random.Random(f"questions {kind} {STREAM}")
         asked = [programs.sample_question(kind, rng, exam=True) for _ in range(args.num // 3)]
         texts = engine.answer([world.render(s) for s, _ in asked], [q.text for _, q in asked])
-        right = bits(text == programs.answer(q, s) for text, (s, q) in zip(texts, asked))
-        result[kind] = [share(right), programs.majority(kind)]
+        right = fmean(text == programs.answer(q, s) for text, (s, q) in zip(texts, asked))
+        result[kind] = [right, programs.majority(kind)]
     return result | {"mean": np.mean(list(result.values()), axis=0).tolist()}
 
 

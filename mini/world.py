@@ -2,20 +2,11 @@
 
 import numpy as np
 
+from mini import scenes
 from mini.edits import EDITS, sample_edit
 from mini.programs import QUESTIONS, answer, reference_record, sample_question, sample_reference
 from mini.scenes import *
-from mini.scenes import (
-    PLACES,
-    TASKS,
-    describe,
-    edges,
-    is_exam,
-    render,
-    sample_caption,
-    sample_scene,
-    segment,
-)
+from mini.scenes import describe, render
 
 SEGMENT, EDGES = "Segment the image.", "Draw the edges."
 
@@ -41,31 +32,30 @@ class Examples:
             return perceived(rng)
         if task == "edit":
             edit = sample_edit(rng.choice(EDITS), rng)
-            source, target = render(edit.source), render(edit.target)
-            record = {"task": task, "source": source, "instruction": edit.text, "target": target}
-            return record | {"caption": describe(edit.target)}
-        if task == "answer":
+            record = {"source": render(edit.source), "instruction": edit.text}
+            record |= {"target": render(edit.target), "caption": describe(edit.target)}
+        elif task == "answer":
             scene, question = sample_question(rng.choice(QUESTIONS), rng)
-            record = {"task": task, "image": render(scene), "question": question.text}
-            return record | {"answer": answer(question, scene)}
-        if task == "objects":
-            return reference_record(sample_reference(rng))
-        scene, prompt = sample_caption(rng.choice((*TASKS, "scene")), rng)
-        record = {"task": task, "prompt": prompt.text, "target": render(scene)}
-        return record | {"caption": describe(scene)}
+            record = {"image": render(scene), "question": question.text}
+            record["answer"] = answer(question, scene)
+        elif task == "objects":
+            record = reference_record(sample_reference(rng))
+        else:
+            kind = rng.choice((*scenes.TASKS, "scene"))
+            scene, prompt = scenes.sample_caption(kind, rng)
+            record = {"prompt": prompt.text, "target": render(scene), "caption": describe(scene)}
+        return record | {"task": task}
 
 
 def perceived(rng):
     """An edit that makes of a scene its segmentation or, one in four, its edges."""
-    scene = sample_scene(rng.choice((*TASKS, "scene")), rng)
-    record = {"task": "edit", "source": render(scene)}
+    scene = scenes.sample_scene(rng.choice((*scenes.TASKS, "scene")), rng)
+    labels, record = scenes.segment(scene), {"task": "edit", "source": render(scene)}
     if rng.random() < 0.25:
-        places = ", ".join(f"{PLACES[o.place]} {o.shape}" for o in scene.objects)
-        return record | {"instruction": EDGES, "target": edges(scene), "caption": f"edges {places}"}
-    if is_exam(labels := segment(scene)):
+        places = ", ".join(f"{scenes.PLACES[o.place]} {o.shape}" for o in scene.objects)
+        record |= {"instruction": EDGES, "target": scenes.edges(scene)}
+        return record | {"caption": f"edges {places}"}
+    if scenes.is_exam(labels):
         return perceived(rng)
-    return record | {
-        "instruction": SEGMENT,
-        "target": render(labels),
-        "caption": describe(labels),
-    }
+    record |= {"instruction": SEGMENT, "target": render(labels)}
+    return record | {"caption": describe(labels)}
