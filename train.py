@@ -44,7 +44,7 @@ SHARES = {  # by stage: of each task among the microbatches
     2: {"t2i": 3, "i2i": 1, "edit": 3, "objects": 3},
     UNI: {"t2i": 1, "edit": 1},  # a step each, in turn
 }
-STEPS, RATES = {1: 6000, 2: 8000, UNI: 8000}, {1: 2e-3, 2: 1e-3, UNI: 8e-4}  # of the miniature
+STEPS, RATES = {1: 6000, 2: 8000, UNI: 10000}, {1: 2e-3, 2: 1e-3, UNI: 1.2e-3}  # of the miniature
 OPTIONS = {  # that belong to some stages only
     "2": ("rank", "lmm_lora"),
     "1 or 2": ("alpha", "blend", "mlp_dim", "shard"),
@@ -265,10 +265,10 @@ def options():
     add("--blend", type=number(0, 1), help="one r for all, 0: LMM, 1: ViT; default: a random one each")
     add("--layers", type=whole_number(1, 8), default=2, help="of a new adapter; default: 2")
     add("--mlp-dim", type=whole_number(1, 65536), help="its hidden units; default: up to 4096")
-    add("--steps", type=whole_number(1, 10**7), help="default: 6000 in stage 1, else 8000")
+    add("--steps", type=whole_number(1, 10**7), help="default: 6000, 8000, 10000 by stage")
     add("--batch", type=whole_number(1, 4096), default=16, help="examples in a microbatch")
     add("--accumulate", type=whole_number(1, 10**4), default=1, help="microbatches a step and process")
-    add("--lr", type=positive(10), help="default: 2e-3, 1e-3, 8e-4 for the miniature, else 5e-5, 3e-5")
+    add("--lr", type=positive(10), help="default: 2e-3, 1e-3, 1.2e-3 for the miniature, else 5e-5, 3e-5")
     add("--warmup", type=whole_number(1), default=100, help="steps")
     add("--decay", type=positive(1), default=0.3, help="last share of the steps, lr falls to 0")
     add("--clip", type=positive(1e9), default=1.0, help="largest norm of the gradient")
@@ -291,7 +291,7 @@ def options():
     add("--sd3", type=Path, default=SD3, help="SD3 / SD3.5: single file or diffusers folder")
     add("--lmm", type=Path, default=LMM, help="Qwen2-VL: Hugging Face folder")
     add("--text-encoder", type=Path, help="UniAlignment: SD3's T5; default: in --sd3, or the mini's")
-    add("--slots", type=whole_number(2, 512), help="of its texts; default: 256, of the miniature 24")
+    add("--slots", type=whole_number(2, 512), help="of its texts; default: 256, of the miniature 42")
     add("--sentence", help="in front of its captions; default: none, of the miniature Describe the image.")
     add("--checkpoint", type=Path, help="to start from, or none; default: the mini's stage 1")
     # fmt: on
@@ -337,7 +337,7 @@ def parse(arguments=None):
     if uni:
         t5 = MINI / "t5-mini" if miniature else args.sd3 / "text_encoder_3"
         args.text_encoder = args.text_encoder or t5
-        args.slots = args.slots or (28 if miniature else 256)
+        args.slots = args.slots or (42 if miniature else 256)
         args.sentence = (
             "Describe the image." if args.sentence is None and miniature else args.sentence
         )

@@ -62,6 +62,6 @@ once export "$PYTHON" -m mini.pretrain export --out "$OUT"
 stage 1 2000
 stage 2 4400
 train unialignment 5714 --stage unialignment --tasks t2i=1,edit=1.5,answer=0.8 --null 0.05 \
-    --weights text=0.5 --loss velocity --lr 1.2e-3 --warmup 200 --decay 0.6 --slots 42
+    --weights text=0.5 --loss velocity --warmup 200 --decay 0.6
 guidance guidance-unialignment "$OUT/unialignment" # and to weights/mini/unialignment
 OMP_NUM_THREADS=2 "$PYTHON" -m mini.evaluate --num "$N" --run "$OUT" --out "$OUT/scores"
