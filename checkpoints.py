@@ -73,10 +73,10 @@ def metadata(file):
         return f.metadata() or {}
 
 
-def read_json(file):
-    """The JSON object that a file holds."""
+def read_json(file, text=None):
+    """The JSON object that a file holds, or the text taken from it."""
     with reading(file, "a JSON object"):
-        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        value = json.loads(Path(file).read_text(encoding="utf-8-sig") if text is None else text)
         if not isinstance(value, dict):
             raise TypeError(f"it holds a {type(value).__name__}")
     return value

@@ -152,9 +152,9 @@ class UniAlignment(nn.Module):
         """Draw one PIL image for each prompt, a text, or a list of texts and PIL images.
 
         images: a list of PIL images for each prompt: none to draw, one to edit or perceive, three
-        to compose; the same number for all. size: (width, height), multiples of 16, to which they
-        are cut. negative: what guidance moves away from. Image i depends on its prompt, its images
-        and seed + i alone. Raises UserError for what cannot be drawn.
+        to compose. size: (width, height), multiples of 16, to which they are cut. negative: what
+        guidance moves away from. Image i depends on its prompt, its images and seed + i alone.
+        Raises UserError for what cannot be drawn, as where prompts have unlike numbers of images.
         """
         sampling, images = self.sampling, images or [[]] * len(prompts)
         prompts = [[p] if isinstance(p, str) else p for p in prompts]
