@@ -74,7 +74,7 @@ def metadata(file):
 
 
 def read_json(file, text=None):
-    """The JSON object that a file, or a text from it, holds."""
+    """The JSON object that a file holds, or the text taken from it."""
     with reading(file, "a JSON object"):
         value = json.loads(Path(file).read_text(encoding="utf-8-sig") if text is None else text)
         if not isinstance(value, dict):

@@ -18,8 +18,7 @@ def shift_sigmas(sigma, shift):
 def sigma_schedule(steps, shift=3.0):
     """The noise levels of a sampling run: (steps + 1,) fp32, falling from 1 to 0.
 
-    The last level before 0 is one thousandth, shifted; then all levels are shifted, that one a
-    second time, as in SD3.5's own code and in diffusers.
+    The last level before 0 is one thousandth, shifted twice as in SD3.5's own code and diffusers.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")

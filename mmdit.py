@@ -263,10 +263,14 @@ class MMDiT(nn.Module):
         h, w = height // p, width // p
         if h > side or w > side:
             raise ValueError(f"latent of {h}x{w} patches is larger than the table, {side}x{side}")
+        return self.x_embedder(latent) + self.positions(h, w)
+
+    def positions(self, h, w):
+        """The centre h x w of the position table, (1, h w, D)."""
+        side = self.config.positions
+        top, left = (side - h) // 2, (side - w) // 2
         table = rearrange(self.pos_embed, "1 (h w) D -> h w D", h=side)
-        top, left = (side - h) // 2, (side - w) // 2  # the centre of the table is used
-        positions = rearrange(table[top : top + h, left : left + w], "h w D -> 1 (h w) D")
-        return self.x_embedder(latent) + positions
+        return rearrange(table[top : top + h, left : left + w], "h w D -> 1 (h w) D")
 
     def run_blocks(self, txt, img, c, mask=None, middle=None):
         """All blocks on txt (B, L, D), img (B, any number, D), c (B, D) -> txt, img, pair.

@@ -3,16 +3,14 @@
 Both end as one Checkpoint. The authors' folder holds both frozen models, too; their LoRA is merged.
 """
 
-import json
 import re
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from adapter import Adapter
-from checkpoints import Part, build, metadata, read, table
+from checkpoints import Part, build, metadata, read, read_json, table
 from support.cli import UserError, reading
 
 
@@ -45,7 +43,7 @@ def read_saved(file):
     tensors = read(file)
     needed = ["base", "lmm"] + ["alpha"] * any(name.startswith("lora.") for name in tensors)
     with reading(file, "a Dream Engine checkpoint, with a config in its metadata"):
-        config = json.loads(metadata(file)["config"])
+        config = read_json(file, metadata(file)["config"])
         for name in needed + ["guidance"] * ("guidance" in config):
             if not 0 < config[name] < 1e9:
                 raise ValueError(f"{name} {config[name]}")
@@ -97,5 +95,5 @@ def build_adapter(part, lmm, mmdit):
     widths = lmm.config.text_config.hidden_size, mmdit.config.width
     mlp_dim = part.dimension("txt.0.weight", 0)
     layers = sum(part.shape(f"txt.{2 * i}.weight") is not None for i in range(9))
-    make = partial(Adapter, *widths, mlp_dim, layers)
-    return build(part, make, mmdit.pos_embed.device, torch.float32)
+    device = mmdit.pos_embed.device
+    return build(part, lambda: Adapter(*widths, mlp_dim, layers), device, torch.float32)
