@@ -94,8 +94,8 @@ class UniAlignment(nn.Module):
         mmdit = pipeline.grow(load_mmdit(sd3, device), len(tokenizer))
         t5, vae = pipeline.load_text_encoder(place, device, dtype), load_vae(sd3, device)
         size = min(size, mmdit.config.largest)
-        settings = {"negative": "", "text_steps": 8, "order": "confident", "sentence": sentence}
-        sampling = pipeline.Sampling(slots, size, **settings)
+        texts = {"text_steps": min(slots, 64), "order": "confident", "sentence": sentence}
+        sampling = pipeline.Sampling(slots, size, negative="", **texts)
         return cls(mmdit, t5, tokenizer, vae, sampling).requires_grad_(False).eval()
 
     @property
