@@ -116,7 +116,7 @@ UNI = (
 )
 GO_ON = f"{UNI} --checkpoint START --steps 500 --batch 16 --decay 0.6 --lr 1e-3"
 UNI_RUNS = {
-    "start": f"{UNI} --steps 1000 --batch 32 --decay 0.01 --lr 1.2e-3 --weights text=0.5,csa=0,isa=0",
+    "start": f"{UNI} --steps 800 --batch 32 --decay 0.01 --lr 1.2e-3 --weights text=0.5,csa=0,isa=0",
     "neither": f"{GO_ON} --weights text=0.5,csa=0,isa=0",
     "CSA": f"{GO_ON} --weights text=0.5,isa=0",
     "ISA": f"{GO_ON} --weights text=0.5,csa=0",

@@ -61,10 +61,7 @@ wait $side
 once export "$PYTHON" -m mini.pretrain export --out "$OUT"
 stage 1 2000
 stage 2 4400
-UNI="--stage unialignment --null 0.05 --loss velocity"
-train pictures-and-captions 5714 $UNI --tasks t2i=1,edit=1.5,answer=0.8 --weights text=0.5 \
-    --warmup 200 --decay 0.6
-train unialignment 1429 $UNI --checkpoint "$OUT/pictures-and-captions" --tasks t2i=1,edit=1.5,answer=2 \
-    --weights text=4 --lr 6e-4 --decay 0.9 # questions, whose few words weigh little
+train unialignment 5714 --stage unialignment --tasks t2i=1,edit=1.5,answer=0.8 --null 0.05 \
+    --weights text=0.5 --loss velocity --warmup 200 --decay 0.6
 guidance guidance-unialignment "$OUT/unialignment" # and to weights/mini/unialignment
 OMP_NUM_THREADS=2 "$PYTHON" -m mini.evaluate --num "$N" --run "$OUT" --out "$OUT/scores"
