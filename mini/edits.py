@@ -161,5 +161,4 @@ def several(source, rng, pairs):
     return Edit("several", source, text, scene, told=told)
 
 
-makers = (recolor, remove, add, move, background, reference, swap, several)
-MAKERS = {maker.__name__: maker for maker in makers}
+MAKERS = {m.__name__: m for m in (recolor, remove, add, move, background, reference, swap, several)}

@@ -1,11 +1,8 @@
-"""What the miniature's text encoders learn from: all that can be said and shown, and what is to be
-known of it.
+"""What the miniature's text encoders learn from: all that can be said and shown, and its facts.
 
-A state that has gathered "red", "top left" and "left of the ring" at the noun tells the MM-DiT the
-whole story in one token. Encoders as small as these do not gather so by themselves. So throw-away
-linear readouts (`Facts`) ask it of them while they learn. A picture's token is such a noun, too: of
-the object that it shows, or else of its background. So the adapter meets pictures in the terms of
-words.
+Encoders as small as these do not by themselves gather at a noun all that is said of it, which would
+tell the MM-DiT the whole story in one token. So throw-away linear readouts (`Facts`) ask it of them
+while they learn. A picture's token is such a noun, too: of its object, or else of its background.
 """
 
 from dataclasses import dataclass, replace
@@ -50,13 +47,9 @@ def facts_of(mention, relation=None):
 
     Otherwise 0 stands for "not said" or "no object".
     """
-
-    def number(names, name):
-        return 0 if name is None else 1 + list(names).index(name)
-
-    shape, color = number(SHAPES, mention.shape), number(COLORS, mention.color)
-    place = number(range(9), mention.place)
-    return shape, color, mention.count, place, number(RELATIONS, relation)
+    shape, color = (None, *SHAPES).index(mention.shape), (None, *COLORS).index(mention.color)
+    place, relation = (None, *range(9)).index(mention.place), (None, *RELATIONS).index(relation)
+    return shape, color, mention.count, place, relation
 
 
 @dataclass

@@ -8,8 +8,7 @@
     python -m mini.pretrain export    # weights/mini/, in the published layouts
 
 `bash mini/speedrun.sh` runs all of them and what follows. Parts write to runs/pretrain/ and can be
-stopped and started again at any time: every batch is a function of (seed, step), so that a resumed
-run sees what an uninterrupted one would have seen.
+stopped and started again at any time: every batch is a function of (seed, step).
 """
 
 import random
@@ -38,7 +37,7 @@ T5 = MINI / "t5-mini"
 
 # ---- the autoencoder ----------------------------------------------------------------------------
 
-VAE_CONFIG = VAEConfig(latent_channels=8, base=16, blocks=1)
+VAE_CONFIG = VAEConfig(latent_channels=8, base=16, blocks=1, groups=4)
 
 
 def train_vae(args, steps):
