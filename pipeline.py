@@ -140,9 +140,8 @@ class Tokens:
     """T5's tokenizer as UniAlignment knows it: rows of so many slots, ended and padded with EOS."""
 
     def __init__(self, tokenizer, slots, sentence=""):
-        """sentence: what stands in front of every caption."""
         self.tokenizer, self.slots, self.end = tokenizer, slots, tokenizer.eos_token_id
-        self.sentence = sentence
+        self.sentence = sentence  # in front of every caption
         self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
 
     def ids(self, text, slots=None):

@@ -210,10 +210,7 @@ def read(image):
 
 
 def detect(image):
-    """Read a picture back into its Scene, or None if any part of it is not as `render` draws.
-
-    Every cell must lie within TOLERANCE of one drawing or of bare background, all on one background.
-    """
+    """Read a picture back into its Scene, or None where a cell lies beyond TOLERANCE of any drawing."""
     return read(image).scene if image.size == (SIZE, SIZE) else None
 
 

@@ -2,9 +2,8 @@
 
     python -m tools.bench                           # all parts, or some: step request
 
-Contestants first show that they compute the same numbers, then take turns. A time is the median
-over the rounds and a ratio the median of the rounds' ratios. Where diffusers is missing (pip
-install diffusers), so are its rows.
+Contestants first show that they compute the same numbers, then take turns. Times and ratios are
+medians over the rounds. Where diffusers is missing (pip install diffusers), so are its rows.
 """
 
 import math
