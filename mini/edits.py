@@ -1,7 +1,4 @@
-"""Instructions: what a user may ask to be changed in a scene, and the one scene that it makes.
-
-Easy ones name one object; hard ones tell it by another, exchange two, or ask for three things.
-"""
+"""Instructions: what a user may ask to be changed in a scene, and the one scene that it makes."""
 
 from dataclasses import dataclass
 

@@ -22,10 +22,7 @@ FACTS = {"shape": 7, "color": 7, "count": 5, "place": 10, "relation": 5}  # and 
 
 
 class Facts(nn.Module):
-    """Linear readouts of what a state knows about the object that its token names, as `facts_of`.
-
-    The last readout is the token's own word.
-    """
+    """Linear readouts of what a state knows of its token's object, as `facts_of`, and of its word."""
 
     def __init__(self, width, vocabulary):
         super().__init__()
@@ -43,10 +40,7 @@ class Facts(nn.Module):
 
 
 def facts_of(mention, relation=None):
-    """What is said of one object, as five labels; count 0: it goes, or is denied.
-
-    Otherwise 0 stands for "not said" or "no object".
-    """
+    """What is said of one object, as five labels; 0: not said, or none; count 0: it goes, or is denied."""
     shape, color = (None, *SHAPES).index(mention.shape), (None, *COLORS).index(mention.color)
     place, relation = (None, *range(9)).index(mention.place), (None, *RELATIONS).index(relation)
     return shape, color, mention.count, place, relation
@@ -65,9 +59,6 @@ class Lesson:
     pictures: list = ()  # tokens of all pictures, in the light of the text before them
     alone: list | None = None  # the same without that light, for the ViT, if it differs
     outcome: tuple | None = None  # facts at the last word before the last part of the prompt
-
-
-# ---- texts --------------------------------------------------------------------------------------
 
 
 def caption_text(rng, two_sided=True):
@@ -197,10 +188,7 @@ def reference_lesson(rng):
 
 
 def mixing_lesson(rng):
-    """The shape of one picture in the color of another, and what that is.
-
-    The second picture stands for the result, as a noun does; the first is as the word before it.
-    """
+    """The shape of one picture in the color of another; the second is as a noun that is the result."""
     a, b = rng.sample(PAIRS, 2)
     if rng.random() < 0.5:
         first, second, result = "color", "shape", Mention(b[1], a[0])

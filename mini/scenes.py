@@ -189,10 +189,7 @@ def _templates(background):
 
 
 def read(image):
-    """Read a picture cell by cell, without faith: a Reading.
-
-    The background is the one on which the nine cells can be read with the least error.
-    """
+    """Read a picture cell by cell: the Reading on the background that leaves the least error."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
     cells = pixels.reshape(3, CELL, 3, CELL, 3).swapaxes(1, 2).reshape(9, -1)
     readings = []

@@ -25,9 +25,6 @@ from support.files import prompt_row, sheet, whole, write_png, write_text
 BINS = 5  # of t, for the loss
 
 
-# ---- checkpoints --------------------------------------------------------------------------------
-
-
 def save(engine, optimizer, out, step, settings, keep=2):
     """Write checkpoints/STEP/ whole or not at all: without a suffix it is complete. Keep a few."""
     folder = out / "checkpoints" / f"{step:06d}"

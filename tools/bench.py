@@ -39,8 +39,6 @@ CIRCLE, STAR = (picture(pair) for pair in (("red", "circle"), ("blue", "star")))
 PROMPT = ["top left ", CIRCLE, ", center ", STAR, ", white background"]
 MID = MMDiTConfig(12, 768, positions=32)
 
-# ---- contestants --------------------------------------------------------------------------------
-
 
 class Reference(nn.Module):
     """diffusers' transformer with our forward; Dream Engine's conditions bypass its embedders."""
@@ -199,8 +197,6 @@ def request(device, steps=28):
     rows = rows_of(times | {"the official way": times[base]}, "ms", "the official way")
     return {"rows": rows[:-1], "largest difference of 255": apart}
 
-
-# ---- report -------------------------------------------------------------------------------------
 
 PARTS = {
     "step": partial(sampling, "in the miniature", MINIATURE, (9, 14), 28, 60),
