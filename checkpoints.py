@@ -328,12 +328,13 @@ def infer_vae(part, stated):
     base = part.dimension("encoder.conv_in.weight", 0)
     levels = part.count(conv.format("{}", 0))
     widths = [part.dimension(conv.format(i, 0), 0) for i in range(levels)]
+    groups = stated.get("norm_num_groups")
     config = VAEConfig(
         latent_channels=part.dimension("decoder.conv_in.weight", 1),
         base=base,
         multipliers=tuple(width // base for width in widths),
         blocks=part.count(conv.format(0, "{}")),
-        groups=stated.get("norm_num_groups"),
+        groups=max(1, min(32, base // 4)) if groups is None else groups,
     )
     if levels != 4 or any(w % base for w in widths) or config.groups < 1 or base % config.groups:
         widths = f"widths {widths} in groups of {config.groups}"

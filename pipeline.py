@@ -26,10 +26,6 @@ PARTS = {  # of a pipeline folder: where it lies in a folder of SD3-medium
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MASK = "<extra_id_0>"  # the entry of T5's vocabulary that stands for a hidden token
-NEGATIVE = (
-    "low quality, blurry, low resolution, backlit, cartoon, animated, deformed, oversaturated, "
-    "undersaturated, out of frame"
-)
 
 
 class RoundedEmbedder(TimestepEmbedder):
@@ -144,9 +140,8 @@ class Tokens:
     """T5's tokenizer as UniAlignment knows it: rows of so many slots, ended and padded with EOS."""
 
     def __init__(self, tokenizer, slots, sentence=""):
-        """sentence: what stands in front of every caption."""
         self.tokenizer, self.slots, self.end = tokenizer, slots, tokenizer.eos_token_id
-        self.sentence = sentence
+        self.sentence = sentence  # in front of every caption
         self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
 
     def ids(self, text, slots=None):
@@ -185,7 +180,10 @@ class Sampling:
     size: int = 512  # side of a picture
     steps: int = 28
     guidance: float = 7.0
-    negative: str = NEGATIVE
+    negative: str = (
+        "low quality, blurry, low resolution, backlit, cartoon, animated, deformed, oversaturated, "
+        "undersaturated, out of frame"
+    )
     text_steps: int = 32
     order: str = "sampled"  # see `masked.unmask`
     sentence: str = ""  # in front of every caption: of masks alone T5 cannot tell the places

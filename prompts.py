@@ -1,7 +1,4 @@
-"""What a user types, and pictures on their way in and out.
-
-An interleaved prompt is a list of strings and PIL images; a template makes the LMM's list of it.
-"""
+"""What a user types, a list of strings and PIL images, and pictures on their way in and out."""
 
 import re
 import warnings

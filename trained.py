@@ -1,7 +1,4 @@
-"""What training made: a file of the house, or the folder of the published DreamEngine.
-
-Both end as one Checkpoint. The authors' folder holds both frozen models, too; their LoRA is merged.
-"""
+"""What training made, as a Checkpoint: a file of the house, or the published DreamEngine's folder."""
 
 import re
 from dataclasses import dataclass, field

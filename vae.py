@@ -24,12 +24,7 @@ class VAEConfig:
     base: int = 128
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
     blocks: int = 2  # residual blocks a level; the decoder has one more
-    groups: int | None = None  # of the norms
-
-    def __post_init__(self):
-        # 32 at SD3.5's width; with fewer than 4 channels a group the norm would erase flat colour
-        if self.groups is None:
-            object.__setattr__(self, "groups", max(1, min(32, self.base // 4)))
+    groups: int = 32  # of the norms; with fewer than 4 channels each they would erase flat colour
 
 
 class ResnetBlock(nn.Module):

@@ -1,7 +1,4 @@
-"""Instructions: what a user may ask to be changed in a scene, and the one scene that it makes.
-
-Easy ones name one object; hard ones tell it by another, exchange two, or ask for three things.
-"""
+"""Instructions: what a user may ask to be changed in a scene, and the one scene that it makes."""
 
 from dataclasses import dataclass
 
@@ -161,5 +158,4 @@ def several(source, rng, pairs):
     return Edit("several", source, text, scene, told=told)
 
 
-makers = (recolor, remove, add, move, background, reference, swap, several)
-MAKERS = {maker.__name__: maker for maker in makers}
+MAKERS = {m.__name__: m for m in (recolor, remove, add, move, background, reference, swap, several)}

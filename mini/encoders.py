@@ -117,9 +117,8 @@ def leaning(side):
 def t5_states(t5, tokenizer, texts, rng, generator):
     """What the T5 makes of Lessons of one text: ids, seen, masked (B, L), states (B, L, D), facts.
 
-    seen: what is attended: in half of the batches pads, too, as UniAlignment has them. masked: where
-    it is shown <extra_id_0>; in half of the rows any share of the words, pads included.
-    facts: the states (n, D) and labels (n, 5) of nouns.
+    seen: what is attended: in half of the batches pads, too, as UniAlignment has them. masked: shown
+    as <extra_id_0>, in half of the rows. facts: the states (n, D) and labels (n, 5) of nouns.
     """
     pads = rng.choice((0, 0, 1, 2, 4, 8, 16, 24))
     ids, mask = tokenize(tokenizer, [text.prompt[0] for text in texts], pads)

@@ -1,11 +1,8 @@
-"""What the miniature's text encoders learn from: all that can be said and shown, and what is to be
-known of it.
+"""What the miniature's text encoders learn from: all that can be said and shown, and its facts.
 
-A state that has gathered "red", "top left" and "left of the ring" at the noun tells the MM-DiT the
-whole story in one token. Encoders as small as these do not gather so by themselves. So throw-away
-linear readouts (`Facts`) ask it of them while they learn. A picture's token is such a noun, too: of
-the object that it shows, or else of its background. So the adapter meets pictures in the terms of
-words.
+Encoders as small as these do not by themselves gather at a noun all that is said of it, which would
+tell the MM-DiT the whole story in one token. So throw-away linear readouts (`Facts`) ask it of them
+while they learn. A picture's token is such a noun, too: of its object, or else of its background.
 """
 
 from dataclasses import dataclass, replace
@@ -25,10 +22,7 @@ FACTS = {"shape": 7, "color": 7, "count": 5, "place": 10, "relation": 5}  # and 
 
 
 class Facts(nn.Module):
-    """Linear readouts of what a state knows about the object that its token names, as `facts_of`.
-
-    The last readout is the token's own word.
-    """
+    """Linear readouts of what a state knows of its token's object, as `facts_of`, and of its word."""
 
     def __init__(self, width, vocabulary):
         super().__init__()
@@ -46,17 +40,10 @@ class Facts(nn.Module):
 
 
 def facts_of(mention, relation=None):
-    """What is said of one object, as five labels; count 0: it goes, or is denied.
-
-    Otherwise 0 stands for "not said" or "no object".
-    """
-
-    def number(names, name):
-        return 0 if name is None else 1 + list(names).index(name)
-
-    shape, color = number(SHAPES, mention.shape), number(COLORS, mention.color)
-    place = number(range(9), mention.place)
-    return shape, color, mention.count, place, number(RELATIONS, relation)
+    """What is said of one object, as five labels; 0: not said, or none; count 0: it goes, or is denied."""
+    shape, color = (None, *SHAPES).index(mention.shape), (None, *COLORS).index(mention.color)
+    place, relation = (None, *range(9)).index(mention.place), (None, *RELATIONS).index(relation)
+    return shape, color, mention.count, place, relation
 
 
 @dataclass
@@ -72,9 +59,6 @@ class Lesson:
     pictures: list = ()  # tokens of all pictures, in the light of the text before them
     alone: list | None = None  # the same without that light, for the ViT, if it differs
     outcome: tuple | None = None  # facts at the last word before the last part of the prompt
-
-
-# ---- texts --------------------------------------------------------------------------------------
 
 
 def caption_text(rng, two_sided=True):
@@ -204,10 +188,7 @@ def reference_lesson(rng):
 
 
 def mixing_lesson(rng):
-    """The shape of one picture in the color of another, and what that is.
-
-    The second picture stands for the result, as a noun does; the first is as the word before it.
-    """
+    """The shape of one picture in the color of another; the second is as a noun that is the result."""
     a, b = rng.sample(PAIRS, 2)
     if rng.random() < 0.5:
         first, second, result = "color", "shape", Mention(b[1], a[0])

@@ -1,8 +1,7 @@
 """What the miniature's autoencoder learns from: more than the world it will serve.
 
-An autoencoder that met only the world's own six colours would remember them, and would have nothing
-to say of another. So half of its pictures are something else: the same shapes in any colours,
-segmentation maps, outlines, stripes, gradients and overlapping blobs with the spectrum of photographs.
+An autoencoder that met only the world's own six colours would remember them. So half of its pictures
+are something else: shapes in any colours, outlines, stripes, blobs with the spectrum of photographs.
 """
 
 import numpy as np

@@ -8,8 +8,7 @@
     python -m mini.pretrain export    # weights/mini/, in the published layouts
 
 `bash mini/speedrun.sh` runs all of them and what follows. Parts write to runs/pretrain/ and can be
-stopped and started again at any time: every batch is a function of (seed, step), so that a resumed
-run sees what an uninterrupted one would have seen.
+stopped and started again at any time: every batch is a function of (seed, step).
 """
 
 import random
@@ -38,7 +37,7 @@ T5 = MINI / "t5-mini"
 
 # ---- the autoencoder ----------------------------------------------------------------------------
 
-VAE_CONFIG = VAEConfig(latent_channels=8, base=16, blocks=1)
+VAE_CONFIG = VAEConfig(latent_channels=8, base=16, blocks=1, groups=4)
 
 
 def train_vae(args, steps):
@@ -61,10 +60,7 @@ def train_vae(args, steps):
 
 
 def train_decoder(args, steps):
-    """The decoder alone goes on learning, from latents that are a little off, as drawn ones are.
-
-    The encoder stays as it is, and with it all latents: so the base can learn at the same time.
-    """
+    """The decoder alone goes on learning, from latents that are a little off, as drawn ones are."""
     model = trained("vae", VAE(VAE_CONFIG), args).to(memory_format=torch.channels_last)
     model.decoder.requires_grad_(True).train()
 
@@ -184,10 +180,9 @@ def initialise(model):
 
 
 def base_batch(pool, step, steps, rng):
-    """64 texts and their latents.
+    """64 texts and their latents: full captions, which teach drawing, or short ones.
 
-    Full captions say where everything is, and so teach drawing; short ones leave it open. What is
-    learnt last, counting above all, is asked more often later.
+    What is learnt last, counting above all, is asked more often later.
     """
     full = rng.random() < (0.35 if step < 0.21 * steps else 0.1)
     shares = [early if step < 0.43 * steps else late for _, early, late in SHORT.values()]

@@ -1,8 +1,7 @@
 """What can be said and asked of a scene: references, long and semantic prompts, questions.
 
-Each is a program: text, and what a scene must be to satisfy it, so that whatever the detector reads
-of a picture can be judged. A Prompt or a Semantic is satisfied or not; a Question has one answer for
-a scene. Instructions stand in `mini.edits`.
+Each is text, and what a scene must be to satisfy it, so that a picture can be judged by what the
+detector reads; a Question has one answer for a scene. Instructions stand in `mini.edits`.
 """
 
 import random

@@ -1,10 +1,9 @@
 """Scenes: 48x48 pictures of one to four coloured shapes on a grid of 3x3 cells, and their captions.
 
-They are small enough to be learnt on a laptop, and exact at both ends: every caption is true of its
-picture by construction, and `detect` reads a picture back into the scene that drew it, or refuses.
-A cell is 16 pixels wide, which is one token of the MM-DiT (8 of the VAE times a patch of 2) and one
-of the LMM: an object is a token, and no token holds two. Captions cover the six tasks of GenEval
-(arXiv 2310.11513); what else can be said or asked of a scene stands in `mini.programs`.
+Every caption is true of its picture by construction, and `detect` reads a picture back into the
+scene that drew it, or refuses. A cell is 16 pixels wide, one token of the MM-DiT (8 of the VAE times
+a patch of 2) and of the LMM: an object is a token, and no token holds two. Captions cover the six
+tasks of GenEval (arXiv 2310.11513); what else can be said or asked stands in `mini.programs`.
 
 Who has seen what: an eighth of all scenes and prompts (`is_exam`) is kept from every training. The
 text encoders, the base and the VAE meet all pairs of colour and shape; the four in HELD_OUT are kept
@@ -190,10 +189,7 @@ def _templates(background):
 
 
 def read(image):
-    """Read a picture cell by cell, without faith: a Reading.
-
-    The background is the one on which the nine cells can be read with the least error.
-    """
+    """Read a picture cell by cell: the Reading on the background that leaves the least error."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
     cells = pixels.reshape(3, CELL, 3, CELL, 3).swapaxes(1, 2).reshape(9, -1)
     readings = []
@@ -211,10 +207,7 @@ def read(image):
 
 
 def detect(image):
-    """Read a picture back into its Scene, or None if any part of it is not as `render` draws.
-
-    Every cell must lie within TOLERANCE of one drawing or of bare background, all on one background.
-    """
+    """Read a picture back into its Scene, or None where a cell lies beyond TOLERANCE of any drawing."""
     return read(image).scene if image.size == (SIZE, SIZE) else None
 
 

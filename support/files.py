@@ -48,17 +48,14 @@ def table(head, rows):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def sheet(rows, height=None, gap=4, letters=60):
-    """Rows of PIL images, or of (images, text), as one picture, the text so many letters wide.
-
-    height: that all images are scaled to; default: as they are.
-    """
+def sheet(rows, height=None, gap=4):
+    """Rows of PIL images, or of (images, text), as one picture; height: that images are scaled to."""
     rows = [row if isinstance(row, tuple) else (row, "") for row in rows]
     scaled = [[_scale(image, height) for image in images] for images, _ in rows]
     heights = [max(image.height for image in images) + gap for images in scaled]
     tops = list(accumulate(heights, initial=gap))
     right = gap + max(sum(image.width + gap for image in images) for images in scaled)
-    beside = 4 + 6 * letters if any(text for _, text in rows) else 0
+    beside = 364 if any(text for _, text in rows) else 0  # room for 60 letters
     page = Image.new("RGB", (right + beside, tops[-1]), "lightgray")
     draw = ImageDraw.Draw(page)
     for top, images, (_, text) in zip(tops, scaled, rows):
@@ -67,7 +64,7 @@ def sheet(rows, height=None, gap=4, letters=60):
             page.paste(image, (x, top))
             x += image.width + gap
         if text:
-            draw.text((right + 4, top), textwrap.fill(text, letters), "black")
+            draw.text((right + 4, top), textwrap.fill(text, 60), "black")
     return page
 
 

@@ -25,9 +25,6 @@ from support.files import prompt_row, sheet, whole, write_png, write_text
 BINS = 5  # of t, for the loss
 
 
-# ---- checkpoints --------------------------------------------------------------------------------
-
-
 def save(engine, optimizer, out, step, settings, keep=2):
     """Write checkpoints/STEP/ whole or not at all: without a suffix it is complete. Keep a few."""
     folder = out / "checkpoints" / f"{step:06d}"
@@ -245,31 +242,23 @@ def write_pictures(out, step, preview):
 
 
 def loss_curve(out):
-    """The loss over the steps, and that of each fifth of t, averaged over hundredths of the run."""
+    """The loss over the steps, thick, and that of each fifth of t, averaged over hundredths of the run."""
     records = [[r["loss"], *r["loss_by_t"]] for r in read_metrics(out)]
     values = torch.tensor([[math.nan if x is None else x for x in row] for row in records])
-    means = [part.nanmean(0) for part in values.split(max(1, len(values) // 100))]
-    names = ["loss", *(f"t {k / BINS:.1f} - {(k + 1) / BINS:.1f}" for k in range(BINS))]
-    lines = zip(names, torch.stack(means).T.tolist())
-    lines = {name: [None if math.isnan(y) else y for y in line] for name, line in lines}
-    return plot(lines, f"{len(records)} steps")
-
-
-def plot(lines, below, limits=None, width=800, height=400):
-    """Lines {name: [y or None, ...]}, evenly spaced in x, the first one thick, as a picture."""
-    colors = ("black", "#b2182b", "#ef8a62", "#999999", "#67a9cf", "#2166ac")
-    known = limits or [y for line in lines.values() for y in line if y is not None] or [0]
+    means = torch.stack([part.nanmean(0) for part in values.split(max(1, len(values) // 100))])
+    known = means[~means.isnan()].tolist() or [0]
     low, high = min(known), max(known)
-    page = Image.new("RGB", (width, height), "white")
+    right, down = 630 / max(1, len(means) - 1), 340 / (high - low or 1)  # pixels of a mean, of 1
+    names = ["loss", *(f"t {k / BINS:.1f} - {(k + 1) / BINS:.1f}" for k in range(BINS))]
+    colors = ("black", "#b2182b", "#ef8a62", "#999999", "#67a9cf", "#2166ac")
+    page = Image.new("RGB", (800, 400), "white")
     draw = ImageDraw.Draw(page)
-    for k, (name, line) in reversed(list(enumerate(lines.items()))):
-        right, down = (width - 170) / max(1, len(line) - 1), (height - 60) / (high - low or 1)
-        points = [
-            (50 + right * i, 20 + down * (high - y)) for i, y in enumerate(line) if y is not None
-        ]
+    for k, line in reversed(list(enumerate(means.T.tolist()))):
+        points = [(50 + right * i, 20 + down * (high - y)) for i, y in enumerate(line)]
+        points = [(x, y) for x, y in points if not math.isnan(y)]
         draw.line(points, fill=colors[k], width=3 if k == 0 else 1)
-        draw.text((width - 110, 20 + 16 * k), name, fill=colors[k])
+        draw.text((690, 20 + 16 * k), names[k], fill=colors[k])
     draw.text((4, 14), f"{high:.3f}", fill="black")
-    draw.text((4, height - 46), f"{low:.3f}", fill="black")
-    draw.text((50, height - 24), below, fill="black")
+    draw.text((4, 354), f"{low:.3f}", fill="black")
+    draw.text((50, 376), f"{len(records)} steps", fill="black")
     return page

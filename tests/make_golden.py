@@ -95,7 +95,7 @@ def mmdit(names, answers):
 
 def vae(names, answers):
     for channels in (16, 8):
-        ours = VAE(VAEConfig(channels, 16))
+        ours = VAE(VAEConfig(channels, 16, groups=4))
         reference = AutoencoderKL(
             down_block_types=["DownEncoderBlock2D"] * 4,
             up_block_types=["UpDecoderBlock2D"] * 4,

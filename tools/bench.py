@@ -1,11 +1,9 @@
 """Speed as ratios, measured in one run: against diffusers, and against the official way.
 
-    python -m tools.bench                           # all parts but the last, or some: step request
-    python -m tools.bench large --device cuda       # SD3.5-large, random weights
+    python -m tools.bench                           # all parts, or some: step request
 
-Contestants first show that they compute the same numbers, then take turns. A time is the median
-over the rounds and a ratio the median of the rounds' ratios. Where diffusers is missing (pip
-install diffusers), so are its rows.
+Contestants first show that they compute the same numbers, then take turns. Times and ratios are
+medians over the rounds. Where diffusers is missing (pip install diffusers), so are its rows.
 """
 
 import math
@@ -25,9 +23,9 @@ import flow
 from checkpoints import build_mmdit, read_json
 from dream_engine import Condition, DreamEngine, denoise
 from mini.cases import picture
-from mmdit import FAMILIES, MMDiT, MMDiTConfig
+from mmdit import MMDiT, MMDiTConfig
 from prompts import apply_task, to_images
-from support.cli import Parser, UserError, one_line_errors, reading
+from support.cli import Parser, one_line_errors, reading
 from support.fast import compile_blocks, usable_device
 from support.files import table, write_json, write_text
 
@@ -39,9 +37,7 @@ except ImportError:
 MINIATURE = MMDiTConfig(6, 128, 32, 8, positions=3, context_dim=128, pooled_dim=128)
 CIRCLE, STAR = (picture(pair) for pair in (("red", "circle"), ("blue", "star")))
 PROMPT = ["top left ", CIRCLE, ", center ", STAR, ", white background"]
-MID, LARGE = MMDiTConfig(12, 768, positions=32), FAMILIES["SD3.5-large"]
-
-# ---- contestants --------------------------------------------------------------------------------
+MID = MMDiTConfig(12, 768, positions=32)
 
 
 class Reference(nn.Module):
@@ -67,15 +63,15 @@ class Reference(nn.Module):
         return self.transformer(latent, txt, vec, 1000 * t, return_dict=False)[0]
 
 
-def contestants(config, device="cpu", dtype=torch.float32):
+def contestants(config, device="cpu"):
     """{name: MMDiT or Reference} of equal random weights."""
     torch.manual_seed(0)
     with torch.device(device):
         if not SD3Transformer2DModel:
-            return {"ours": MMDiT(config).to(dtype).eval().requires_grad_(False)}
-        reference = Reference(config).to(dtype)
+            return {"ours": MMDiT(config).eval().requires_grad_(False)}
+        reference = Reference(config)
     theirs = reference.transformer
-    ours = build_mmdit(theirs.state_dict(), "diffusers", device, dtype)
+    ours = build_mmdit(theirs.state_dict(), "diffusers", device)
     theirs.context_embedder = theirs.time_text_embed.text_embedder = nn.Identity()
     return {"diffusers": reference, "ours": ours}
 
@@ -105,11 +101,11 @@ def official(engine, transformer, prompt, steps, is_masked=False):
     return to_images(engine.vae.decode(plain_denoise(transformer, condition, noise, steps)))
 
 
-def inputs_of(config, image, text, batch, device, dtype=torch.float32):
+def inputs_of(config, image, text, batch, device):
     """A latent of so many image tokens, txt and vec, all random."""
     generator, side = torch.Generator().manual_seed(0), config.patch * math.isqrt(image)
     sizes = (config.channels, side, side), (text, config.width), (config.width,)
-    return [torch.randn(batch, *s, generator=generator).to(device, dtype) for s in sizes]
+    return [torch.randn(batch, *s, generator=generator).to(device) for s in sizes]
 
 
 def samplers(models, inputs, steps):
@@ -128,11 +124,11 @@ def samplers(models, inputs, steps):
 # ---- measuring ----------------------------------------------------------------------------------
 
 
-def difference(results, tolerance=1e-4):
+def difference(results):
     """The largest relative difference to the first of some tensors; ValueError if too large."""
-    first, *others = (x.float() for x in results)
+    first, *others = results
     apart = [((x - first).norm() / first.norm()).item() for x in others]
-    if not all(x <= tolerance for x in apart):
+    if not all(x <= 1e-4 for x in apart):
         raise ValueError(f"contestants disagree: relative differences {apart}")
     return max(apart, default=0.0)
 
@@ -164,22 +160,22 @@ def rows_of(times, unit, base, steps=1):
 # ---- parts: a device to {"rows": ..., and what else is to tell}; the docstring is the title ------
 
 
-def sampling(where, config, tokens, steps, rounds, dtype=torch.float32, *, device):
+def sampling(where, config, tokens, steps, rounds, *, device):
     """A step of sampling with guidance; tokens: of image and text."""
-    inputs = inputs_of(config, *tokens, 2, device, dtype)
-    models = contestants(config, device, dtype)
-    ours = models["ours"]
-    twin = deepcopy(ours, {id(x): x for x in (*ours.parameters(), *ours.buffers())})
+    inputs, models = inputs_of(config, *tokens, 2, device), contestants(config, device)
+    twin = deepcopy(models["ours"])
     compile_blocks(twin)
     draw, start = samplers(models | {"ours, compiled": twin}, inputs, steps), time.perf_counter()
     draw["ours, compiled"]()
-    about = {"tokens": list(tokens), "dtype": str(dtype)}
-    about["seconds to compile"] = time.perf_counter() - start
-    drawn = [f() - inputs[0][:1] for f in draw.values()]
-    apart = difference(drawn, 1e-4 if dtype == torch.float32 else 0.05)
-    rows = rows_of(race(draw, rounds), "ms a step", "diffusers", steps)
-    about |= {"largest relative difference": apart}
-    return {"about": f"A step of sampling with guidance, {where}.", "rows": rows, **about}
+    seconds = time.perf_counter() - start
+    apart = difference([f() - inputs[0][:1] for f in draw.values()])
+    return {
+        "about": f"A step of sampling with guidance, {where}.",
+        "rows": rows_of(race(draw, rounds), "ms a step", "diffusers", steps),
+        "tokens": list(tokens),
+        "seconds to compile": seconds,
+        "largest relative difference": apart,
+    }
 
 
 def request(device, steps=28):
@@ -202,13 +198,10 @@ def request(device, steps=28):
     return {"rows": rows[:-1], "largest difference of 255": apart}
 
 
-# ---- report -------------------------------------------------------------------------------------
-
 PARTS = {
     "step": partial(sampling, "in the miniature", MINIATURE, (9, 14), 28, 60),
     "mid": partial(sampling, "12 blocks of 768", MID, (1024, 128), 2, 7),
     "request": request,
-    "large": partial(sampling, "SD3.5-large", LARGE, (4096, 333), 2, 3, torch.bfloat16),
 }
 
 
@@ -241,13 +234,11 @@ def main(arguments=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         place = torch.cuda.get_device_name()
-    elif "large" in args.parts:
-        raise UserError("large needs a GPU; on a CPU mid is the largest size")
     file = args.out and Path(args.out, "bench.json")
     results = read_json(file) if file and file.exists() else {}
     with reading(file, "the results of an earlier run"):
         report(results)
-    for name in tqdm(args.parts or [name for name in PARTS if name != "large"], "parts"):
+    for name in tqdm(args.parts or PARTS, "parts"):
         about, part = {"about": PARTS[name].__doc__}, PARTS[name](device=device)
         results[name] = about | part | {"on": place}
         if file:

@@ -154,8 +154,6 @@ def split_caption(caption, chunks):
     return [segment for segment in [*segments, [caption[done:], []]] if segment[0]]
 
 
-# ---- the program --------------------------------------------------------------------------------
-
 DATASETS = {
     "journeydb": (".jsonl", read_lines, convert_journeydb),
     "cc12m": (".tar", read_samples, convert_cc12m),

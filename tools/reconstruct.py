@@ -32,8 +32,7 @@ def compare(lmm, source, copy):
 def main(arguments=None):
     parser = Parser(prog="python -m tools.reconstruct", description=__doc__.splitlines()[0])
     parser.add_argument("folder")
-    blend = "r, from LMM (0) to ViT (1)"
-    parser.add_argument("--blend", type=number(0, 1), default=0.0, help=blend)
+    parser.add_argument("--blend", type=number(0, 1), default=0.0, help="r: LMM (0) to ViT (1)")
     add_engine_options(parser, "runs/reconstruct", ENGINES[:1])
     args = parser.parse_args(arguments)
     files = sorted(f for f in Path(args.folder).glob("*") if f.suffix.lower() in SUFFIXES)
