@@ -20,6 +20,7 @@ README, TUTORIAL, RESULTS = (
     DOCUMENTS[ROOT / name] for name in ("README.md", "docs/tutorial.md", "docs/results.md")
 )
 REPORTS = {"scores": evaluate.report, "claims": claims.report, "bench": bench.report}
+REPORTS["alignment"] = claims.report
 GENERATED = r"<!-- begin results/(\w+)\.md -->\n\n(.*?)\n\n<!-- end -->"
 FENCED = r"^```\w*\n(.*?)^```"
 
@@ -123,7 +124,7 @@ def test_pictures_were_drawn_by_the_commands_beside_them():
             settings = json.loads(about["settings"])
             for field in ("image", "task", "blend", "steps", "guidance", "size"):
                 asked = getattr(args, field)
-                if field != "guidance" or asked is not None:  # else it is the checkpoint's own
+                if field not in ("guidance", "steps", "size") or asked is not None:  # else its own
                     assert settings[field] == asked, (name, field)
         assert len(drawn) == (3 if folder else 11) and drawn.keys() <= shown
         others = shown - drawn.keys() - {"images/gallery/generate.png"}
