@@ -13,6 +13,7 @@ from PIL import Image
 import sample
 from mini import claims, evaluate
 from tools import bench
+from unialignment import UniAlignment
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {f: f.read_text() for f in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
@@ -130,6 +131,16 @@ def test_pictures_were_drawn_by_the_commands_beside_them():
         others = shown - drawn.keys() - {"images/gallery/generate.png"}
         for name in others:  # portraits, not drawn by the model
             assert Image.open(ROOT / "docs" / name).size == (16, 16)
+
+
+def test_the_miniature_reads_what_the_documents_quote():
+    engine, gallery = UniAlignment.load(device="cpu"), ROOT / "docs/images/gallery"
+    images = [Image.open(gallery / f"{name}.png") for name in ("uni-edit", "generate")]
+    (quoted,) = engine.answer(images[:1])
+    (answer,) = engine.answer(images[:1], ["where is the ring?"])
+    assert f'It read "{quoted}", and answered "{answer}".' in README
+    (text,) = engine.answer(images[1:], steps=8)
+    assert text.replace(",", " ,") in TUTORIAL
 
 
 # ---- tables and what is said of them ------------------------------------------------------------
