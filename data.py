@@ -308,7 +308,8 @@ class PairedMicrobatches(Microbatches):
     """Examples as UniAlignment learns them, in Pairs; tokens: a `pipeline.Tokens`.
 
     A t2i example's prompt draws its target, an edit's source and instruction; there its "caption" is
-    read, of t2i its prompt if it has none. An answer is read after its question; its picture is drawn from nothing.
+    read, of t2i its prompt if it has none. An answer is read after its question; its picture is drawn
+    from nothing.
     """
 
     def __init__(self, *args, tokens, **options):
@@ -318,6 +319,7 @@ class PairedMicrobatches(Microbatches):
     def read(self, record, size, rng):
         """(task, prompt, target, question or None, text about the target)."""
         if record["task"] == "answer":
+            self.tokens.about(record["question"])  # raises where it leaves no slot
             image = crop_to(record["image"], *size)
             return "answer", [], image, record["question"], record["answer"]
         text = record.get("caption", record.get("prompt"))

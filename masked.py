@@ -62,8 +62,7 @@ def unmask(logits_fn, ids, steps, order="sampled", uniforms=None, mask_id=-1):
     uniforms: the draws of "sampled", one (B, L, V) in [0, 1) for each step; default: torch.rand.
     """
     if steps < 1 or order not in ("sampled", "confident"):
-        expected = "steps must be at least 1, order 'sampled' or 'confident'"
-        raise ValueError(f"{expected}, got {steps} and {order!r}")
+        raise ValueError(f"{steps} steps, order {order!r}: at least 1, 'sampled' or 'confident'")
     p = without_mask(logits_fn(ids), mask_id).softmax(-1)
     mask_id %= p.shape[-1]
     times = torch.linspace(1, 1e-5, steps + 1).tolist()

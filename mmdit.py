@@ -152,7 +152,7 @@ class MLP(nn.Module):
 
 
 class Stream(nn.Module):
-    """One stream's weights in a block. The last text stream only offers keys and values."""
+    """One stream's weights in a block. SD3's last text stream only offers keys and values."""
 
     def __init__(self, config, dual=False, last=False):
         super().__init__()
@@ -179,7 +179,7 @@ class JointBlock(nn.Module):
         txt_attn, *txt_mlp = text.adaLN_modulation(c)
         img_attn, img_mlp, *img_attn2 = image.adaLN_modulation(c)
 
-        # Both streams attend to all tokens; in the last block text is only attended to
+        # Both streams attend to all tokens; in SD3's last block text is only attended to
         txt_q, txt_k, txt_v = text.attn.project(modulate(txt, txt_attn))
         img_q, img_k, img_v = image.attn.project(modulate(img, img_attn))
         q = img_q if self.last else torch.cat([txt_q, img_q], dim=1)

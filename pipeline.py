@@ -1,8 +1,6 @@
 """UniAlignment's network, T5 and settings, and the folder that holds them as published.
 
-    transformer/  vae/  text_encoder/  tokenizer/  scheduler/
-
-Beside a folder of SD3-medium transformer/ alone is enough. The VAE is read by `checkpoints.load_vae`.
+transformer/  vae/  text_encoder/  tokenizer/  scheduler/
 """
 
 from dataclasses import asdict, dataclass, fields, replace
@@ -196,9 +194,11 @@ def read_sampling(scheduler):
     with reading(file, "settings of sampling"):
         stated = checkpoints.read_json(file)
         known = {x.name: x.type(stated[x.name]) for x in fields(Sampling) if x.name in stated}
+        if wrong := [name for name, x in known.items() if x != stated[name]]:
+            raise ValueError(f"{wrong[0]} {stated[wrong[0]]!r}")
         s = Sampling(**known)
-        if min(s.slots, s.steps, s.text_steps, s.size // 16) < 1 or not 0 < s.shift < 1000:
-            raise ValueError("slots, steps, size and shift must be positive")
+        if min(s.slots, s.steps, s.text_steps, s.size) < 1 or s.size % 16 or not 0 < s.shift < 1000:
+            raise ValueError("slots, steps, size (a multiple of 16) and shift must be positive")
         if s.order not in ("sampled", "confident"):
             raise ValueError(f"order {s.order!r}")
     return s

@@ -19,6 +19,7 @@ import re
 import signal
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -163,10 +164,12 @@ def load_engine(args, device):
             engine.adapter = new_adapter(engine.lmm, engine.mmdit, args.layers, args.mlp_dim)
     else:
         if args.checkpoint:
-            engine = UniAlignment.load(args.checkpoint, device=device)
-            engine.mmdit.float()
+            sd3 = None if args.sd3 == SD3 else args.sd3
+            engine = UniAlignment.load(args.checkpoint, sd3, device, torch.float32)
+            engine.text_encoder.to(device_and_dtype(device)[1])
+            engine.sampling = replace(engine.sampling, size=args.size or engine.default_size)
         else:
-            texts = {"slots": args.slots, "size": args.size or 512, "sentence": args.sentence or ""}
+            texts = {"slots": args.slots, "size": args.size or 512, "sentence": args.sentence}
             engine = UniAlignment.start(args.sd3, args.text_encoder, device, **texts)
         engine.weights, engine.lmm = args.weights, load_lmm(args.lmm, *device_and_dtype(device))
         engine.lmm_states = args.lmm_states
@@ -221,8 +224,7 @@ def preview_examples(data):
 def run_settings(args, engine, pools, world):
     """What a run and the one that goes on with it must share."""
     names = "stage steps batch lr warmup decay clip seed rank alpha lmm_lora loss blend null"
-    names = f"{names} weights lmm_states".split()
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in f"{names} weights lmm_states tasks".split()}
     settings["microbatches a step"] = args.accumulate * world
     shapes = {name: list(p.shape) for name, p in engine.named_parameters() if "adapter." in name}
     settings["adapter"] = list(shapes.values())
@@ -301,7 +303,8 @@ def options():
 def parse(arguments=None):
     """The options, with defaults that depend on others; UserError where they do not go together."""
     args = options().parse_args(arguments)
-    stage, uni, miniature = args.stage, args.stage == UNI, args.sd3 == SD3
+    stage, uni = args.stage, args.stage == UNI
+    miniature = args.sd3 == SD3 and not (uni and args.checkpoint and args.data)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     for stages, names in OPTIONS.items():
         if str(stage) not in stages and any(getattr(args, name) for name in names):
@@ -315,10 +318,8 @@ def parse(arguments=None):
     learnt = {"t2i", "edit", "answer"} if uni else FIELDS.keys() - {"answer"}
     args.steps = args.steps or STEPS[stage]
     args.out = args.out or f"runs/{'' if uni else 'stage'}{stage}"
-    total, own = (
-        args.steps * args.accumulate * world,
-        args.text_encoder or args.slots or args.sentence,
-    )
+    own = args.text_encoder or args.slots or args.sentence
+    total = args.steps * args.accumulate * world
     not_ours = not uni and start and start.is_dir() and not any(start.glob("stage?.safetensors"))
     for wrong, message in (
         (args.tasks and not any(tasks.values()), "--tasks: expected such as t2i=1,edit=2"),
@@ -338,9 +339,8 @@ def parse(arguments=None):
         t5 = MINI / "t5-mini" if miniature else args.sd3 / "text_encoder_3"
         args.text_encoder = args.text_encoder or t5
         args.slots = args.slots or (42 if miniature else 256)
-        args.sentence = (
-            "Describe the image." if args.sentence is None and miniature else args.sentence
-        )
+        if args.sentence is None:
+            args.sentence = "Describe the image." if miniature else ""
         args.weights = LOSSES | (args.weights or {})
     args.checkpoint, args.alpha = start, args.alpha or args.rank
     args.loss = args.loss or ("x0" if uni else "velocity")

@@ -2,7 +2,7 @@
 
     engine = UniAlignment.load("folder of the published pipeline")
     engine.generate(["a red circle and a blue star"])[0].save("out.png")
-    engine.answer([Image.open("out.png")])            # ["a red circle and a blue star"]
+    engine.answer([Image.open("out.png")])    # ["top red circle, left blue star, white background"]
 
 Two passes share all weights. Draw: the image stream is a noisy latent, followed by the pictures to
 start from, the text stream a prompt; `flow.py` walks from noise to a latent. Read: the image stream is
@@ -202,6 +202,8 @@ class UniAlignment(nn.Module):
         steps = sampling.text_steps if steps is None else steps
         if not images or steps < 1:
             raise UserError(f"{len(images)} images and {steps} steps: there must be at least 1")
+        if questions and len(questions) != len(images):
+            raise UserError(f"{len(questions)} questions to {len(images)} images")
         if questions and not all(question.strip() for question in questions):
             raise UserError("empty question")
         rows = [self.tokens.about(question) for question in questions or [None] * len(images)]
@@ -224,7 +226,8 @@ class UniAlignment(nn.Module):
         self.requires_grad_(False)
         self.mmdit.requires_grad_(True).null_image.requires_grad_(False)
         base = fingerprint(self.mmdit.final_layer.linear.weight)
-        self.base = {"base": base, "slots": self.tokens.slots}
+        t5 = fingerprint(self.text_encoder.shared.weight)
+        self.base = {"base": base, "t5": t5, "texts": [self.tokens.slots, self.tokens.sentence]}
         if self.lmm:
             self.base["lmm"] = fingerprint(self.lmm.language_model.norm.weight)
             self.mmdit.align(self.lmm.config.text_config.hidden_size)
@@ -249,10 +252,7 @@ class UniAlignment(nn.Module):
         return sum(self.weights[name] * x for name, x in losses.items())
 
     def teach(self, batch):
-        """The teacher's mean image features of the target, and mean of its words: (B, M) each.
-
-        Of the words, which stand before the picture, the embeddings or, with lmm_states, the states.
-        """
+        """Means of the target's image features and of its words' embeddings, or states: (B, M) each."""
         lmm, first = self.lmm, batch.image_mask.int().argmax(1)
         if self.lmm_states:
             x, features = lmm(batch)

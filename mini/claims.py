@@ -2,7 +2,7 @@
 
     python -m mini.claims                  # all of them, or only some: adapter rank
 
-Each run is trained with three seeds or five, scored on cases of that seed, and kept in
+Each run is trained with one seed, three or five, scored on cases of that seed, and kept in
 --out/NAME-SEED, so that an interrupted command goes on where it was.
 """
 

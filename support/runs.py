@@ -116,7 +116,7 @@ def restore(out, engine, optimizer, settings):
 def check_settings(before, now, out):
     def same(k):
         a, b = before.get(k), now.get(k)  # fingerprints: another dtype is no other model
-        return a == b or (k in ("base", "lmm") and math.isclose(a, b, rel_tol=1e-3))
+        return a == b or (k in ("base", "lmm", "t5") and math.isclose(a, b, rel_tol=1e-3))
 
     if differing := sorted(k for k in before.keys() | now.keys() if not same(k)):
         changes = "; ".join(f"{k}: {before.get(k)} then, {now.get(k)} now" for k in differing)

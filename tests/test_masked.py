@@ -184,7 +184,7 @@ def test_mask_may_stand_anywhere_in_the_vocabulary():
 
 def test_what_cannot_be_sampled_is_refused():
     ids = torch.full((1, L), MASK)
-    with pytest.raises(ValueError, match="steps must be at least 1"):
+    with pytest.raises(ValueError, match="0 steps, order .*: at least 1"):
         masked.unmask(Network(), ids, 0)
-    with pytest.raises(ValueError, match="'sampled' or 'confident', got 1 and 'best'"):
+    with pytest.raises(ValueError, match="order 'best': .*'sampled' or 'confident'"):
         masked.unmask(Network(), ids, 1, "best")

@@ -199,6 +199,15 @@ def test_the_teacher_means_its_own_words_and_picture(manifest):
         assert relative(text[0], expected[0].mean(0)) < 1e-5
 
 
+def test_a_question_of_all_slots_is_a_bad_line(manifest):
+    lines = [{"task": "answer", "image": "a.png", "question": "how many", "answer": "a star"}] * 3
+    lines[1] = lines[1] | {"question": "how many " * 9}
+    Path("c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    micros = list(microbatches(data.Manifest("c.jsonl"), {"answer": 1}, count=3).load(range(3)))
+    bad = {place: why for micro in micros for place, why in micro.bad_lines}
+    assert bad.keys() == {"c.jsonl:2"} and "leaves no room" in bad["c.jsonl:2"]
+
+
 def test_t_comes_in_thousandths_and_is_not_shifted(manifest):
     (micro,) = microbatches(manifest, {"edit": 1}, count=1, size=512).load([0])
     args = train.parse([*SMALL, "--steps", "1"])
@@ -258,8 +267,14 @@ def test_weights_and_tasks_can_be_chosen(manifest):
     assert engine.tokens.slots == 16
     (last, *_) = reversed(runs.read_metrics("run"))
     assert abs(last["velocity"] + 0.2 * last["text"] - last["loss"]) < 1e-4
-    goes_on = train.parse([*SMALL[:-4], "--steps", "1", "--checkpoint", "run", "--out", "next"])
-    assert equal(weights(train.load_engine(goes_on, "cpu")), weights(engine))
+    more = ["--steps", "1", "--checkpoint", "run", "--out", "next", "--size", "32"]
+    goes_on = train.parse([*SMALL[:-4], *more])
+    started = train.load_engine(goes_on, "cpu")
+    assert equal(weights(started), weights(engine)) and started.default_size == 32
+    assert goes_on.lr == train.RATES[train.UNI]
+    assert train.parse([*SMALL[:-4], *more, "--data", "a.jsonl"]).lr == 3e-5  # no miniature
+    with pytest.raises(UserError, match="texts: .* then, .* now"):
+        run(2, "run", "--resume", "--sentence", "the star", "--data", "a.jsonl")
 
 
 def test_the_sheet_shows_what_is_drawn_and_read(manifest, monkeypatch):

@@ -306,6 +306,17 @@ def test_what_the_folder_says_wins(uni, vae_names, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "setting", [{"sentence": None}, {"steps": 2.7}, {"size": 50}, {"order": "best"}, {"slots": 0}]
+)
+def test_settings_that_are_none_are_refused(setting, vae_names, tmp_path):
+    folder = publish(tmp_path / "uni", vae_names, **setting)
+    with pytest.raises(
+        UserError, match=f"scheduler_config.json: .*({next(iter(setting))}|multiple)"
+    ):
+        UniAlignment.load(folder, device="cpu")
+
+
 # ---- files --------------------------------------------------------------------------------------
 
 
@@ -461,6 +472,7 @@ def test_parts_of_other_models_are_refused(uni, tmp_path):
         (lambda uni: uni.generate(["a", "a"], [[], [picture(0)]]), r"found \[0, 1\]"),
         (lambda uni: uni.answer([picture(0)], ["how " * 20]), "a question of all 12 slots"),
         (lambda uni: uni.answer([picture(0)], [" "]), "empty question"),
+        (lambda uni: uni.answer([picture(0)], ["a", "b"]), "2 questions to 1 images"),
         (lambda uni: uni.answer([]), "0 images"),
         (lambda uni: uni.answer([picture(0)], steps=0), "0 steps: there must be at least 1"),
     ],

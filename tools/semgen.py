@@ -22,7 +22,7 @@ STEPS = 50
 
 def find_picture(bench, path):
     """Where the picture of a row lies: the published paths are those of the authors' machine."""
-    places = Path(path), bench.parent / path, bench.parent / "images" / Path(path).name
+    places = bench.parent / path, Path(path), bench.parent / "images" / Path(path).name
     if not (found := [place for place in places if place.is_file()]):
         raise FileNotFoundError(f"{bench}: no picture {path}, nor {places[-1]}")
     return found[0]
