@@ -319,6 +319,7 @@ def parse(arguments=None):
     args.steps = args.steps or STEPS[stage]
     args.out = args.out or f"runs/{'' if uni else 'stage'}{stage}"
     own = args.text_encoder or args.slots or args.sentence
+    single = uni and not start and not miniature and args.sd3.is_file()
     total = args.steps * args.accumulate * world
     not_ours = not uni and start and start.is_dir() and not any(start.glob("stage?.safetensors"))
     for wrong, message in (
@@ -327,6 +328,7 @@ def parse(arguments=None):
         (stage == 2 and not args.checkpoint, "--checkpoint is missing: of stage 1, or none"),
         (args.lmm_lora and not args.rank, "--lmm-lora needs a --rank of at least 1"),
         (not miniature and not args.data, "--data is missing: what is not the miniature needs it"),
+        (single and not args.text_encoder, f"--text-encoder is missing: {args.sd3} holds no T5"),
         (uni and start and own, "--text-encoder, --slots, --sentence: a --checkpoint has its own"),
         (not_ours, f"--checkpoint {start}: no run of train.py, which alone it can go on from"),
         (args.shard and world == 1, "--shard needs several processes: start with torchrun"),

@@ -20,7 +20,7 @@ import data
 import sample
 import train
 from checkpoints import load_mmdit
-from dream_engine import LMM, SD3
+from dream_engine import LMM, SD3, STAGE1
 from lmm import collate, load_tokenizer, patch_config
 from mini.world import EDGES, SEGMENT, Examples, describe, detect, edges, is_exam, segment
 from pipeline import Tokens
@@ -310,6 +310,11 @@ def test_mistakes_get_one_line(arguments, said):
     with pytest.raises((UserError, FileNotFoundError), match=said):
         run(1, "run", *arguments)
     assert not Path("run").exists()
+
+
+def test_a_single_file_of_sd3_needs_a_t5_beside_it():
+    with pytest.raises(UserError, match="--text-encoder is missing: .*safetensors holds no T5"):
+        train.parse(["--stage", "unialignment", "--sd3", str(STAGE1), "--data", "a.jsonl"])
 
 
 def test_a_t5_of_another_width_is_refused():
