@@ -301,6 +301,7 @@ def test_a_manifest_is_checked_and_drawn(capsys):
     check_manifest.main(["a.jsonl"])
     said = capsys.readouterr().out
     assert all(f"{task}: 2 examples" in said for task in ("t2i", "i2i", "edit", "objects"))
+    assert "edit: 2 examples, 0 with a caption, as UniAlignment needs" in said
     assert "0 of 8 lines are bad" in said and "a.check.png" in said
     assert Image.open("a.check.png").height == 8 * 132 + 4
     Path("cut.png").write_bytes(Path("a.png").read_bytes()[:60])

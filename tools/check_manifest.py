@@ -23,7 +23,7 @@ def main(arguments=None):
     manifest = Manifest(parser.parse_args(arguments).manifest)
     bad_lines, rows = dict(manifest.bad_lines), []
     for task, lines in manifest.by_task.items():
-        shown, good = lines[:: max(1, len(lines) // SHOWN)][:SHOWN], 0
+        shown, good, captions = lines[:: max(1, len(lines) // SHOWN)][:SHOWN], 0, 0
         for line in tqdm(lines, task, leave=False):
             try:
                 record = manifest.record(line, task)
@@ -35,10 +35,11 @@ def main(arguments=None):
             except (UserError, OSError) as error:
                 bad_lines[line] = str(error)
             else:
-                good += 1
+                good, captions = good + 1, captions + ("caption" in record)
                 rows += [prompt_row(*example)] if line in shown else []
         if good:
-            print(f"{task}: {good} examples")
+            read = f", {captions} with a caption, as UniAlignment needs" * (task == "edit")
+            print(f"{task}: {good} examples{read}")
     for line in sorted(bad_lines)[:10]:
         print(f"{manifest.name}:{line}: {bad_lines[line]}")
     print(f"{len(bad_lines)} of {manifest.total} lines are bad")
