@@ -112,7 +112,7 @@ def mixing_cases(n, seed, pairs=SEEN):
 
 
 def semgen_cases(n, seed, pairs=SEEN):
-    """The four groups of SemGen-Bench, in shapes, n // 2 of each: none of them is trained."""
+    """The four groups of SemGen-Bench, in shapes, n // 2 of each, which no training draws."""
 
     def prompts(sample, satisfied):
         rng = random.Random(f"{sample.__name__} {seed}")
@@ -144,11 +144,7 @@ def composed_cases(n, seed, pairs=SEEN, pictures=2):
         shown = [world.render(replace(scene, objects=(o,))) for o in scene.objects]
         words = " and ".join(f"a {o.shape}" for o in scene.objects)
         mentions = tuple(map(as_mention, scene.objects))
-        checks = {
-            "exact": asked_for(Prompt("", mentions)),
-            "placed": lambda r, s=scene: r.scene == s,
-        }
-        task = "objects" if pictures else "t2i"
+        task, checks = "objects" if pictures else "t2i", {"exact": asked_for(Prompt("", mentions))}
         cases.append(Case(task, [*shown[:pictures], words], scene, checks))
     return {"composed": cases}
 
@@ -167,6 +163,11 @@ CASES = {
 
 
 # ---- drawing and judging ------------------------------------------------------------------------
+
+
+def ask(row, n, seed):
+    """n cases of a row of CASES, its groups one after the other."""
+    return [case for group in CASES[row](n, seed).values() for case in group]
 
 
 def draw(generate, cases, what="", **settings):
@@ -189,7 +190,7 @@ def judge(cases, images):
 
 def score(generate, row, n, seed, what="", **settings):
     """{check: bits} of n cases of a row of CASES; settings as of `DreamEngine.generate`."""
-    cases = [case for group in CASES[row](n, seed).values() for case in group]
+    cases = ask(row, n, seed)
     return judge(cases, draw(generate, cases, what, **settings))
 
 

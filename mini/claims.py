@@ -20,7 +20,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from checkpoints import read_json
 from dream_engine import LMM, SD3, DreamEngine
 from mini import unified, world
-from mini.cases import bits, difference, draw, judge, score, share, t2i_cases
+from mini.cases import ask, bits, difference, draw, judge, score, share
 from support.cli import Parser, UserError, one_line_errors, reading
 from support.files import table, write_json, write_text
 from unialignment import UniAlignment
@@ -147,7 +147,7 @@ def score_unialignment(folder, _, seed):
     engine, stream = UniAlignment.load(folder), f"claims {seed}"
     generate = partial(unified.Artist(engine).generate, guidance=GUIDANCE, steps=14)
     scores = {row: score(generate, row, 100, stream, row) for row in ("edits", "segmentation")}
-    asked = [case for group in t2i_cases(CASES["t2i"], stream).values() for case in group]
+    asked = ask("t2i", CASES["t2i"], stream)
     images = draw(generate, asked)
     pictures = list(map(world.render, unified.random_scenes(stream, 100)))
     scores["t2i"] = judge(asked, images)
@@ -183,7 +183,7 @@ def run(study, name, seed, out):
         if code := subprocess.run(command, check=False).returncode:
             raise UserError(f"{name}, seed {seed}: its training ended with code {code}")
         asked = [c.rows.split(", ") for c in study.comparisons if name in (c.first, c.second)]
-        write_json(result, study.score(folder, dict.fromkeys(chain(*asked)), seed))
+        write_json(result, study.score(folder, dict.fromkeys(chain(*asked)), seed) if asked else {})
         shutil.rmtree(folder / "checkpoints")  # what was learned lies beside it
     return read_json(result)
 

@@ -20,6 +20,7 @@ from mini.world import HELD_OUT, SEEN
 from unialignment import UniAlignment
 
 GROUPS = {"": SEEN, ", held-out pairs": HELD_OUT}
+OBJECTS = {f"{place} {' '.join(pair)}" for place in world.PLACES for pair in world.PAIRS}
 
 
 def load(args):
@@ -43,12 +44,7 @@ def random_scenes(what, n, pairs=SEEN):
 
 def objects_of(text):
     """The objects, a set, that a caption in the words of `world.describe` names."""
-    named = {
-        f"{place} {' '.join(pair)}": world.Object(*pair, i)
-        for i, place in enumerate(world.PLACES)
-        for pair in world.PAIRS
-    }
-    return {named[part] for part in text.split(", ") if part in named}
+    return OBJECTS & set(text.split(", "))
 
 
 def f1(found, true):
@@ -117,7 +113,7 @@ def fits(engine, images):
 def own(args):
     """{picture fits prompt?: [own caption fits picture, does not]}, shares of all drawings."""
     engine = load(args)
-    asked = [case for group in cases.t2i_cases(args.num, STREAM).values() for case in group]
+    asked = cases.ask("t2i", args.num, STREAM)
     images = cases.draw(Artist(engine).generate, asked)
     right = cases.judge(asked, images)["exact"]
     counts = Counter(zip(right, fits(engine, images)))
@@ -149,5 +145,4 @@ def seconds(work, argument):
     return time.perf_counter() - start
 
 
-MEASURES = {"reading": reading, "questions": questions, "edges": edges, "own": own}
-MEASURES["cost"] = cost
+MEASURES = {measure.__name__: measure for measure in (reading, questions, edges, own, cost)}

@@ -123,16 +123,17 @@ def see_lmm(shown, made, n, folder):
     check(shown, PAIRS)
 
 
-def see_stage(stage):
+def see_stage(tasks, perception=False):
     def see(shown, made, n, folder):
-        rng, examples, tasks = random.Random(0), world.Examples(), SHARES[stage]
+        rng, examples = random.Random(0), world.Examples(perception)
         for task in rng.choices(list(tasks), tasks.values(), k=n):
             record = examples.record(1, task, rng)
             text = record.get("prompt") or record.get("instruction") or ""
             text += "".join(words for words, _ in record.get("segments", ()))
+            text += record.get("caption", "")
             assert not any(" ".join(pair) in text for pair in HELD_OUT)
             if task == "t2i":
-                check_texts([text], made, 0.99)
+                check_texts([record["prompt"]], made, 0.99)
         check(shown, SEEN)
 
     return see
@@ -143,8 +144,9 @@ STAGES = {
     "t5": see_t5,
     "base": see_base,
     "lmm": see_lmm,
-    "stage 1": see_stage(1),
-    "stage 2": see_stage(2),
+    "stage 1": see_stage(SHARES[1]),
+    "stage 2": see_stage(SHARES[2]),
+    "unialignment": see_stage({"t2i": 1, "edit": 1.5, "answer": 0.8}, perception=True),
 }
 
 
