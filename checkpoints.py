@@ -19,7 +19,7 @@ from support.cli import UserError, reading
 from vae import SCALE, SHIFT, VAE, VAEConfig
 
 
-def read(path):
+def read_tensors(path):
     """All tensors of a .safetensors or .bin file, or of a folder holding one or several shards.
 
     Returns {name: tensor}, memory-mapped: nothing is read from disk until it is used.
@@ -92,7 +92,7 @@ def read_config(folder):
     return config
 
 
-def table(text):
+def key_map(text):
     """Lines of "name in the model  names in the file" as rules; # is a number, * is anything."""
     rules = []
     for line in filter(None, map(str.strip, text.splitlines())):
@@ -201,7 +201,7 @@ def check(tensors, expected, source):
         raise UserError(f"{source}: does not fit: {'; '.join(sorted(faults)[:4])}{more}")
 
 
-MMDIT_DIFFUSERS = table("""
+MMDIT_DIFFUSERS = key_map("""
     pos_embed                            pos_embed.pos_embed
     x_embedder.proj.*                    pos_embed.proj.*
     t_embedder.mlp.0.*                   time_text_embed.timestep_embedder.linear_1.*
@@ -239,7 +239,7 @@ def load_mmdit(path, device="cpu", dtype=torch.float32):
     """The transformer of an SD3 / SD3.5 file or a diffusers folder; UserError if there is none."""
     folder = Path(path, "transformer")
     folder = folder if folder.is_dir() else Path(path)
-    return build_mmdit(read(folder), path, device, dtype, read_config(folder))
+    return build_mmdit(read_tensors(folder), path, device, dtype, read_config(folder))
 
 
 def build_mmdit(tensors, source, device="cpu", dtype=torch.float32, stated=None):
@@ -292,7 +292,7 @@ def compare(source, stated, found):
             raise UserError(f"{source}: {said}")
 
 
-VAE_DIFFUSERS = table("""
+VAE_DIFFUSERS = key_map("""
     *.norm_out.*                            *.conv_norm_out.*
     encoder.down.#.block.#.nin_shortcut.*   encoder.down_blocks.#.resnets.#.conv_shortcut.*
     encoder.down.#.block.*                  encoder.down_blocks.#.resnets.*
@@ -316,7 +316,7 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     folder = folder if folder.is_dir() else Path(path)
     layouts = {"encoder.down.": (), "encoder.down_blocks.": VAE_DIFFUSERS}
     prefixes = ("first_stage_model.", "vae.", "")
-    part = find_part(read(folder), path, "SD3.5 autoencoder", prefixes, layouts)
+    part = find_part(read_tensors(folder), path, "SD3.5 autoencoder", prefixes, layouts)
     config = infer_vae(part, read_config(folder))
     model = build(part, lambda: VAE(config), device, dtype)
     return model.to(memory_format=torch.channels_last)  # a fifth faster on a CPU

@@ -29,10 +29,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import masked
 from lmm import Batch
 from prompts import apply_task, crop_to, read_image, reference_prompt, to_tensor, upright_size
 from support.cli import UserError, reading
+from unialignment import masked
 
 FIELDS = {  # of a manifest's line, by task, besides "task"
     "t2i": ("target", "prompt"),

@@ -19,7 +19,7 @@ from torch import nn
 
 import flow
 from adapter import Adapter, LoRALinear, add_lora, blend, lora_sites, merge_lora
-from checkpoints import build_mmdit, check, fingerprint, load_mmdit, load_vae, read
+from checkpoints import build_mmdit, check, fingerprint, load_mmdit, load_vae, read_tensors
 from lmm import load_lmm
 from prompts import apply_task, check_drawing, to_images
 from support import fast
@@ -204,7 +204,7 @@ class DreamEngine(nn.Module):
 
     def restore(self, file, tensors=None):
         """Take back what `save` wrote, into an engine that trains the same."""
-        tensors, learned = tensors or read(file), self.learned()
+        tensors, learned = tensors or read_tensors(file), self.learned()
         check(tensors, learned, file)
         with torch.no_grad():
             for name, tensor in learned.items():

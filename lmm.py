@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from checkpoints import build, find_part, read, read_json, table
+from checkpoints import build, find_part, key_map, read_json, read_tensors
 from prompts import to_rgb
 from support.cli import UserError, reading
 
@@ -163,9 +163,9 @@ def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
 
 
 RULES = {  # beginning of a name in the file: rules, from the model's names to the file's
-    "model.language_model.": table("*  model.*"),  # transformers since 4.52
+    "model.language_model.": key_map("*  model.*"),  # transformers since 4.52
     "language_model.": (),  # a bare Qwen2VLModel of the same
-    "model.": table("language_model.*  model.*"),  # as published
+    "model.": key_map("language_model.*  model.*"),  # as published
 }
 
 
@@ -178,7 +178,9 @@ def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=N
     config, tokenizer = read_lmm_config(folder), load_tokenizer(folder)
     others = tokenizer, patch_config(folder, config), mrope
     published = bool(checkpoint and checkpoint.lmm)
-    tensors, source = (checkpoint.lmm, checkpoint.source) if published else (read(folder), folder)
+    tensors, source = (
+        (checkpoint.lmm, checkpoint.source) if published else (read_tensors(folder), folder)
+    )
     part = find_part(tensors, source, "Qwen2-VL (model.*)", ("lmm." * published,), RULES)
     head = part.tensors.pop(f"{part.prefix}lm_head.weight", None)  # no word is ever predicted
     if head is not None and config.tie_word_embeddings:  # a file may keep either of the two names

@@ -246,7 +246,7 @@ class MMDiT(nn.Module):
         if txt_mask is not None:  # added to attention's scores: -inf at padding
             keys = F.pad(txt_mask, (0, img.shape[1]), value=True)[:, None, None]
             mask = torch.zeros_like(keys, dtype=txt.dtype).masked_fill(~keys, -math.inf)
-        _, img, _ = self.run_blocks(txt, img, c, mask)
+        _, img = self.run_blocks(txt, img, c, mask)
         return self.unpatch(self.final_layer(img, c), latent)
 
     def embed_time(self, t, rows):
@@ -272,19 +272,17 @@ class MMDiT(nn.Module):
         table = rearrange(self.pos_embed, "1 (h w) D -> h w D", h=side)
         return rearrange(table[top : top + h, left : left + w], "h w D -> 1 (h w) D")
 
-    def run_blocks(self, txt, img, c, mask=None, middle=None):
-        """All blocks on txt (B, L, D), img (B, any number, D), c (B, D) -> txt, img, pair.
+    def run_blocks(self, txt, img, c, mask=None):
+        """All blocks on txt (B, L, D), img (B, any number, D), c (B, D) -> txt, img.
 
-        txt is None unless config.text_out. pair: both streams after block number `middle`, from 1.
+        txt is None unless config.text_out.
         """
-        pair = None
-        for i, block in enumerate(self.joint_blocks, 1):
+        for block in self.joint_blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 txt, img = checkpoint(block, txt, img, c, mask, use_reentrant=False)
             else:
                 txt, img = block(txt, img, c, mask)
-            pair = (txt, img) if i == middle else pair
-        return txt, img, pair
+        return txt, img
 
     def unpatch(self, patches, latent):
         """(B, N, p p C) -> (B, C, H, W), the shape of latent."""

@@ -28,7 +28,7 @@ with one_line_errors():  # these take seconds, in which someone may press Ctrl-C
     from prompts import READING, TASKS, apply_task, interleave, read_image
     from support import fast
     from support.files import grid, write_png
-    from unialignment import MINI, UniAlignment
+    from unialignment.model import MINI, UniAlignment
 gc.enable()
 
 UNI = "unialignment"

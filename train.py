@@ -37,7 +37,7 @@ from support import runs
 from support.cli import Parser, UserError, number, one_line_errors, whole_number
 from support.fast import device_and_dtype, usable_device
 from support.processes import catch_signals, distribute, together
-from unialignment import LOSSES, UniAlignment
+from unialignment.model import LOSSES, UniAlignment
 
 UNI = "unialignment"
 SHARES = {  # by stage: of each task among the microbatches

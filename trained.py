@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from adapter import Adapter
-from checkpoints import Part, build, metadata, read, read_json, table
+from checkpoints import Part, build, key_map, metadata, read_json, read_tensors
 from support.cli import UserError, reading
 
 
@@ -37,7 +37,7 @@ def read_checkpoint(path, lora_scale=1.0, dtype=torch.float32):
 
 def read_saved(file):
     """A file of `DreamEngine.save`: adapter.*, lora.*, and a config in its metadata."""
-    tensors = read(file)
+    tensors = read_tensors(file)
     needed = ["base", "lmm"] + ["alpha"] * any(name.startswith("lora.") for name in tensors)
     with reading(file, "a Dream Engine checkpoint, with a config in its metadata"):
         config = read_json(file, metadata(file)["config"])
@@ -48,7 +48,7 @@ def read_saved(file):
     return Checkpoint(file, Part(adapter, file, prefix="adapter."), config, tensors)
 
 
-ADAPTER_PUBLISHED = table("""
+ADAPTER_PUBLISHED = key_map("""
     txt.*   input_embeds_align_mlp.*
     vec.*   condition_embeds_align_mlp.*
 """)
@@ -58,7 +58,7 @@ NO_EFFECT = ("norm_lmm_out.weight", "pooled_proj.weight", "pooled_proj.bias")  #
 def read_published(folder, scale=1.0, dtype=torch.float32):
     """The published DreamEngine, in shards: both frozen models, LoRA beside them, the adapter."""
     inner, tensors = folder / "transformer", {}
-    for name, x in read(inner if inner.is_dir() else folder).items():
+    for name, x in read_tensors(inner if inner.is_dir() else folder).items():
         name = name.replace(".base_layer.", ".")  # as peft names what LoRA wraps
         if name in tensors:
             raise UserError(f"{folder}: {name} is stored twice")

@@ -22,7 +22,7 @@ from dream_engine import LMM, SD3, DreamEngine
 from mini import unified, world
 from mini.cases import ask, bits, difference, draw, judge, score, share
 from support.cli import Parser, UserError, one_line_errors, reading
-from support.files import table, write_json, write_text
+from support.files import markdown_table, write_json, write_text
 from unialignment import UniAlignment
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -209,7 +209,7 @@ def report(results):
                     question = f"{c.question} (`{c.claim}`)"
                     rows.append([*pair, *compared(*texts), row, question, c.seeds])
         head = ["A", "B", "score of A", "of B", "B - A", "better", "score", "question", "seeds"]
-        parts += [f"**{study.title}**", table(head, rows)] if rows else []
+        parts += [f"**{study.title}**", markdown_table(head, rows)] if rows else []
     return "\n\n".join(parts) + "\n"
 
 

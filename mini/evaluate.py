@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, T5EncoderModel
 
-from checkpoints import load_mmdit, load_vae, metadata, read, read_json
+from checkpoints import load_mmdit, load_vae, metadata, read_json, read_tensors
 from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
 from lmm import load_lmm
 from mini import cases, pretrain, unified, world
@@ -30,8 +30,16 @@ from mini.cases import CASES, STREAM, bits, copies_of, interval, score, share
 from mini.unified import GROUPS, random_scenes
 from mini.world import SEEN
 from support.cli import Parser, UserError, number, one_line_errors, whole_number
-from support.files import prompt_row, sheet, table, whole, write_json, write_png, write_text
-from unialignment import MINI, UniAlignment
+from support.files import (
+    markdown_table,
+    prompt_row,
+    sheet,
+    whole,
+    write_json,
+    write_png,
+    write_text,
+)
+from unialignment.model import MINI, UniAlignment
 
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)
 STEPS = (1, 2, 4, 8, 14, 28)  # of Euler
@@ -175,7 +183,7 @@ def best_guidance(generate, rows, n):
         what, settings = f"guidance {guidance:g}", {"guidance": guidance}
         found = [score(generate, row, n, "guidance", f"{row}, {what}", **settings) for row in rows]
         means[guidance] = fmean(share(checks["exact"]) for checks in found)
-    print(table(["guidance", "score"], [[f"{g:g}", f"{m:.3f}"] for g, m in means.items()]))
+    print(markdown_table(["guidance", "score"], [[f"{g:g}", f"{m:.3f}"] for g, m in means.items()]))
     return max(means, key=means.get)
 
 
@@ -191,7 +199,7 @@ def store_guidance(file, n, device=None):
     config = read_json(file, metadata(file)["config"])
     rows = ("t2i", "copies") if config.get("stage") == 1 else ("t2i", "copies", "edits", "objects")
     config["guidance"] = best_guidance(engine.generate, rows, n)
-    tensors = {name: tensor.clone() for name, tensor in read(file).items()}
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(file).items()}
     with whole(file) as partial_file:
         save_file(tensors, partial_file, {"config": json.dumps(config)})
 
@@ -227,7 +235,7 @@ def report(scores):
         lines.append(line(f"**{row}**", total[row], ratio))
         lines += [line(name, part) for name, part in groups.items() if len(groups) > 1]
     parts = ["**Right pictures** (`card`)"]
-    parts += [table(["", "n", "score", "95 %", "ratio", *CONTROLS.values()], lines)]
+    parts += [markdown_table(["", "n", "score", "95 %", "ratio", *CONTROLS.values()], lines)]
     settings = [f"{k} {v}" for k, v in scores["settings"].items()]
     parts.append(f"({', '.join(settings)})")
     for name, title, columns in (
@@ -246,7 +254,7 @@ def report(scores):
             [key, *("" if x is None else f"{x:.3g}" for x in values)]
             for key, values in scores.get(name, {}).items()
         ]
-        parts += [title, table(columns, rows)] if rows else []
+        parts += [title, markdown_table(columns, rows)] if rows else []
     return "\n\n".join(parts) + "\n"
 
 

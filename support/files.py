@@ -42,7 +42,7 @@ def write_png(file, image, about=()):
         image.save(partial, "PNG", pnginfo=info)
 
 
-def table(head, rows):
+def markdown_table(head, rows):
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

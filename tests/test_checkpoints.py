@@ -93,10 +93,10 @@ def test_a_missing_shard_is_named(write):
 def test_of_several_files_without_an_index_none_is_guessed(write, tmp_path):
     write("mmdit/sd3.5-large/single", name="folder/model.safetensors")
     save_file({"a": torch.ones(1)}, tmp_path / "folder" / "model.fp16.safetensors")
-    assert "a" not in checkpoints.read(tmp_path / "folder")
+    assert "a" not in checkpoints.read_tensors(tmp_path / "folder")
     save_file({"a": torch.ones(1)}, tmp_path / "folder" / "other.safetensors")
     with pytest.raises(UserError, match="2 weight files and no index"):
-        checkpoints.read(tmp_path / "folder")
+        checkpoints.read_tensors(tmp_path / "folder")
 
 
 @pytest.mark.parametrize(
@@ -114,14 +114,14 @@ def test_of_several_files_without_an_index_none_is_guessed(write, tmp_path):
 def test_a_damaged_index_is_named(content, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(UserError, match=r"index.json: (not a weight index|expected a JSON object)"):
-        checkpoints.read(tmp_path)
+        checkpoints.read_tensors(tmp_path)
 
 
 def test_a_tensor_in_two_shards_is_named(write):
     folder = write("mmdit/sd3.5-large/single", "", 2)
     name = "final_layer.linear.bias"
     for file in folder.glob("*.safetensors"):
-        save_file(checkpoints.read(file) | {name: torch.zeros(64)}, file)
+        save_file(checkpoints.read_tensors(file) | {name: torch.zeros(64)}, file)
     with pytest.raises(UserError, match=f"{name} is stored twice"):
         load_mmdit(folder)
 
@@ -134,14 +134,14 @@ class Bomb:
 def test_pickles_that_run_code_are_refused(tmp_path, capsys):
     torch.save({"a": Bomb()}, tmp_path / "bomb.bin")
     with pytest.raises(UserError, match="bomb.bin: expected a checkpoint"):
-        checkpoints.read(tmp_path / "bomb.bin")
+        checkpoints.read_tensors(tmp_path / "bomb.bin")
     assert "boom" not in capsys.readouterr().out
     for other in ([torch.ones(2)], {"a": 3}):
         torch.save(other, tmp_path / "other.bin")
         with pytest.raises(UserError, match="a pickle may hold tensors only, by name"):
-            checkpoints.read(tmp_path / "other.bin")
+            checkpoints.read_tensors(tmp_path / "other.bin")
     torch.save({"a": torch.ones(2)}, tmp_path / "good.bin")
-    assert torch.equal(checkpoints.read(tmp_path / "good.bin")["a"], torch.ones(2))
+    assert torch.equal(checkpoints.read_tensors(tmp_path / "good.bin")["a"], torch.ones(2))
 
 
 def test_nothing_is_copied_when_dtype_and_device_fit(good):
@@ -212,7 +212,9 @@ def test_damaged_pickles_are_one_line(kind, tmp_path):
         data[rng.randrange(len(data))] = rng.randrange(256)
     (tmp_path / "a.bin").write_bytes(data[: rng.choice((len(data), rng.randrange(len(data))))])
     with contextlib.suppress(UserError):
-        assert all(torch.is_tensor(x) for x in checkpoints.read(tmp_path / "a.bin").values())
+        assert all(
+            torch.is_tensor(x) for x in checkpoints.read_tensors(tmp_path / "a.bin").values()
+        )
 
 
 @pytest.mark.parametrize(
@@ -223,4 +225,4 @@ def test_damaged_pickles_are_one_line(kind, tmp_path):
 def test_names_must_be_text_and_tensors_plain(content, tmp_path):
     torch.save(content, tmp_path / "a.bin")
     with pytest.raises(UserError, match="a pickle may hold tensors only, by name"):
-        checkpoints.read(tmp_path / "a.bin")
+        checkpoints.read_tensors(tmp_path / "a.bin")

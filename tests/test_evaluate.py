@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from checkpoints import metadata, read
+from checkpoints import metadata, read_tensors
 from dream_engine import DreamEngine
 from mini import cases, evaluate, world
 from support.cli import UserError
@@ -76,7 +76,7 @@ def test_the_best_guidance_is_stored_and_nothing_else_changes(tmp_path, monkeypa
     monkeypatch.setattr(evaluate, "score", lambda *_, guidance: {"exact": right[guidance]})
     evaluate.main(["guidance", "--checkpoint", str(file)])
     assert json.loads(metadata(file)["config"]) == {"stage": 1, "base": 1.5, "guidance": 2.0}
-    assert read(file)["x"].tolist() == [0, 1, 2]
+    assert read_tensors(file)["x"].tolist() == [0, 1, 2]
 
 
 def test_minutes_of_resumed_parts_add_up(tmp_path):

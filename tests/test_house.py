@@ -6,10 +6,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FILES = [
     *ROOT.glob("*.py"),
-    *(f for room in ("support", "mini", "tools") for f in ROOT.glob(f"{room}/*.py")),
+    *(
+        f
+        for room in ("support", "unialignment", "mini", "tools")
+        for f in ROOT.glob(f"{room}/*.py")
+    ),
 ]
 NAMES = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in FILES}
-LEAVES = {"flow", "masked", "mmdit", "vae", "adapter"}
+LEAVES = {"flow", "unialignment.masked", "mmdit", "vae", "adapter"}
 
 
 def imports(file):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import masked
+from unialignment import masked
 
 B, L, V = 3, 6, 11
 MASK = V - 1

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sample
-from checkpoints import metadata, read
+from checkpoints import metadata, read_tensors
 from dream_engine import LMM, SD3, STAGE1
 from support import fast
 from support.cli import one_line_errors
@@ -185,7 +185,7 @@ def test_bad_checkpoints_get_one_line(kind, said, capsys):
     if kind == "truncated":
         Path("c.safetensors").write_bytes(STAGE1.read_bytes()[:5000])
     elif kind == "mistyped":
-        weights = read(STAGE1) | {"adaptor.txt": torch.zeros(2)}
+        weights = read_tensors(STAGE1) | {"adaptor.txt": torch.zeros(2)}
         save_file(weights, "c.safetensors", metadata(STAGE1))
     else:
         Path("c.safetensors").write_text("print('hello')")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from support.cli import Parser, UserError, number, one_line_errors, reading, whole_number
-from support.files import sheet, table, whole, write_png, write_text
+from support.files import markdown_table, sheet, whole, write_png, write_text
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,4 +105,4 @@ def test_a_sheet_holds_every_picture_where_it_belongs():
 
 
 def test_a_table_is_markdown():
-    assert table(["a", "b"], [[1, 2]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    assert markdown_table(["a", "b"], [[1, 2]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"

@@ -23,10 +23,10 @@ from checkpoints import load_mmdit
 from dream_engine import LMM, SD3, STAGE1
 from lmm import collate, load_tokenizer, patch_config
 from mini.world import EDGES, SEGMENT, Examples, describe, detect, edges, is_exam, segment
-from pipeline import Tokens
 from support import runs
 from support.cli import UserError
-from unialignment import LOSSES, UniAlignment
+from unialignment.folder import Tokens
+from unialignment.model import LOSSES, UniAlignment
 
 SMALL = ["--stage", "unialignment", "--batch", "3", "--warmup", "1", "--device", "cpu"]
 SMALL += ["--text-encoder", "t5", "--slots", "16"]

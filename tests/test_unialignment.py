@@ -14,14 +14,14 @@ from tiny import GOLDEN, relative, tensor, uniform
 from unialignment_folder import NAMES, publish, transformer_weights
 
 import flow
-import masked
 import mmdit
 from checkpoints import Part
-from pipeline import RULES, Transformer
 from prompts import to_images
 from support import fast
 from support.cli import UserError
-from unialignment import LOSSES, UniAlignment, contrast, misalignment
+from unialignment import masked
+from unialignment.model import LOSSES, UniAlignment, contrast, misalignment
+from unialignment.transformer import RULES, Transformer
 
 T = torch.tensor([0.25, 0.9])
 MASK = VOCABULARY - 1

@@ -27,7 +27,7 @@ from mmdit import MMDiT, MMDiTConfig
 from prompts import apply_task, to_images
 from support.cli import Parser, one_line_errors, reading
 from support.fast import compile_blocks, usable_device
-from support.files import table, write_json, write_text
+from support.files import markdown_table, write_json, write_text
 
 try:
     from diffusers import SD3Transformer2DModel
@@ -217,7 +217,7 @@ def report(results):
     for name, part in results.items():
         rows = part["rows"]
         parts.append(f"**{name}**: {part['about']}")
-        parts.append(table(list(rows[0]), [map(cell, row.values()) for row in rows]))
+        parts.append(markdown_table(list(rows[0]), [map(cell, row.values()) for row in rows]))
         about = [f"{k}: {cell(v)}" for k, v in part.items() if k not in ("rows", "about")]
         parts += ["; ".join(about)] if about else []
     return "\n\n".join(parts) + "\n"

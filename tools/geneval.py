@@ -15,7 +15,7 @@ from data import LONGEST_LINE
 from dream_engine import LMM, SD3, STAGE2, DreamEngine
 from support.cli import Parser, UserError, number, one_line_errors, reading, whole_number
 from support.files import grid, write_png, write_text
-from unialignment import MINI, UniAlignment
+from unialignment.model import MINI, UniAlignment
 
 ENGINES = "dream-engine", "unialignment"
 

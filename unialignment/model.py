@@ -12,6 +12,7 @@ modulates the blocks, t = 0 to read. Precision: T5, which makes both text stream
 Letters: B batch, L text slots, N image tokens, D width, V vocabulary, C channels, M the teacher's width.
 """
 
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -21,15 +22,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 import flow
-import masked
-import pipeline
 from checkpoints import Part, check, fingerprint, load_mmdit, load_vae
 from prompts import check_drawing, crop_to, split_prompt, to_images, to_rgb, to_tensor
 from support import fast
 from support.cli import UserError, reading
 from support.files import whole, write_json
+from unialignment import folder as folders
+from unialignment import masked, transformer
 
-MINI = Path(__file__).parent / "weights" / "mini" / "unialignment"
+MINI = Path(__file__).parent.parent / "weights" / "mini" / "unialignment"
 LOSSES = {"velocity": 1.0, "text": 0.2, "csa": 0.05, "isa": 0.1}  # and their published weights
 
 
@@ -52,7 +53,7 @@ class UniAlignment(nn.Module):
                 raise UserError(f"{found} {what}: this transformer was trained with {expected}")
         if entries > text_encoder.config.vocab_size:
             raise UserError(f"a tokenizer of {entries} entries, more than T5 knows")
-        self.tokens = pipeline.Tokens(tokenizer, sampling.slots, sampling.sentence)
+        self.tokens = folders.Tokens(tokenizer, sampling.slots, sampling.sentence)
         self.guidance = sampling.guidance
 
     @classmethod
@@ -66,13 +67,13 @@ class UniAlignment(nn.Module):
         folder = Path(folder)
         if not folder.exists():
             raise FileNotFoundError(f"{folder}: no such folder; expected one of UniAlignment")
-        places = {name: pipeline.find_folder(folder, sd3, name) for name in pipeline.PARTS}
-        sampling = pipeline.read_sampling(places["scheduler"])
-        tokenizer = pipeline.load_tokenizer(places["tokenizer"])
+        places = {name: folders.find_folder(folder, sd3, name) for name in folders.PARTS}
+        sampling = folders.read_sampling(places["scheduler"])
+        tokenizer = folders.load_tokenizer(places["tokenizer"])
         inner = folder / "transformer"
-        mmdit = pipeline.load_transformer(inner if inner.is_dir() else folder, device, dtype)
+        mmdit = transformer.load_transformer(inner if inner.is_dir() else folder, device, dtype)
         vae = load_vae(places["vae"], device)
-        text_encoder = pipeline.load_text_encoder(places["text_encoder"], device, dtype)
+        text_encoder = folders.load_text_encoder(places["text_encoder"], device, dtype)
         engine = cls(mmdit, text_encoder, tokenizer, vae, sampling).requires_grad_(False).eval()
         for file in sorted(folder.glob("mask_token_emb*.pth")):
             row = text_encoder.shared.weight[engine.tokens.mask_id]
@@ -90,12 +91,12 @@ class UniAlignment(nn.Module):
         device, dtype = fast.device_and_dtype(device, dtype)
         place = Path(text_encoder)  # a tokenizer_3/ stands beside a text_encoder_3/
         tokenizer = place.with_name(place.name.replace("text_encoder", "tokenizer"))
-        tokenizer = pipeline.load_tokenizer(tokenizer)
-        mmdit = pipeline.grow(load_mmdit(sd3, device), len(tokenizer))
-        t5, vae = pipeline.load_text_encoder(place, device, dtype), load_vae(sd3, device)
+        tokenizer = folders.load_tokenizer(tokenizer)
+        mmdit = transformer.grow(load_mmdit(sd3, device), len(tokenizer))
+        t5, vae = folders.load_text_encoder(place, device, dtype), load_vae(sd3, device)
         size = min(size, mmdit.config.largest)
         texts = {"text_steps": min(slots, 64), "order": "confident", "sentence": sentence}
-        sampling = pipeline.Sampling(slots, size, negative="", **texts)
+        sampling = folders.Sampling(slots, size, negative="", **texts)
         return cls(mmdit, t5, tokenizer, vae, sampling).requires_grad_(False).eval()
 
     @property
@@ -122,10 +123,11 @@ class UniAlignment(nn.Module):
         c = mmdit.embed_time(t, len(latent))
         img = [mmdit.embed_image(x.to(mmdit.pos_embed.dtype)) for x in (latent, *sources)]
         n = img[0].shape[1]  # the target's tokens come first, only they are read off
-        _, img, pair = mmdit.run_blocks(context, torch.cat(img, dim=1), c, middle=features)
+        with tokens_after(mmdit, features) as (_, middle):
+            _, img = mmdit.run_blocks(context, torch.cat(img, dim=1), c)
         final = mmdit.final_layer.features(img[:, :n], c)
         velocity = mmdit.unpatch(mmdit.final_layer.linear(final), latent)
-        return (velocity, final, pair[1][:, :n]) if features else velocity
+        return (velocity, final, middle[0][:, :n]) if features else velocity
 
     def read(self, latent, context, features=None):
         """Logits (B, L, V) of a text about a clean latent (B, C, H, W), from its masked context.
@@ -135,10 +137,11 @@ class UniAlignment(nn.Module):
         mmdit = self.mmdit
         img = mmdit.embed_image(latent.to(mmdit.pos_embed.dtype))
         c = mmdit.embed_time(0.0, len(latent))
-        txt, _, pair = mmdit.run_blocks(context, img, c, middle=features)
+        with tokens_after(mmdit, features) as (middle, _):
+            txt, _ = mmdit.run_blocks(context, img, c)
         final = F.layer_norm(txt, txt.shape[-1:], eps=1e-6)
         logits = mmdit.text_head(final)
-        return (logits, final, pair[0]) if features else logits
+        return (logits, final, middle[0]) if features else logits
 
     def encode(self, images, size, generators):
         """PIL images -> latents (B, C, H, W), cut to size (width, height); each a posterior's sample."""
@@ -286,20 +289,39 @@ class UniAlignment(nn.Module):
             "isa": isa,
         }
 
-    save_frozen = pipeline.save_frozen  # writes the rest of what `load` reads
+    save_frozen = folders.save_frozen  # writes the rest of what `load` reads
 
     def save(self, folder, **_):
         """Write what training changes, the transformer/ of a pipeline folder, as published."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", self.mmdit.settings())
-        with whole(folder / pipeline.WEIGHTS) as partial:
-            save_file(Part({}, folder, pipeline.RULES).stored(self.mmdit), partial)
+        with whole(folder / folders.WEIGHTS) as partial:
+            save_file(Part({}, folder, transformer.RULES).stored(self.mmdit), partial)
 
     def restore(self, folder):
         """Take back what `save` wrote, into an engine that trains the same."""
-        saved = pipeline.load_transformer(folder, self.device).state_dict()
+        saved = transformer.load_transformer(folder, self.device).state_dict()
         check(saved, self.mmdit.state_dict(), folder)
         self.mmdit.load_state_dict(saved)
+
+
+@contextmanager
+def tokens_after(mmdit, k):
+    """Within, block k (from 1) of a forward adds its text and its image tokens to two lists."""
+    txt, img = [], []
+    if not k:
+        yield txt, img
+        return
+
+    def keep(block, inputs, outputs):
+        txt.append(outputs[0])
+        img.append(outputs[1])
+
+    hook = mmdit.joint_blocks[k - 1].register_forward_hook(keep)
+    try:
+        yield txt, img
+    finally:
+        hook.remove()
 
 
 def contrast(image, text, ids=None, temperature=0.07):

@@ -1,0 +1,94 @@
+"""SD3's MM-DiT with UniAlignment's heads, and the published names of its tensors."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+import checkpoints
+from mmdit import MMDiT, TimestepEmbedder, timestep_embedding
+
+
+class RoundedEmbedder(TimestepEmbedder):
+    """The sinusoid of t passes through float16, as where the published weights were trained."""
+
+    def forward(self, t):
+        return self.mlp(timestep_embedding(t).half().to(self.mlp[0].weight.dtype))
+
+
+class Transformer(MMDiT):
+    """SD3's MM-DiT with a head for text, and what aligns it with a teacher."""
+
+    def __init__(self, config, vocabulary, null_tokens=8, aligned=None, rounded=True):
+        """aligned: (M, hidden units) of the two adapters that only training needs, or None."""
+        super().__init__(config)
+        if rounded:
+            self.t_embedder = RoundedEmbedder(256, config.width)
+        self.text_head = nn.Linear(config.width, vocabulary)
+        self.null_image = nn.Parameter(torch.zeros(1, null_tokens, config.width))  # never used
+        if aligned:
+            self.align(*aligned)
+
+    def align(self, out, hidden=None):
+        """Have adapters from a mean token (B, D) to a teacher's (B, out), if need be new ones."""
+        if hasattr(self, "image_adapter") and self.image_adapter[2].out_features == out:
+            return
+        width, device = self.config.width, self.pos_embed.device
+        hidden = hidden or min(2048, 4 * width)
+        for name in ("image_adapter", "text_adapter"):
+            layers = nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, out), nn.SiLU()
+            self.add_module(name, nn.Sequential(*layers).to(device))
+
+    def settings(self):
+        """Its config.json, in the authors' names."""
+        config = self.config
+        return checkpoints.mmdit_settings(config) | {
+            "vocab_size": self.text_head.out_features,
+            "num_attention_heads": config.width // config.head_dim,
+            "caption_projection_dim": config.width,
+            "out_channels": config.channels,
+            "qk_norm": "rms_norm" if config.qk_norm else None,
+            "dual_attention_layers": list(config.dual),
+            "float16_time": isinstance(self.t_embedder, RoundedEmbedder),  # ours
+        }
+
+
+@torch.no_grad()
+def grow(base, vocabulary):
+    """SD3's MM-DiT as a Transformer in fp32, whose new gates are zero: it draws as with a zero vec."""
+    config = replace(base.config, pooled_dim=None, text_out=True)
+    model = Transformer(config, vocabulary, rounded=False).to(base.pos_embed.device)
+    for parameter in model.joint_blocks[-1].context_block.adaLN_modulation.parameters():
+        parameter.zero_()
+    state = model.state_dict()
+    for name, tensor in base.state_dict().items():
+        if name in state:  # of that layer SD3 has the first two of six chunks
+            state[name][: len(tensor)] = tensor
+    return model
+
+
+# As diffusers names SD3's, with a few other names
+RULES = checkpoints.key_map("""
+    final_layer.adaLN_modulation.1.*  image_norm_out.linear.*
+    final_layer.linear.*              image_proj_out.*
+    text_head.*                       text_proj_out.*
+    null_image                        null_image_embd
+    image_adapter.*                   siglip_adapter_img.fc.*
+    text_adapter.*                    siglip_adapter_text.fc.*
+""")
+RULES += checkpoints.MMDIT_DIFFUSERS
+
+
+def load_transformer(path, device="cpu", dtype=torch.float32):
+    """The Transformer of a published transformer/ or of one file; UserError if there is none."""
+    stated = checkpoints.read_config(path)
+    kind, layouts = "transformer of UniAlignment", {"text_proj_out.weight": RULES}
+    part = checkpoints.find_part(checkpoints.read_tensors(path), path, kind, ("",), layouts)
+    aligned = None
+    if part.shape("image_adapter.0.weight"):
+        aligned = [part.dimension(f"image_adapter.{i}.weight", 0) for i in (2, 0)]
+    sizes = part.dimension("text_head.weight", 0), part.dimension("null_image", 1), aligned
+    built = checkpoints.infer_mmdit(part, stated), *sizes, stated.get("float16_time", True)
+    model = checkpoints.build(part, lambda: Transformer(*built), device, dtype)
+    checkpoints.compare(path, stated, model.settings())
+    return model
