@@ -90,7 +90,10 @@ def same(a, b):
         ('{"task": "objects", "target": "a", "segments": [["a", [[0, 0, 1e999, 4]]]]}', "x1"),
         ('{"task": "objects", "target": "a", "segments": [["\\udc00", []]]}', "text of segments"),
         ('{"task": "t2i", "prompt": "\\ud83d", "target": "a.png"}', '"prompt" must be a text'),
-        ('{"task": "t2i", "prompt": "' + "a" * 5000 + '", "target": "a.png"}', "1 to 4000 letters"),
+        (
+            '{"task": "t2i", "prompt": "' + "a" * 5000 + '", "target": "a.png"}',
+            "1 to 4000 characters",
+        ),
         ("[" * 100_000, "not JSON"),
         ('{"task": "t2i", "prompt": "__import__(\'os\')", "target": NaNa}', "not JSON"),
     ],
