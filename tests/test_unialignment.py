@@ -452,7 +452,7 @@ def test_parts_of_other_models_are_refused(uni, tmp_path):
         (3, other(latent_channels=4), "4 latent channels of the autoencoder: .* with 16"),
         (1, other(d_model=64, vocab_size=40), "64 numbers in a state of T5: .* with 48"),
         (2, Tokenizer(), "9 entries of the tokenizer: .* with 23"),
-        (1, other(d_model=48, vocab_size=20), "of 23 entries, more than T5 knows"),
+        (1, other(d_model=48, vocab_size=20), "of 23 entries: T5 has embeddings of 20"),
     ):
         parts = [getattr(uni, name, uni.tokens.tokenizer) for name in names]
         parts[i] = part
