@@ -38,7 +38,7 @@ def measure(file):
             suffix = {"PNG": ".png", "WEBP": ".webp"}.get(image.format, ".jpg")
             return suffix, list(upright_size(image))
     except Exception:  # noqa: BLE001 - Pillow's decoders raise anything on damaged files
-        raise UserError("expected a readable JPEG, PNG or WebP image") from None
+        raise UserError("expected a JPEG, PNG or WebP image") from None
 
 
 def store(data, path):
@@ -132,7 +132,7 @@ def split_caption(caption, chunks):
     """Cut a caption at its noun chunks -> [[text, [[x1, y1, x2, y2], ...]], ...], in thousandths.
 
     chunks: [[start, end, x1, y1, x2, y2, score], ...] with x and y from 0 to 1. Of texts that
-    overlap the one with the highest score stays. UserError if a chunk is malformed or no box is left.
+    overlap, the one with the highest score stays. UserError if a chunk is malformed or no box left.
     """
     spans = {}  # (start, end): boxes
     with reading("'noun_chunks'", "a list of [start, end, x1, y1, x2, y2, score]"):
