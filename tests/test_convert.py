@@ -352,11 +352,11 @@ def test_user_errors_with_parquet_files_are_one_line(capsys, monkeypatch):
 def test_an_interrupted_conversion_leaves_only_complete_files(monkeypatch, capsys):
     write_tar("00000.tar", [m for i in range(4) for m in sample(f"{i}", picture(i), "a cat")])
     Path("c.jsonl").write_text("an earlier manifest")
-    measure, seen = convert.measure, []
+    measure, opened = convert.measure, []
 
     def stop_at_third(file):
-        seen.append(file)
-        if len(seen) == 3:
+        opened.append(file)
+        if len(opened) == 3:
             raise KeyboardInterrupt
         return measure(file)
 

@@ -71,9 +71,9 @@ def build_models(config, device="cpu"):
         if not SD3Transformer2DModel:
             return {"ours": MMDiT(config).eval().requires_grad_(False)}
         reference = Reference(config)
-    theirs = reference.transformer
-    ours = build_mmdit(theirs.state_dict(), "diffusers", device)
-    theirs.context_embedder = theirs.time_text_embed.text_embedder = nn.Identity()
+    transformer = reference.transformer
+    ours = build_mmdit(transformer.state_dict(), "diffusers", device)
+    transformer.context_embedder = transformer.time_text_embed.text_embedder = nn.Identity()
     return {"diffusers": reference, "ours": ours}
 
 

@@ -22,9 +22,9 @@ def add_engine_options(parser, out, engines=ENGINES):
     add("--steps", type=whole_number(1, 10_000), help="Euler steps")
     add("--guidance", type=number(-1000, 1000), help="default: the checkpoint's own")
     add("--size", type=whole_number(16, 16_384), help="side of the pictures; default: the model's")
-    add("--seed", type=whole_number(0, 2**63 - 1), default=0)
+    add("--seed", type=whole_number(0, 2**63 - 1), default=0, help="of the noise; default: 0")
     add("--sd3", help="SD3 / SD3.5: single file or diffusers folder")
-    add("--lmm", default=LMM, help="Qwen2-VL: Hugging Face folder")
+    add("--lmm", default=LMM, help="Qwen2-VL: Hugging Face folder (dream-engine only)")
     add("--checkpoint", help="trained weights of the engine; default: the miniature's")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
 

@@ -41,7 +41,7 @@ def draw(args):
 def main(arguments=None):
     parser = Parser(prog="python -m tools.geneval", description=__doc__.splitlines()[0])
     parser.add_argument("--metadata", required=True, help="evaluation_metadata.jsonl")
-    parser.add_argument("--num", type=whole_number(1, 1000), default=4, help="pictures a prompt")
+    parser.add_argument("--num", type=whole_number(1, 1000), default=4, help="pictures per prompt")
     add_engine_options(parser, "runs/geneval")
     draw(parser.parse_args(arguments))
 

@@ -1,4 +1,4 @@
-"""Draw the prompts and edits of SemGen-Bench (UniAlignment, arXiv 2509.23760) for its own judge.
+"""Draw the prompts and edits of SemGen-Bench (UniAlignment, arXiv 2509.23760) for its own scorer.
 
     python -m tools.semgen --bench semgen_bench.jsonl --engine unialignment --out pictures
 
