@@ -3,7 +3,7 @@
     python -m tools.convert journeydb train_anno_realease_repath.jsonl --images imgs --out j.jsonl
     python -m tools.convert cc12m shards/ --out cc12m.jsonl     # also grit; ultraedit: .parquet
 
-Shards are .tar files of img2dataset, for GRIT with --resize_mode keep_ratio: padding would shift the
+Shards are .tar files of img2dataset; GRIT needs --resize_mode keep_ratio: padding shifts the
 boxes. Images in shards and .parquet files are copied byte for byte to a folder named after the
 manifest. Faulty records are skipped and counted; tools.check_manifest finds damaged images.
 """
