@@ -293,7 +293,7 @@ def test_check_manifest_counts_examples_and_names_bad_lines(capsys):
         check_manifest.main(["a.jsonl"])
     said = capsys.readouterr().out
     assert end.value.code == 1 and "3 of 7 lines are bad" in said
-    assert 'a.jsonl:5: "target" must be a text of 1 to 4000 letters' in said
+    assert 'a.jsonl:5: "target" must be a text of 1 to 4000 characters' in said
     assert "a.jsonl:6: none.png" in said and "a.jsonl:7: cut.png" in said
 
 

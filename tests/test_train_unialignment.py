@@ -303,7 +303,7 @@ def test_the_sheet_shows_what_is_drawn_and_read(manifest, monkeypatch):
         (["--weights", "words=1"], "the losses being velocity, text, csa, isa"),
         (
             ["--checkpoint", "run"],
-            "--text-encoder, --slots, --sentence: a --checkpoint has its own",
+            "--text-encoder, --slots, --sentence: --checkpoint has its own",
         ),
         (["--text-encoder", "nowhere"], "nowhere: expected a T5 tokenizer"),
     ],
