@@ -40,7 +40,7 @@ PATIENCE = 5  # steps in a row that may fail
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training of a system: what it learns, and defaults that suit the miniature."""
+    """One training of a system: its tasks, and defaults that suit the miniature."""
 
     name: str  # of its folder in runs/
     shares: dict[str, float]  # of each task among the microbatches
@@ -299,16 +299,16 @@ def refuse(*faults):
 def complete(args, recipe, tasks, miniature, rate):
     """Fill in the defaults that depend on other options; UserError where options do not fit together.
 
-    tasks: all that the system learns; rate: the default of --lr for other models than the miniature.
+    tasks: all that the system can learn; rate: the default of --lr for models other than the miniature.
     """
     args.steps = args.steps or recipe.steps
     args.out = args.out or f"runs/{recipe.name}"
     args.lr = args.lr or (recipe.rate if miniature else rate)
-    asked, total = args.tasks or {}, args.steps * args.accumulate * rank_and_world()[1]
+    wanted, total = args.tasks or {}, args.steps * args.accumulate * rank_and_world()[1]
     learns = f"--tasks: {recipe.name} learns {', '.join(sorted(tasks))}"
     refuse(
-        (args.tasks and not any(asked.values()), "--tasks: expected such as t2i=1,edit=2"),
-        (asked.keys() - tasks, learns),
+        (args.tasks and not any(wanted.values()), "--tasks: expected such as t2i=1,edit=2"),
+        (wanted.keys() - tasks, learns),
         (not miniature and not args.data, "--data is missing: only the miniature can do without"),
         (total > 10**8, "--steps times --accumulate: over 100 million microbatches in all"),
         (runs.latest(args.out) and not args.resume, f"{args.out} holds a run: --resume goes on"),

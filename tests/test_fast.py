@@ -104,7 +104,7 @@ def test_lora_learns_and_merges_alike(family, names):
     apart = model(latent, 0.6, txt, vec)
     apart.sum().backward()
     last = model.joint_blocks[-1].context_block.attn.qkv
-    assert last.B.grad[0].abs().max() == 0  # nobody reads its queries
+    assert last.B.grad[0].abs().max() == 0  # its queries are not used
     assert min(last.B.grad[1:].abs().amax((1, 2))) > 0
     assert relative(merge_lora(model)(latent, 0.6, txt, vec), apart.detach()) < 1e-5
 

@@ -1,4 +1,4 @@
-"""The command line as its users meet it: pictures, and one clear line for every mistake."""
+"""The command lines that draw and read: pictures, and one clear line for every mistake."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def fails(main, arguments, capsys):
-    """The one line that a program says before it ends with exit code 2."""
+    """The one line that a program prints before it ends with exit code 2."""
     before = sorted(Path.cwd().rglob("*"))
     with pytest.raises(SystemExit) as end, one_line_errors():
         main([str(a) for a in arguments])

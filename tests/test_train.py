@@ -1,4 +1,4 @@
-"""Training: only what should learns, nothing is lost, and many processes equal one."""
+"""Training: only the right parameters change, nothing is lost, and many processes equal one."""
 
 import json
 import math
@@ -77,7 +77,7 @@ def losses(out):
     return [record["loss"] for record in runs.read_metrics(Path(out))]
 
 
-# ---- what learns --------------------------------------------------------------------------------
+# ---- what is trained
 
 
 @pytest.mark.parametrize("stage, more", [(1, []), (2, []), (2, ["--lmm-lora"])])
@@ -206,15 +206,15 @@ def test_the_plan_of_activations_is_near_the_truth(rank):
     txt, vec = (torch.randn(s, requires_grad=True) for s in ((4, 200, 128), (4, 128)))
     frozen = {p.untyped_storage().data_ptr() for p in engine.parameters()}
     for engine.mmdit.checkpointing in (False, True):
-        kept = {}
+        saved = {}
 
-        def count(x, kept=kept):
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        def count(x, saved=saved):
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
             engine.mmdit(torch.randn(4, 8, 6, 6), torch.full((4,), 0.5), txt, vec)
-        measured = sum(size for pointer, size in kept.items() if pointer not in frozen)
+        measured = sum(size for pointer, size in saved.items() if pointer not in frozen)
         planned = 4 * runs.activation_bytes(engine.mmdit, 209, engine.mmdit.checkpointing)
         if engine.mmdit.checkpointing:  # on the way back, one block is there in full
             planned -= runs.SAVED * 4 * 209 * 128 * 4
@@ -452,11 +452,11 @@ def test_a_full_disk_keeps_the_previous_checkpoint():
     try:
         said = fails(1, 2, "new")
         Path("run/checkpoints/000002").rename("run/checkpoints/000002.partial")
-        kept = fails(1, 2, "run", "--resume")
+        refused = fails(1, 2, "run", "--resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "cannot be written" in said and "make room" in said and "none" in said
-    assert "the last good checkpoint is run/checkpoints/000001" in kept
+    assert "the last good checkpoint is run/checkpoints/000001" in refused
     assert list(Path("run/checkpoints").iterdir()) == before[:1]
     run(1, 2, "run", "--resume")
 
@@ -635,8 +635,8 @@ def test_manifests_of_all_tasks_train(capsys):
     Path("a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run(2, 2, "run", "--data", "a.jsonl=2", "--workers", "1")
     Path("b=1.jsonl").write_text(json.dumps(lines[0]))
-    asked = ["--data", "b=1.jsonl", "--tasks", "edit=1,i2i=1,objects=0"]
-    assert "holds no example of task edit" in fails(2, 1, "b", *asked)
+    wanted = ["--data", "b=1.jsonl", "--tasks", "edit=1,i2i=1,objects=0"]
+    assert "holds no example of task edit" in fails(2, 1, "b", *wanted)
     run(1, 2, "b", "--data", "b=1.jsonl")  # its target serves to be copied, too
     said = capsys.readouterr().out
     assert "\ni2i 48x48 x 1 from b=1.jsonl:" in said and "\nt2i 48x48 x 1 from b=1.jsonl:" in said

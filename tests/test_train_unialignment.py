@@ -1,4 +1,4 @@
-"""Training UniAlignment: it starts as SD3, learns in both passes, and leaves a folder that draws and reads."""
+"""Training UniAlignment: it starts as SD3, trains both passes, and writes a folder that draws and reads."""
 
 import json
 import random

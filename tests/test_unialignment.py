@@ -282,11 +282,11 @@ def test_a_picture_alone_equals_the_picture_in_a_batch(sources, uni):
 @pytest.mark.parametrize("order", ["sampled", "confident"])
 def test_an_answer_alone_equals_the_answer_in_a_batch(order, uni):
     images, questions = [picture(0), picture(1)], ["how many", "a red circle left of the star"]
-    for asked in (None, questions):
-        together = uni.answer(images, asked, steps=4, order=order, seed=2)
+    for given in (None, questions):
+        together = uni.answer(images, given, steps=4, order=order, seed=2)
         for i in range(2):
             (alone,) = uni.answer(
-                [images[i]], asked and [asked[i]], steps=4, order=order, seed=2 + i
+                [images[i]], given and [given[i]], steps=4, order=order, seed=2 + i
             )
             assert alone == together[i]
         assert together[0] != together[1] and "extra" not in "".join(together)

@@ -1,9 +1,10 @@
 """Training examples with two texts: one that draws the target, and one about the target to read.
 
-UniAlignment learns three tasks of a manifest (see `data.py`): t2i, edit and answer. The prompt of t2i
-draws its target; its "caption" is read, or the prompt if it has none. Source and instruction of an edit
-draw its target; its "caption" is read. An answer is read after its question; nothing is asked to
-draw its picture, which is drawn from the empty prompt.
+UniAlignment learns three tasks of a manifest (see `data.py`):
+
+t2i     draws the target from the prompt; reads the "caption", or the prompt if there is none
+edit    draws the target from source and instruction; reads the "caption", which it needs
+answer  reads the answer after the question; draws the image from the empty prompt
 """
 
 from dataclasses import dataclass
