@@ -23,8 +23,9 @@ from lmm import load_lmm
 from support import runs
 from support.cli import Parser, one_line_errors, whole_number
 from support.fast import device_and_dtype
+from support.options import add_options, complete, refuse, shares
 from support.processes import together
-from train import Recipe, add_options, complete, load_data, open_manifests, refuse, shares
+from train import Recipe, load_data, open_manifests
 from unialignment.examples import PairedMicrobatches
 from unialignment.model import LOSSES, UniAlignment
 
