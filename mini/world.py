@@ -1,4 +1,8 @@
-"""The miniature world: all that `mini.scenes` offers, and endless examples of it to train on."""
+"""The miniature world: every name of `mini.scenes`, and an endless dataset of rendered scenes.
+
+Training draws from `Examples` if no manifest is given. `Examples` has the interface of
+`data.Manifest`, but it renders each example when it is requested.
+"""
 
 import numpy as np
 
@@ -12,13 +16,13 @@ SEGMENT, EDGES = "Segment the image.", "Draw the edges."
 
 
 class Examples:
-    """Endless training examples, with the interface of `data.Manifest`: one row, another each time."""
+    """An endless dataset with the interface of `data.Manifest`. Its one row is random every time."""
 
     name = identity = "rendered scenes"
     bad_lines, total = {}, 0
 
     def __init__(self, perception=False):
-        """perception: are a third of the edits segmentations and edges?"""
+        """perception: one third of the edits asks for the segmentation or the edges of a scene."""
         self.perception = perception
 
     def rows(self, task):
@@ -28,6 +32,7 @@ class Examples:
         return 1.0
 
     def record(self, row, task, rng):
+        """Draw a random dataset example of a task; not from the scenes reserved for the test set."""
         if task == "edit" and self.perception and rng.random() < 1 / 3:
             return perceived(rng)
         if task == "edit":
@@ -48,7 +53,7 @@ class Examples:
 
 
 def perceived(rng):
-    """An edit that makes of a scene its segmentation or, one in four, its edges."""
+    """Draw an edit example with the edges (one in four) or the segmentation of a scene as target."""
     scene = scenes.sample_scene(rng.choice((*scenes.TASKS, "scene")), rng)
     labels, record = scenes.segment(scene), {"task": "edit", "source": render(scene)}
     if rng.random() < 0.25:
