@@ -1,7 +1,7 @@
 """Edits: instructions to change a scene, each with the only scene that follows it.
 
-Sources and targets are Scenes, so the detected scene of an edited picture is either right or wrong.
-The maker of each kind draws a random Edit, or returns None if the source does not allow one.
+The target is a Scene, so `scenes.detect` decides whether an edited picture is right. The function
+of each kind draws a random Edit of a source, or returns None if the source allows no such edit.
 """
 
 from dataclasses import dataclass
@@ -24,14 +24,13 @@ class Edit:
     target: Scene
     before: Object | None = None  # the changed object in the source
     after: Object | None = None  # the changed object in the target
-    mentions: tuple[Mention, ...] = ()  # the nouns of the text, as in the target; count 0: removed
+    mentions: tuple[Mention, ...] = ()  # nouns of the text, as in the target; count 0: removed
 
 
 def sample_edit(kind, rng, pairs=SEEN, exam=False):
     """Draw a random Edit of a kind; arguments as of `scenes.sample_scene`.
 
-    If pairs is HELD_OUT, the source has pairs of SEEN. Only the object that a recolor or add makes is
-    then a held-out pair.
+    With HELD_OUT, the source has pairs of SEEN, and the object of a recolor or add a held-out one.
     """
     source_pairs = SEEN if pairs is scenes.HELD_OUT else pairs
     while True:
@@ -56,7 +55,7 @@ def replaced(scene, before, after):
 
 
 def of_one(kind, source, text, before, after, *mentions):
-    """The Edit that replaces one object by another. Without before it adds, without after it removes."""
+    """The Edit that replaces an object by another. No before: it adds. No after: it removes."""
     target = replaced(source, [before], filter(None, [after]))
     return Edit(kind, source, text, target, before, after, mentions)
 

@@ -1,6 +1,6 @@
 """The miniature T5 and Qwen2-VL: tokenizers, sizes and training losses.
 
-Both are models of transformers in the published layout. They are trained from scratch to predict words
+Both are small models of the transformers library. They are trained from scratch to predict words
 and, through the linear probes of `mini.lessons`, the facts of each noun and each image token.
 """
 
@@ -86,10 +86,7 @@ def noun_places(ids, tokenizer):
 
 
 def tokenize(tokenizer, texts, pads=0):
-    """Tokenize texts: ids and mask (B, L).
-
-    Each row ends with EOS and is padded with EOS, to `pads` more tokens than the longest text has.
-    """
+    """Ids and mask (B, L) of texts, padded with EOS to `pads` tokens more than the longest."""
     rows = tokenizer(texts).input_ids
     lengths = [len(row) for row in rows]
     longest = max(lengths) + pads
@@ -111,9 +108,9 @@ def new_t5(tokenizer):
 
 
 def initial_bias(side):
-    """The initial position bias (2 side, 4): four heads attend to the left, right, far left, far right.
+    """The initial position bias (2 side, 4): heads attend left, right, far left and far right.
 
-    From T5's usual start near zero, it takes thousands of steps to learn which token is next to which.
+    From T5's usual bias near zero, training needs thousands of steps to find the adjacent tokens.
     """
     distance, heads = torch.arange(side).float(), []
     for slope in (1.0, 0.15):
@@ -123,7 +120,7 @@ def initial_bias(side):
 
 
 def t5_states(t5, tokenizer, texts, rng, generator):
-    """Run the T5 on LabelledPrompts of one text: ids, attended, masked (B, L), states (B, L, D), nouns.
+    """Run the T5 on texts: ids, attended, masked (B, L), states (B, L, D), nouns.
 
     attended: the attention mask. Half of the batches attend to padding, as UniAlignment does.
     masked: tokens replaced by <extra_id_0>, in half of the rows.
@@ -180,15 +177,15 @@ def trained_t5(args):
 
 # ---- the LMM: Qwen2-VL in miniature -------------------------------------------------------------
 
-CAPTION = "Copy Image: "  # asks the LMM for a caption; after a bare picture it may write a question
+CAPTION = "Copy Image: "  # asks for a caption; after a bare picture the LMM may write a question
 PATCHES = PatchConfig(patch=8, merge=2, min_pixels=16 * 16, max_pixels=scenes.SIZE**2)
 
 
 def labels_of(examples, batch, tokenizer):
     """The labels of a Batch of LabelledPrompts: words, facts, labelled, vit.
 
-    words (B, L): the token ids of the words that the probes predict. facts (B, L, 5), where labelled
-    (B, L) is true. vit (n, 6): facts and word of each image token, for the states of the ViT.
+    words (B, L): token ids for the probes. facts (B, L, 5): valid where labelled (B, L) is true.
+    vit (n, 6): the facts and the word of each image token, for the states of the ViT.
     """
     names = (*scenes.SHAPES, *scenes.BACKGROUNDS, "shape", "color")
     word_ids = {name: tokenizer.encode(f" {name}")[0] for name in names}

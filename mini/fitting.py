@@ -1,6 +1,6 @@
 """The training loop of the pre-training, shared by all its parts.
 
-A run saves its state regularly and resumes from it. Every batch is a function of (seed, step), so an
+A run resumes from its last saved state. Every batch is a function of (seed, step), so that an
 interrupted run ends with the same weights as an uninterrupted one.
 """
 

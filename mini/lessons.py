@@ -31,7 +31,7 @@ class Probes(nn.Module):
         self.readouts = nn.ModuleList(nn.Linear(width, size) for size in sizes)
 
     def forward(self, states, labels):
-        """States (n, width), labels (n, 5 facts) or (n, 6) with the word -> sum of cross-entropies."""
+        """States (n, width), labels (n, 5 or 6: with the word) -> the summed cross-entropies."""
         pairs = zip(self.readouts, labels.unbind(1))
         return sum(F.cross_entropy(readout(states), label) for readout, label in pairs)
 
@@ -41,7 +41,7 @@ class Probes(nn.Module):
 
 
 def facts_of(mention, relation=None):
-    """The five labels of a mention. 0: not said; a count of 0: the object is removed or excluded."""
+    """The five labels of a mention; 0: not said; count 0: the object is removed or excluded."""
     shape, color = (None, *SHAPES).index(mention.shape), (None, *COLORS).index(mention.color)
     place, relation = (None, *range(9)).index(mention.place), (None, *RELATIONS).index(relation)
     return shape, color, mention.count, place, relation
@@ -51,8 +51,8 @@ def facts_of(mention, relation=None):
 class LabelledPrompt:
     """A prompt of strings and pictures, with labels for its tokens.
 
-    The label of an image token is (word, facts): the shape of its object, or the color of the
-    background if the token shows no object. Facts of None are not trained.
+    The label of an image token is (word, facts). The word is the shape of its object, or else the
+    color of the background. Facts of None are not trained.
     """
 
     prompt: list
@@ -87,14 +87,12 @@ def text_of(kind, rng):
         return LabelledPrompt([rng.choice(SENTENCES)], [])
     if kind == "edit":
         edit = edits.sample_edit(rng.choice((*edits.EDITS, *edits.HARD_EDITS)), rng, PAIRS)
-        text, mentions = edit.text, edit.mentions
-    elif kind == "long":
-        _, prompt = programs.sample_long(rng, PAIRS)
-        text, mentions = prompt.text, prompt.mentions
-    else:
-        _, prompt = programs.sample_semantic(rng, PAIRS)
-        text, mentions = prompt.text, prompt.told
-    return LabelledPrompt([text], list(map(facts_of, mentions)))
+        return LabelledPrompt([edit.text], list(map(facts_of, edit.mentions)))
+    long = kind == "long"
+    _, prompt = (programs.sample_long if long else programs.sample_semantic)(rng, PAIRS)
+    return LabelledPrompt(
+        [prompt.text], list(map(facts_of, prompt.mentions if long else prompt.told))
+    )
 
 
 TEXTS = {"caption": 8, "long": 2, "semantic": 3, "edit": 5, "question": 3, "sentence": 1}  # shares
@@ -126,18 +124,17 @@ def described(scene):
     return scenes.describe(scene), [facts_of(as_mention(o, place=True)) for o in scene.objects]
 
 
+def prefixed(text, rng):
+    return LabelledPrompt([rng.choice(PREFIXES[:2]) + text.prompt[0]], text.nouns)
+
+
 def short_prompt(rng):
-    if rng.random() < 0.7:
-        return prefixed(caption_text(rng, bidirectional=False), rng)
-    return prefixed(text_of("semantic", rng), rng)
+    caption = rng.random() < 0.7
+    return prefixed(caption_text(rng, False) if caption else text_of("semantic", rng), rng)
 
 
 def long_prompt(rng):
     return prefixed(text_of("long", rng), rng)
-
-
-def prefixed(text, rng):
-    return LabelledPrompt([rng.choice(PREFIXES[:2]) + text.prompt[0]], text.nouns)
 
 
 def picture_prompt(rng):
@@ -197,7 +194,7 @@ def object_prompt(rng):
 
 
 def mixing_prompt(rng):
-    """The shape of one picture in the color of another. The second token has the facts of the result."""
+    """The shape of one picture in the color of another; the second token has the result's facts."""
     a, b = rng.sample(PAIRS, 2)
     if rng.random() < 0.5:
         first, second, result = "color", "shape", Mention(b[1], a[0])

@@ -1,7 +1,7 @@
 """The training set of the miniature's VAE: random pictures, about half of them rendered scenes.
 
 A VAE trained on the world's six colours alone would memorise them. The other half therefore shows
-shapes in any colours, outlines, stripes, gradients, blobs and noise with the spectrum of photographs.
+shapes in any colours, outlines, stripes, gradients, blobs and noise that resembles photographs.
 """
 
 import numpy as np

@@ -7,8 +7,8 @@
     python -m mini.pretrain decoder   # the VAE's decoder again, on noisy latents
     python -m mini.pretrain export    # writes weights/mini/ in the published layouts
 
-The published weights are too large to train on a CPU. `bash mini/speedrun.sh` runs all these commands,
-then trains both systems. A command that was stopped resumes where it was when it is started again.
+The published weights are too large to train on a CPU. `bash mini/speedrun.sh` runs all these
+commands, then trains both systems. A command that was stopped resumes when it is started again.
 """
 
 import random
@@ -41,10 +41,7 @@ VAE_CONFIG = VAEConfig(latent_channels=8, base=16, blocks=1, groups=4)
 
 
 def train_vae(args, steps):
-    """Train the VAE: pixel loss, a small KL, and a loss on the latents' mean and deviation.
-
-    The last one moves both moments to those of SD3.5, whose shift and scale the miniature shares.
-    """
+    """Train the VAE: pixel loss, a small KL, and a pull to the moments of SD3.5's latents."""
     torch.manual_seed(SEED)
     model = VAE(VAE_CONFIG).to(args.device, memory_format=torch.channels_last)
     nn.init.constant_(model.encoder.conv_out.bias[VAE_CONFIG.latent_channels :], -4.0)
@@ -63,7 +60,7 @@ def train_vae(args, steps):
 
 
 def train_decoder(args, steps):
-    """Continue to train the decoder alone, on slightly noisy latents: drawn latents are inexact, too."""
+    """Train the decoder further, on slightly noisy latents: drawn latents are inexact, too."""
     model = trained("vae", VAE(VAE_CONFIG), args).to(memory_format=torch.channels_last)
     model.decoder.requires_grad_(True).train()
 
@@ -127,7 +124,7 @@ SHORT = {  # task of short captions: kind of scenes in POOL, share early in trai
 
 
 def latent_pool(vae, args):
-    """The training set {kind: (scenes, latents)}. Latents are cached; captions are drawn each time."""
+    """The training set {kind: (scenes, latents)}, cached; its captions are random every time."""
     file, pool = Path(args.out, "latents.pt"), {}
     for kind, size in POOL.items():
         rng = random.Random(f"{SEED} pool {kind}")
@@ -142,7 +139,6 @@ def latent_pool(vae, args):
 
 @torch.no_grad()
 def encoded(vae, rows, args):
-    """The latents of scenes (n), encoded in batches of 100."""
     parts = []
     for i in tqdm(range(0, len(rows), 100), desc="latents"):
         image = to_tensor(list(map(scenes.render, rows[i : i + 100])))
@@ -151,7 +147,7 @@ def encoded(vae, rows, args):
 
 
 class TextCondition:
-    """The conditioning of SD3, without Dream Engine: the states of its T5, and their mean as vec."""
+    """The conditioning of SD3 itself: the states of its T5 as txt, and their mean as vec."""
 
     def __init__(self, model, t5, tokenizer):
         self.model, self.t5, self.tokenizer = model, t5, tokenizer
@@ -159,7 +155,7 @@ class TextCondition:
     def __call__(self, texts, pads=None, pooled=None):
         """Texts -> Condition.
 
-        pads: add so many pads and attend to all pads, as UniAlignment does; default: attend to none.
+        pads: add so many pads and attend to all pads, as UniAlignment does; None: attend to none.
         pooled (n,): 0 replaces the pooled vector of a text by zeros; default: all 1.
         """
         device = self.model.pos_embed.device
@@ -176,7 +172,7 @@ class TextCondition:
 
 
 def initialise(model):
-    """Initialise as DiT: gates and the output layer are zero, so every block is the identity."""
+    """Initialise as DiT: gates and output are zero, so that every block starts as the identity."""
     for name, parameter in model.named_parameters():
         if "adaLN_modulation" in name or "final_layer" in name:
             nn.init.zeros_(parameter)
@@ -189,8 +185,8 @@ def initialise(model):
 def base_batch(pool, step, steps, rng):
     """Draw 64 texts and their latents (64, 8, 6, 6).
 
-    A batch has only full captions, from which the model learns to draw, or only short ones. Tasks that
-    are learnt late, above all counting, are drawn more often later in training.
+    A batch has only full captions, which teach drawing, or only short ones. Tasks that are learnt
+    late, above all counting, are more frequent later in training.
     """
     full = rng.random() < (0.35 if step < 0.21 * steps else 0.1)
     shares = [early if step < 0.43 * steps else late for _, early, late in SHORT.values()]

@@ -43,11 +43,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement about a scene, of one of two kinds.
-
-    Without relation: `what.count` objects fit `what`. With relation: an object that fits `what` is
-    left of (above, ...) an object that fits `other`.
-    """
+    """A claim that `what.count` objects fit `what`, or that `what` has a relation to `other`."""
 
     what: Mention
     relation: str | None = None
@@ -88,10 +84,7 @@ def satisfies(semantic, scene):
 
 
 def sample_reference(rng, pairs=SEEN, exam=False):
-    """Draw a random Reference of one to three objects; arguments as of `scenes.sample_scene`.
-
-    At least one object is a picture; the words leave out its color.
-    """
+    """Draw a Reference of one to three objects, at least one of them as a picture."""
     while scenes.is_exam((reference := _any_reference(rng, pairs, exam)).prompt) != exam:
         pass
     return reference
@@ -155,7 +148,7 @@ def sample_semantic(rng, pairs=SEEN, exam=False):
 
 
 def is_plain(prompt):
-    """Could `scenes.caption` write the same text? That caption might be reserved for the test set."""
+    """Could `scenes.caption` write the same text, as a caption that may be reserved?"""
     single = all(mention.count == 1 for mention in prompt.told)
     only_counts = len(prompt.claims) == 1 + len(prompt.told)
     return only_counts and "objects" not in prompt.text and len(prompt.told) <= 1 + single
@@ -187,7 +180,7 @@ def denied(scene, rng):
 
 
 def shared(scene, rng):
-    """'four objects, two of them circles' or 'three objects, none of them red'; None: no such text"""
+    """'four objects, two of them circles' or 'three objects, none of them red'; or None."""
     n = len(scene.objects)
     if n < 2:
         return None
@@ -204,7 +197,7 @@ def shared(scene, rng):
 
 
 def related(scene, rng):
-    """'a red circle left of a blue star and above a green ring'; None: not three different shapes"""
+    """'a red circle left of a blue star and above a green ring'; None without three shapes."""
     objects = rng.sample(scene.objects, len(scene.objects))
     if len(objects) != 3 or len({o.shape for o in objects}) < 3:
         return None
@@ -239,7 +232,7 @@ def answer(question, scene):
 
 
 def sample_question(kind, rng, pairs=SEEN, exam=False):
-    """Draw a Scene and a Question about it. The answer is drawn first, evenly from ANSWERS[kind]."""
+    """Draw a Scene and a Question about it, with an answer drawn evenly from ANSWERS[kind]."""
     wanted = rng.choice(ANSWERS[kind])
     while True:
         scene = scenes.sample_scene(rng.choice(("scene", "counting", "two")), rng, pairs, exam)
@@ -251,7 +244,7 @@ def sample_question(kind, rng, pairs=SEEN, exam=False):
 
 
 def _any_question(kind, scene, rng):
-    """Draw a Question about an object, color, shape or place; None if the draw allows no clear one."""
+    """A Question about random objects or words, or None if its answer would not be clear."""
     place, obj = rng.randrange(9), rng.choice(scene.objects)
     shape, color = rng.choice(scenes.SHAPES), rng.choice(list(COLORS))
     if kind == "background":

@@ -4,9 +4,9 @@ A picture has 48x48 pixels and a grid of 3x3 cells. A cell of 16 pixels is one t
 and of the LMM, so an object fills one token. Captions cover the six tasks of GenEval (arXiv
 2310.11513). `detect` recovers the scene from a picture, so that scores need no judgement.
 
-One eighth of all scenes and prompts is reserved for the test set (`is_exam`). The pairs of colour and
-shape in HELD_OUT are held out from the stages of Dream Engine and from UniAlignment. The VAE, the text
-encoders and the base MM-DiT are trained on all pairs.
+One eighth of all scenes and prompts is reserved for the test set (`is_exam`). Dream Engine
+and UniAlignment are trained on the pairs of colour and shape in SEEN; HELD_OUT has the other pairs.
+The VAE, the text encoders and the base MM-DiT are trained on all pairs.
 """
 
 import itertools
@@ -97,7 +97,6 @@ class Mention:
     place: int | None = None
 
     def fits(self, obj):
-        """Do the shape, color and place agree with an object?"""
         pairs = (self.shape, obj.shape), (self.color, obj.color), (self.place, obj.place)
         return all(said in (None, true) for said, true in pairs)
 
@@ -117,7 +116,7 @@ class Prompt:
 
 @cache
 def opacity(shape):
-    """Opacity (16, 16) in [0, 1] of a shape in its cell, antialiased by drawing it 8 times larger."""
+    """Opacity (16, 16) in [0, 1] of a shape in its cell, antialiased by drawing it 8x larger."""
     mask = Image.new("L", (8 * CELL, 8 * CELL))
     for method, points, fill in OUTLINES[shape]:
         getattr(ImageDraw.Draw(mask), method)(points, fill=fill)
@@ -126,16 +125,12 @@ def opacity(shape):
 
 
 def cell(place):
-    """The slices of pixel rows and columns of a place."""
     row, col = divmod(place, 3)
     return slice(row * CELL, (row + 1) * CELL), slice(col * CELL, (col + 1) * CELL)
 
 
 def paint(background, shapes):
-    """Paint shapes [(place, shape, RGB), ...] on a background: RGB, or pixels (48, 48, 3).
-
-    Returns pixels (48, 48, 3) in [0, 255], float32.
-    """
+    """Pixels (48, 48, 3) in [0, 255] of [(place, shape, RGB)] on a background (RGB or pixels)."""
     pixels = np.empty((SIZE, SIZE, 3), dtype=np.float32)
     pixels[:] = background
     for place, shape, rgb in shapes:
@@ -145,7 +140,6 @@ def paint(background, shapes):
 
 
 def picture(pixels):
-    """The picture of pixels in [0, 255]."""
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
@@ -163,7 +157,7 @@ def portrait(obj, background="white"):
 
 
 def box(obj):
-    """The box of an object's cell: left, top, right, bottom in thousandths of the picture's side."""
+    """The box of an object's cell: left, top, right, bottom in thousandths of the image."""
     rows, cols = cell(obj.place)
     return [1000 * x / SIZE for x in (cols.start, rows.start, cols.stop, rows.stop)]
 
@@ -194,10 +188,7 @@ def _templates(background):
 
 
 def read(image):
-    """Detect the content of each cell of a 48x48 picture.
-
-    Each cell gets the nearest template. The background is the one with the least total error.
-    """
+    """Match each cell of a 48x48 picture with its nearest template: the Reading of least error."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
     cells = pixels.reshape(3, CELL, 3, CELL, 3).swapaxes(1, 2).reshape(9, -1)
     readings = []
@@ -313,10 +304,7 @@ def caption(scene, task, rng):
 
 
 def sample_caption(task, rng, pairs=SEEN, exam=False):
-    """Draw a random Scene for a task and a Prompt for it; arguments as of `sample_scene`.
-
-    Both are reserved for the test set, or neither is.
-    """
+    """Draw a Scene and a Prompt, both reserved or neither; arguments as of `sample_scene`."""
     while True:
         scene = sample_scene(task, rng, pairs, exam)
         prompt = caption(scene, task, rng)

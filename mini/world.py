@@ -1,7 +1,6 @@
 """The miniature world: every name of `mini.scenes`, and an endless dataset of rendered scenes.
 
-Training draws from `Examples` if no manifest is given. `Examples` has the interface of
-`data.Manifest`, but it renders each example when it is requested.
+Training uses `Examples` if no manifest is given, so that it needs no files.
 """
 
 import numpy as np
@@ -16,13 +15,13 @@ SEGMENT, EDGES = "Segment the image.", "Draw the edges."
 
 
 class Examples:
-    """An endless dataset with the interface of `data.Manifest`. Its one row is random every time."""
+    """An endless dataset with the interface of `data.Manifest`; its one row is always random."""
 
     name = identity = "rendered scenes"
     bad_lines, total = {}, 0
 
     def __init__(self, perception=False):
-        """perception: one third of the edits asks for the segmentation or the edges of a scene."""
+        """perception: one third of the edits have a segmentation or edges as target."""
         self.perception = perception
 
     def rows(self, task):
@@ -32,7 +31,6 @@ class Examples:
         return 1.0
 
     def record(self, row, task, rng):
-        """Draw a random dataset example of a task; not from the scenes reserved for the test set."""
         if task == "edit" and self.perception and rng.random() < 1 / 3:
             return perceived(rng)
         if task == "edit":
@@ -53,7 +51,7 @@ class Examples:
 
 
 def perceived(rng):
-    """Draw an edit example with the edges (one in four) or the segmentation of a scene as target."""
+    """An edit example whose target is the edges (one in four) or segmentation of a scene."""
     scene = scenes.sample_scene(rng.choice((*scenes.TASKS, "scene")), rng)
     labels, record = scenes.segment(scene), {"task": "edit", "source": render(scene)}
     if rng.random() < 0.25:
