@@ -1,4 +1,4 @@
-"""Edits: instructions to change a scene, each with the only scene that follows it.
+"""Edits: instructions to change a scene, each with the one scene that is the right result.
 
 The target is a Scene, so `scenes.detect` decides whether an edited picture is right. The function
 of each kind draws a random Edit of a source, or returns None if the source allows no such edit.
@@ -10,7 +10,11 @@ from mini import scenes
 from mini.scenes import SEEN, Mention, Object, Scene, as_mention
 
 EDITS = ("recolor", "remove", "add", "move", "background")  # one change
-HARD_EDITS = ("reference", "swap", "several")  # an object named by its relation; two objects; three
+HARD_EDITS = (
+    "reference",
+    "swap",
+    "several",
+)  # object named by a relation; two objects; three edits
 RECOLOR = (("make", ""), ("turn", ""), ("change", "to "), ("recolor", "to "))
 
 

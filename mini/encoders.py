@@ -151,9 +151,7 @@ def train_t5(args, steps):
     t5, probes = modules["t5"], modules["facts"]
 
     def loss_of(step, rng, generator):
-        long = (
-            rng.random() < 0.25
-        )  # texts of similar length: padding costs as much time as words do
+        long = rng.random() < 0.25  # batches of similar lengths have less padding to compute
         texts = sorted(lessons.sample_texts(128, rng), key=lambda text: len(text.prompt[0]))
         texts = texts[96:] if long else rng.sample(texts[:96], 64)
         ids, attended, _, states, nouns = t5_states(t5, tokenizer, texts, rng, generator)

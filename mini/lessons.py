@@ -88,11 +88,11 @@ def text_of(kind, rng):
     if kind == "edit":
         edit = edits.sample_edit(rng.choice((*edits.EDITS, *edits.HARD_EDITS)), rng, PAIRS)
         return LabelledPrompt([edit.text], list(map(facts_of, edit.mentions)))
-    long = kind == "long"
-    _, prompt = (programs.sample_long if long else programs.sample_semantic)(rng, PAIRS)
-    return LabelledPrompt(
-        [prompt.text], list(map(facts_of, prompt.mentions if long else prompt.told))
-    )
+    if kind == "long":
+        _, prompt = programs.sample_long(rng, PAIRS)
+        return LabelledPrompt([prompt.text], list(map(facts_of, prompt.mentions)))
+    _, prompt = programs.sample_semantic(rng, PAIRS)
+    return LabelledPrompt([prompt.text], list(map(facts_of, prompt.told)))
 
 
 TEXTS = {"caption": 8, "long": 2, "semantic": 3, "edit": 5, "question": 3, "sentence": 1}  # shares
@@ -114,7 +114,7 @@ def tokens_of(scene):
     return tokens
 
 
-def portrait_tokens(objects):
+def object_tokens(objects):
     """The labels of pictures of one object each."""
     return [(o.shape, facts_of(as_mention(o))) for o in objects]
 
@@ -150,7 +150,7 @@ def question_prompt(rng):
 
 
 def edit_prompt(rng):
-    """An edit. The noun has the facts of the source object, the last word those of the target."""
+    """An edit. Its noun has the facts of the source object, its last word those of the target."""
     edit = edits.sample_edit(rng.choice(edits.EDITS), rng, PAIRS)
     prompt, _ = apply_task("edit", [scenes.render(edit.source), edit.text])
     text, nouns = described(edit.target)
@@ -178,7 +178,7 @@ def object_prompt(rng):
     segments = [(text, [scenes.portrait(o, background)] if o else []) for text, o in segments]
     task, prompt = reference_prompt(segments, rng.random() < 0.5)
     names = {o: text for text, o in reference.segments if o}
-    vit_tokens = portrait_tokens(names)
+    vit_tokens = object_tokens(names)
     nouns, image_tokens = [], []
     if task == "combine":  # all names, each with its picture, come before the text
         nouns, image_tokens = [facts_of(as_mention(o, color=False)) for o in names], [*vit_tokens]
@@ -194,7 +194,10 @@ def object_prompt(rng):
 
 
 def mixing_prompt(rng):
-    """The shape of one picture in the color of another; the second token has the result's facts."""
+    """The shape of one picture in the color of another; the second token has the result's facts.
+
+    The word of the first token is what its picture gives to the result: "shape" or "color".
+    """
     a, b = rng.sample(PAIRS, 2)
     if rng.random() < 0.5:
         first, second, result = "color", "shape", Mention(b[1], a[0])
@@ -207,10 +210,10 @@ def mixing_prompt(rng):
     image_tokens = [(first, None), (result.shape, facts_of(result))]
     prompt = [*apply_task("objects", prompt)[0], text]
     nouns = [facts_of(result)] if text else []
-    return LabelledPrompt(prompt, nouns, image_tokens, portrait_tokens(objects))
+    return LabelledPrompt(prompt, nouns, image_tokens, object_tokens(objects))
 
 
-GROUPS = (  # {kind: share}, by length: padding costs as much time as words do
+GROUPS = (  # {kind: share}, by length: batches of similar lengths have less padding to compute
     {short_prompt: 4},
     {picture_prompt: 3, question_prompt: 2, object_prompt: 3, mixing_prompt: 1},
     {edit_prompt: 4, hard_edit_prompt: 1, long_prompt: 0.5},

@@ -186,7 +186,8 @@ def base_batch(pool, step, steps, rng):
     """Draw 64 texts and their latents (64, 8, 6, 6).
 
     A batch has only full captions, which teach drawing, or only short ones. Tasks that are learnt
-    late, above all counting, are more frequent later in training.
+    late, above all counting, are more frequent later. Captions reserved for the test set, and one in
+    ten of the others, are replaced by the null prompt.
     """
     full = rng.random() < (0.35 if step < 0.21 * steps else 0.1)
     shares = [early if step < 0.43 * steps else late for _, early, late in SHORT.values()]
@@ -202,7 +203,7 @@ def base_batch(pool, step, steps, rng):
 
 
 def train_base(args, steps):
-    """Train the MM-DiT by flow matching on captions and latents. One caption in ten is empty.
+    """Train the MM-DiT by flow matching on captions and latents.
 
     UniAlignment starts from this model, attends to padding and has no pooled vector. Half of the
     batches therefore attend to padding, and half of the examples have a pooled vector of zeros.

@@ -4,8 +4,8 @@ A picture has 48x48 pixels and a grid of 3x3 cells. A cell of 16 pixels is one t
 and of the LMM, so an object fills one token. Captions cover the six tasks of GenEval (arXiv
 2310.11513). `detect` recovers the scene from a picture, so that scores need no judgement.
 
-One eighth of all scenes and prompts is reserved for the test set (`is_exam`). Dream Engine
-and UniAlignment are trained on the pairs of colour and shape in SEEN; HELD_OUT has the other pairs.
+One eighth of all scenes and prompts is reserved for the test set (`is_exam`). Dream Engine and
+UniAlignment are trained on the pairs of colour and shape in SEEN; those in HELD_OUT are held out.
 The VAE, the text encoders and the base MM-DiT are trained on all pairs.
 """
 
@@ -194,7 +194,7 @@ def read(image):
     readings = []
     for background in BACKGROUNDS:
         pictures, areas, pairs = _templates(background)
-        # |cell - template|^2 = |cell|^2 - 2 cell * template + |template|^2, for all pairs at once
+        # |cell - template|^2 for all cells and templates: (9, 37)
         errors = (cells**2).sum(1)[:, None] - 2 * cells @ pictures.T + (pictures**2).sum(1)
         best = errors.argmin(axis=1)
         least = errors[np.arange(9), best].clip(0) / 3
@@ -207,7 +207,7 @@ def read(image):
 
 
 def detect(image):
-    """Recover the Scene of a picture, or None if its size or any of its cells is wrong."""
+    """Recover the Scene of a picture; None: not 48x48 pixels, an unclear cell, or no object."""
     return read(image).scene if image.size == (SIZE, SIZE) else None
 
 

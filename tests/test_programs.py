@@ -180,12 +180,11 @@ def test_answers_agree_with_the_words_of_the_question(kind):
             assert found == scene.background
         elif kind == "at":
             place = world.PLACES.index(text.removeprefix("what is at the ").removesuffix("?"))
-            names = [f"a {o.color} {o.shape}" for o in scene.objects if o.place == place]
-            assert found == (names or ["nothing"])[0]
+            objects = [f"a {o.color} {o.shape}" for o in scene.objects if o.place == place]
+            assert found == (objects or ["nothing"])[0]
         elif kind == "relation":
-            first, way, second = re.fullmatch(
-                f"is the (.*) ({'|'.join(WAYS)}) the (.*)\\?", text
-            ).groups()
+            pattern = f"is the (.*?) ({'|'.join(WAYS)}) the (.*)\\?"
+            first, way, second = re.fullmatch(pattern, text).groups()
             a, b = named(first, triples(scene)), named(second, triples(scene))
             assert (found == "yes") == (WAYS[way] in relations(a[2], b[2]))
         else:
