@@ -186,8 +186,8 @@ def base_batch(pool, step, steps, rng):
     """Draw 64 texts and their latents (64, 8, 6, 6).
 
     A batch has only full captions, which teach drawing, or only short ones. Tasks that are learnt
-    late, above all counting, are more frequent later. Captions reserved for the test set, and one in
-    ten of the others, are replaced by the null prompt.
+    late, above all counting, are more frequent later. The null prompt replaces captions that are
+    reserved for the test set, and one in ten of the others.
     """
     full = rng.random() < (0.35 if step < 0.21 * steps else 0.1)
     shares = [early if step < 0.43 * steps else late for _, early, late in SHORT.values()]
