@@ -92,17 +92,15 @@ def parse(arguments=None):
     return args
 
 
-def read_prompts(args):
-    """The interleaved prompts; tasks on one image need no placeholder for it."""
-    images, prompts = [read_image(path) for path in args.image], []
-    texts = args.prompt or [""]
+def read_prompts(args, implied):
+    """The interleaved prompts; implied: images without a placeholder stand before the text."""
+    images, prompts, texts = [read_image(path) for path in args.image], [], args.prompt or [""]
     for i, text in enumerate(texts, 1):
-        if args.task in ("i2i", "edit") and images and "<image>" not in text:
-            text = "<image>" + text
+        if implied and images and "<image>" not in text:
+            text = "<image>" * (len(images) if len(texts) == 1 else 1) + text
         count = len(images) if i == len(texts) else text.count("<image>")
         prompts.append(interleave(text, images[:count]))
         images = images[count:]
-        apply_task(args.task, prompts[-1])  # refuses what does not fit before anything is loaded
     return prompts
 
 
@@ -156,7 +154,10 @@ def save(args, images, out):
 
 def main(arguments=None):
     args = parse(arguments)
-    prompts, out = read_prompts(args), writable(args.out)
+    prompts = read_prompts(args, implied=args.task in ("i2i", "edit"))
+    for prompt in prompts:
+        apply_task(args.task, prompt)  # refuses what does not fit before anything is loaded
+    out = writable(args.out)
     more = {"lora_scale": args.lora_scale, "mrope": args.positions == "mrope"}
     engine = load(args, partial(DreamEngine.load, args.sd3, args.lmm, args.checkpoint, **more))
     args.guidance = engine.guidance if args.guidance is None else args.guidance

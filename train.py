@@ -156,7 +156,7 @@ def generator(seed, number):
 def load_data(args, recipe, engine, sources, world, kind=Microbatches, **options):
     """All microbatches of a run, from [(source, weight)]; see `data.Manifest` for a source.
 
-    kind and options: of the Microbatches. Sets args.size if --size was not given.
+    kind: a class of Microbatches, which takes options. Sets args.size if --size was not given.
     """
     args.size = args.size or min(512, engine.default_size)
     tasks, progress = args.tasks or recipe.shares, tqdm if args.buckets else iter
@@ -258,28 +258,28 @@ def parse(arguments=None):
     return complete(args, STAGES[args.stage], learned, miniature, rate=5e-5)
 
 
-def open_manifests(data):
-    """[(Manifest, weight)] of --data; UserError if over 1 % of the lines are bad."""
-    sources = [(Manifest(file), weight) for file, weight in data]
-    BadLines(sources)
-    return sources
-
-
-def main(arguments=None):
-    args = parse(arguments)
-    recipe, sources = STAGES[args.stage], open_manifests(args.data)
+def run(args, recipe, load_engine, load_data=load_data, **rendering):
+    """Train as the options say and exit as the run ends; rendering: of `mini.world.Examples`."""
+    sources = [(Manifest(file), weight) for file, weight in args.data]
     if not sources:
         from mini.world import Examples
 
-        sources = [(Examples(), 1)]
+        sources = [(Examples(**rendering), 1)]
+    BadLines(sources)  # raises UserError if over 1 % of the lines are bad
     with together(args.device, partial(runs.advice, args.out)) as place:
         engine = load_engine(args, place.device)
         data = load_data(args, recipe, engine, sources, place.world)
         stopped = train(args, recipe, engine, data, place)
     if stopped:
         sys.exit(128 + stopped)
+    result = Path(args.out, recipe.checkpoint)
     if place.rank == 0:
-        print(Path(args.out, recipe.checkpoint))
+        print(result if result.is_file() else args.out)
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    run(args, STAGES[args.stage], load_engine)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 import checkpoints
 from support.cli import UserError, reading
 from support.files import whole, write_json
+from unialignment.transformer import RULES, load_transformer
 
 PARTS = {  # of a pipeline folder, and their names in a folder of SD3-medium
     "vae": "vae",
@@ -22,6 +23,30 @@ PARTS = {  # of a pipeline folder, and their names in a folder of SD3-medium
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MASK = "<extra_id_0>"  # the entry of T5's vocabulary that hides a token
+
+
+def load_pipeline(folder, sd3=None, device="cpu", dtype=torch.float32):
+    """Load all parts of a pipeline folder: transformer, T5, tokenizer, VAE, Sampling.
+
+    sd3: a folder of SD3-medium, for the parts that the folder lacks. If the folder holds a
+    mask_token_emb*.pth, that vector replaces T5's embedding of MASK.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; expected a pipeline folder of UniAlignment"
+        )
+    places = {name: find_folder(folder, sd3, name) for name in PARTS}
+    sampling = read_sampling(places["scheduler"])
+    tokenizer, inner = load_tokenizer(places["tokenizer"]), folder / "transformer"
+    transformer = load_transformer(inner if inner.is_dir() else folder, device, dtype)
+    vae = checkpoints.load_vae(places["vae"], device)
+    text_encoder = load_text_encoder(places["text_encoder"], device, dtype)
+    for file in sorted(folder.glob("mask_token_emb*.pth")):
+        row = text_encoder.shared.weight[tokenizer.convert_tokens_to_ids(MASK)]
+        with reading(file, f"one tensor of {len(row)} numbers"):
+            row.copy_(torch.load(file, map_location="cpu", weights_only=True).view(len(row)))
+    return transformer, text_encoder, tokenizer, vae, sampling
 
 
 def load_text_encoder(folder, device="cpu", dtype=torch.float32):
@@ -129,6 +154,14 @@ def find_folder(folder, sd3, name):
     raise UserError(
         f"{folder}: holds no {name}/; give a folder of SD3-medium that does, with --sd3"
     )
+
+
+def save_transformer(transformer, folder):
+    """Write a transformer/ as published."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", transformer.settings())
+    with whole(folder / WEIGHTS) as partial:
+        save_file(checkpoints.Part({}, folder, RULES).stored(transformer), partial)
 
 
 def save_frozen(engine, folder):

@@ -19,29 +19,26 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 import flow
-from checkpoints import Part, check, fingerprint, load_mmdit, load_vae
+from checkpoints import check, fingerprint, load_mmdit, load_vae
 from prompts import check_drawing, crop_to, split_prompt, to_images, to_rgb, to_tensor
 from support import fast
-from support.cli import UserError, reading
-from support.files import prompt_row, whole, write_json
+from support.cli import UserError
+from support.files import prompt_row
 from unialignment.folder import (
-    PARTS,
-    WEIGHTS,
     Sampling,
     Tokens,
-    find_folder,
+    load_pipeline,
     load_text_encoder,
     load_tokenizer,
-    read_sampling,
     save_frozen,
+    save_transformer,
 )
 from unialignment.masked import loss as text_loss
 from unialignment.masked import unmask
-from unialignment.transformer import RULES, grow, load_transformer
+from unialignment.transformer import grow, load_transformer
 
 MINI = Path(__file__).parent.parent / "weights" / "mini" / "unialignment"
 LOSSES = {"velocity": 1.0, "text": 0.2, "csa": 0.05, "isa": 0.1}  # published weights
@@ -74,28 +71,10 @@ class UniAlignment(nn.Module):
     def load(cls, folder=MINI, sd3=None, device=None, dtype=None):
         """Load a published pipeline folder, or its transformer/ beside a folder of SD3-medium (sd3).
 
-        If the folder holds a mask_token_emb*.pth, that vector replaces T5's embedding of MASK. Raises
-        FileNotFoundError, or UserError naming what does not fit.
+        Raises FileNotFoundError, or UserError naming what does not fit.
         """
-        device, dtype = fast.device_and_dtype(device, dtype)
-        folder = Path(folder)
-        if not folder.exists():
-            raise FileNotFoundError(
-                f"{folder}: no such folder; expected a pipeline folder of UniAlignment"
-            )
-        places = {name: find_folder(folder, sd3, name) for name in PARTS}
-        sampling = read_sampling(places["scheduler"])
-        tokenizer = load_tokenizer(places["tokenizer"])
-        inner = folder / "transformer"
-        mmdit = load_transformer(inner if inner.is_dir() else folder, device, dtype)
-        vae = load_vae(places["vae"], device)
-        text_encoder = load_text_encoder(places["text_encoder"], device, dtype)
-        engine = cls(mmdit, text_encoder, tokenizer, vae, sampling).requires_grad_(False).eval()
-        for file in sorted(folder.glob("mask_token_emb*.pth")):
-            row = text_encoder.shared.weight[engine.tokens.mask_id]
-            with reading(file, f"one tensor of {len(row)} numbers"):
-                row.copy_(torch.load(file, map_location="cpu", weights_only=True).view(len(row)))
-        return engine
+        parts = load_pipeline(folder, sd3, *fast.device_and_dtype(device, dtype))
+        return cls(*parts).requires_grad_(False).eval()
 
     @classmethod
     def start(cls, sd3, text_encoder, device=None, dtype=None, *, slots=256, size=512, sentence=""):
@@ -331,10 +310,7 @@ class UniAlignment(nn.Module):
 
     def save(self, folder, **_):
         """Write the transformer/ of a pipeline folder, as published; nothing else is trained."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", self.mmdit.settings())
-        with whole(folder / WEIGHTS) as partial:
-            save_file(Part({}, folder, RULES).stored(self.mmdit), partial)
+        save_transformer(self.mmdit, folder)
 
     save_frozen = save_frozen  # writes all other parts of the folder
 

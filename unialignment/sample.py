@@ -13,8 +13,8 @@ from functools import partial
 if not __package__:
     sys.exit("error: start this program as python -m unialignment.sample")
 
-from prompts import interleave, read_image
-from sample import add_options, draw, load, writable
+from prompts import read_image
+from sample import add_options, draw, load, read_prompts, writable
 from support.cli import Parser, UserError, one_line_errors, whole_number
 from unialignment.model import MINI, UniAlignment
 
@@ -51,20 +51,6 @@ def parse(arguments=None):
     return args
 
 
-def read_prompts(args):
-    """The interleaved prompts: images without a placeholder stand before the text."""
-    images, prompts = [read_image(path) for path in args.image], []
-    if not all(text.strip() for text in args.prompt or [""]):
-        raise UserError("empty prompt: UniAlignment needs a text to draw")
-    for i, text in enumerate(args.prompt, 1):
-        if images and "<image>" not in text:
-            text = "<image>" * (len(images) if len(args.prompt) == 1 else 1) + text
-        count = len(images) if i == len(args.prompt) else text.count("<image>")
-        prompts.append(interleave(text, images[:count]))
-        images = images[count:]
-    return prompts
-
-
 def read_questions(args):
     """The images to read, and a question about each, or None; a single image may have many questions."""
     images, questions = [read_image(path) for path in args.image], args.prompt
@@ -87,7 +73,9 @@ def main(arguments=None):
         texts = engine.answer(images, questions, args.steps, args.order, seed=args.seed)
         print(*(" ".join(text.split()) for text in texts), sep="\n")
         return
-    prompts, out = read_prompts(args), writable(args.out)
+    if not all(text.strip() for text in args.prompt or [""]):
+        raise UserError("empty prompt: UniAlignment needs a text to draw")
+    prompts, out = read_prompts(args, implied=True), writable(args.out)
     engine = load(args, load_engine)
     args.guidance = engine.guidance if args.guidance is None else args.guidance
     args.steps = args.steps or engine.sampling.steps

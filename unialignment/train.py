@@ -20,16 +20,13 @@ import torch
 import train
 from dream_engine import MINI, SD3
 from lmm import load_lmm
-from support import runs
 from support.cli import Parser, one_line_errors, whole_number
 from support.fast import device_and_dtype
 from support.options import add_options, complete, refuse, shares
-from support.processes import together
-from train import Recipe, load_data, open_manifests
 from unialignment.examples import PairedMicrobatches
 from unialignment.model import LOSSES, UniAlignment
 
-RECIPE = Recipe("unialignment", {"t2i": 1, "edit": 1}, 10000, 1.2e-3, "transformer")
+RECIPE = train.Recipe("unialignment", {"t2i": 1, "edit": 1}, 10000, 1.2e-3, "transformer")
 
 
 def load_engine(args, device):
@@ -48,6 +45,13 @@ def load_engine(args, device):
     engine.start_training()
     engine.mmdit.checkpointing = args.checkpointing
     return engine
+
+
+def load_data(args, recipe, engine, sources, world):
+    """The microbatches of a run, see `train.load_data`; without --tasks, tasks alternate step by step."""
+    turn = 0 if args.tasks else args.accumulate * world
+    more = {"kind": PairedMicrobatches, "tokens": engine.tokens, "turn": turn}
+    return train.load_data(args, recipe, engine, sources, world, **more)
 
 
 def options():
@@ -90,22 +94,7 @@ def parse(arguments=None):
 
 
 def main(arguments=None):
-    args = parse(arguments)
-    sources = open_manifests(args.data)
-    if not sources:
-        from mini.world import Examples
-
-        sources = [(Examples(perception=True), 1)]
-    with together(args.device, partial(runs.advice, args.out)) as place:
-        engine = load_engine(args, place.device)
-        turn = 0 if args.tasks else args.accumulate * place.world  # tasks alternate step by step
-        more = {"kind": PairedMicrobatches, "tokens": engine.tokens, "turn": turn}
-        data = load_data(args, RECIPE, engine, sources, place.world, **more)
-        stopped = train.train(args, RECIPE, engine, data, place)
-    if stopped:
-        sys.exit(128 + stopped)
-    if place.rank == 0:
-        print(args.out)
+    train.run(parse(arguments), RECIPE, load_engine, load_data, perception=True)
 
 
 if __name__ == "__main__":
