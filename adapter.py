@@ -81,7 +81,7 @@ def lora_sites(model, kind=nn.Linear):
 
 
 def add_lora(model, rank=32, alpha=None, paths=None):
-    """Add LoRA to attention projections, all or those at paths, and freeze the rest: {name: LoRA}."""
+    """Add LoRA at paths (default: all lora_sites) as the only trainable part: {name: parameter}."""
     model.requires_grad_(False)
     for path, (linear, parts) in lora_sites(model):
         if paths is None or path in paths:
