@@ -12,10 +12,10 @@ from torch import nn
 
 
 def blend(hidden, vit, image_mask, r):
-    """Blend ViT features into LMM states: h = (1 - r) h_LLM + r h_ViT at image positions (section 3.3).
+    """Set h = (1 - r) h_LLM + r h_ViT at image positions and h = h_LLM elsewhere (section 3.3).
 
-    hidden (B, L, M): LMM states. vit (n, M): the ViT's merged features, row by row. image_mask (B, L)
-    bool: True at image positions. r in [0, 1]: a number, or (B,). Returns a new (B, L, M).
+    hidden (B, L, M): LMM states. vit (n, M): merged ViT features, row by row. image_mask (B, L):
+    True at image positions. r in [0, 1]: a number, or (B,). Returns a new (B, L, M).
     """
     r = torch.as_tensor(r, dtype=hidden.dtype, device=hidden.device).expand(len(hidden))
     r = r[:, None].expand(image_mask.shape)[image_mask][:, None]
@@ -51,7 +51,7 @@ class Adapter(nn.Module):
 class LoRALinear(nn.Module):
     """A frozen Linear plus (alpha / rank) * B A. A fused qkv has three pairs (A, B), one per third.
 
-    A starts Gaussian with standard deviation 1 / rank. B starts at zero, so the output is unchanged.
+    A starts Gaussian with standard deviation 1 / rank. B starts at zero: the output is unchanged.
     """
 
     def __init__(self, base, rank, alpha, parts=1):
@@ -73,7 +73,7 @@ PROJECTIONS = {"qkv": 3, "proj": 1, "q_proj": 1, "k_proj": 1, "v_proj": 1, "o_pr
 
 
 def lora_sites(model, kind=nn.Linear):
-    """Yield (path, (module, number of its fused matrices)) of each attention projection of a kind."""
+    """Yield (path, (module, number of fused matrices)) of each attention projection of a kind."""
     for path, module in list(model.named_modules()):
         parent, _, name = path.rpartition(".")
         if isinstance(module, kind) and name in PROJECTIONS and "attn" in parent:

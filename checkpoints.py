@@ -93,7 +93,7 @@ def read_config(folder):
 
 
 def key_map(text):
-    """Parse lines of "name in the model  names in the file" into rules; # is a number, * is anything."""
+    """Parse lines "name in the model  names in the file" into rules; # is a number, * anything."""
     rules = []
     for line in filter(None, map(str.strip, text.splitlines())):
         name, *templates = line.split()
@@ -122,7 +122,7 @@ class Part:
         return [self.prefix + name]
 
     def shape(self, name):
-        """Shape of the (first) tensor in the file for a name in the model; None if it is missing."""
+        """Shape of the (first) tensor in the file for a name in the model; None if missing."""
         tensor = self.tensors.get(self.names(name)[0])
         return None if tensor is None else tuple(tensor.shape)
 
@@ -162,8 +162,8 @@ def find_part(tensors, source, kind, prefixes, layouts):
 def build(part, make, device="cpu", dtype=None):
     """Build the model that make() returns and fill it with a Part; every name and shape must fit.
 
-    A tensor with the right dtype and device is not copied. Returns the model frozen. Raises UserError
-    naming each tensor that is missing, unknown or misshapen.
+    A tensor with the right dtype and device is not copied. Returns the model frozen. Raises
+    UserError naming each tensor that is missing, unknown or misshapen.
     """
     with reading(part.source, "a model that can be built"), torch.device("meta"):
         model = make()
@@ -179,14 +179,14 @@ def build(part, make, device="cpu", dtype=None):
 
 
 def swapped_names(model, rules):
-    """Names in the model of tensors that diffusers stores as (scale, shift): AdaLNs without gates."""
+    """Names in the model that diffusers stores as (scale, shift): those of AdaLNs without gates."""
     linears = {k: m[1] for k, m in model.named_modules() if rules and isinstance(m, AdaLN)}
     pairs = [k for k, linear in linears.items() if linear.out_features == 2 * linear.in_features]
     return {f"{name}.1.{kind}" for name in pairs for kind in ("weight", "bias")}
 
 
 def check(tensors, expected, source):
-    """Raise UserError unless names and shapes are as expected; a 1x1 convolution may be a matrix."""
+    """Raise UserError unless names and shapes are as expected; 1x1 convolutions may be matrices."""
     faults = [f"missing {k}" for k in expected.keys() - tensors.keys()]
     faults += [f"unknown {k}" for k in tensors.keys() - expected.keys()]
     for name in expected.keys() & tensors.keys():

@@ -35,7 +35,7 @@ class Qwen2VL(nn.Module):
         self.tokenizer, self.patches, self.mrope = tokenizer, patches, mrope
 
     def collate(self, prompts):
-        """Make a Batch, on the model's device, of prompts in templates; UserError if one is too long."""
+        """Make a Batch of prompts in templates, on the model's device; UserError if too long."""
         batch = collate(prompts, self.tokenizer, self.patches, self.mrope)
         limit = self.config.text_config.max_position_embeddings
         if (length := batch.ids.shape[1]) > limit:
@@ -74,9 +74,9 @@ CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 def image_patches(image, config=PatchConfig()):
     """Cut an RGB image for Qwen2-VL's ViT: patches (n, 3 * 2 * patch * patch), grid (1, gh, gw).
 
-    Bit-equal to transformers' Qwen2VLImageProcessorPil. The sides are resized to whole tokens, with an
-    area within the limits. Patches that merge into one token are consecutive. Each is stored twice, as
-    two video frames. Raises UserError for a side over 200 times the other.
+    Bit-equal to transformers' Qwen2VLImageProcessorPil. The sides are resized to whole tokens and
+    an area within the limits. Patches that merge into one token are consecutive. Each is stored
+    twice, as two video frames. Raises UserError for a side over 200 times the other.
     """
     p, m = config.patch, config.merge
     with reading(f"image of {image.width}x{image.height}", "no side over 200 times the other"):
@@ -104,10 +104,10 @@ class Batch:
 
 
 def mrope_positions(image_mask, grids, merge=2):
-    """Qwen2-VL's multimodal rotary positions (M-RoPE) of one prompt: image_mask (L,) bool -> (3, L).
+    """Qwen2-VL's rotary positions (M-RoPE) of one prompt: image_mask (L,) bool -> (3, L).
 
-    The three rows are time, height and width. Text counts up in all three. An image has one time, and
-    its merged patches' row and column; the text after it continues from the largest position so far.
+    The three rows are time, height and width. Text counts up in all three. An image token has its
+    image's time, its row and its column. Text after an image continues from the largest position.
     """
     parts, start, grids = [], 0, iter(grids)
     for is_image, run in groupby(image_mask.tolist()):

@@ -47,7 +47,7 @@ FAMILIES = {
 
 
 def timestep_embedding(t, dim=256):
-    """t (B,) in [0, 1] -> (B, dim) fp32: cosines, then sines, of 1000 t at geometric frequencies."""
+    """t (B,) in [0, 1] -> (B, dim) fp32: cosines and sines of 1000 t at geometric frequencies."""
     exponents = -math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2)
     phase = 1000 * t.float()[:, None] * exponents.exp()
     return torch.cat([phase.cos(), phase.sin()], dim=1)
@@ -100,7 +100,7 @@ class Modulation(NamedTuple):
 
 
 class AdaLN(nn.Sequential):
-    """c (B, D) -> one Modulation per three chunks: shift, 1 + scale, gate; two chunks have no gate."""
+    """c (B, D) -> one Modulation per three chunks: shift, 1 + scale, gate (of two: no gate)."""
 
     def __init__(self, width, chunks):
         super().__init__(nn.SiLU(), nn.Linear(width, chunks * width))
@@ -177,7 +177,7 @@ class JointBlock(nn.Module):
         self.x_block = Stream(config, dual=self.dual)
 
     def forward(self, txt, img, c, mask=None):
-        """txt (B, L, D), img (B, N, D), c (B, D), mask (B, 1, 1, L + N) -> txt (None if last), img."""
+        """txt (B, L, D), img (B, N, D), c (B, D), mask (B, 1, 1, L + N) -> txt or None, img."""
         text, image = self.context_block, self.x_block
         txt_mod, img_mod = text.adaLN_modulation(c), image.adaLN_modulation(c)  # attn, mlp, attn2
 
@@ -232,15 +232,15 @@ class MMDiT(nn.Module):
         self.final_layer = FinalLayer(config)
 
     def embed_text(self, context, pooled):
-        """SD3's own conditioning: context (B, L, 4096), pooled (B, 2048) -> txt (B, L, D), vec (B, D)."""
+        """SD3's text: context (B, L, 4096), pooled (B, 2048) -> txt (B, L, D), vec (B, D)."""
         return self.context_embedder(context), self.y_embedder(pooled)
 
     def forward(self, latent, t, txt, vec, txt_mask=None):
         """Predict the velocity noise - x0, (B, C, H, W).
 
-        latent (B, C, H, W): sides are multiples of config.patch. t: (B,) or a number, in [0, 1]; 1 is
-        pure noise. txt (B, L, D), vec (B, D): from `embed_text` or an adapter. txt_mask (B, L) bool:
-        False at padding, which then has no effect. Raises ValueError for a latent that does not fit.
+        latent (B, C, H, W): sides are multiples of config.patch. t: (B,) or a number in [0, 1]; 1
+        is pure noise. txt (B, L, D), vec (B, D): from `embed_text` or an adapter. txt_mask (B, L)
+        bool: False at padding, which then has no effect. Raises ValueError if sides do not fit.
         """
         c, img = self.embed_time(t, len(latent)) + vec, self.embed_image(latent)
         mask = None
@@ -274,7 +274,7 @@ class MMDiT(nn.Module):
         return rearrange(table[top : top + h, left : left + w], "h w D -> 1 (h w) D")
 
     def run_blocks(self, txt, img, c, mask=None):
-        """Run all blocks: txt (B, L, D), img (B, n, D), c (B, D) -> txt (None unless text_out), img."""
+        """All blocks: txt (B, L, D), img (B, n, D), c (B, D) -> txt (None unless text_out), img."""
         for block in self.joint_blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 txt, img = checkpoint(block, txt, img, c, mask, use_reentrant=False)

@@ -23,7 +23,7 @@ def read_image(path):
 
 
 def to_rgb(image):
-    """Convert any PIL image to upright 8-bit RGB: EXIF orientation applied, transparency over white."""
+    """Convert a PIL image to 8-bit RGB: EXIF orientation applied, transparency over white."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip levels at 255
         levels = np.asarray(image, dtype=np.float64)
@@ -59,7 +59,7 @@ def to_images(batch):
 
 
 def check_drawing(steps, guidance, width, height, largest):
-    """Raise UserError for invalid settings of a drawing. largest: longest side allowed, in pixels."""
+    """Raise UserError for settings that cannot be drawn. largest: longest side, in pixels."""
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}")
     if not abs(guidance) < float("inf"):
@@ -103,8 +103,8 @@ def split_prompt(prompt):
 def apply_task(task, prompt):
     """Wrap a prompt in the official template of its task.
 
-    task: one of TASKS, or None: t2i for a prompt of text alone, else objects. Returns (positive, null),
-    two lists of strings and images; classifier-free guidance moves away from null. Raises UserError.
+    task: one of TASKS; None means objects with images, else t2i. Returns (positive, null), two lists
+    of strings and images; guidance moves away from null. Raises UserError for an unfit prompt.
     """
     prompt = [prompt] if isinstance(prompt, str) else list(prompt)
     if not all(isinstance(part, str | Image.Image) for part in prompt):
@@ -154,8 +154,8 @@ def apply_task(task, prompt):
 def reference_prompt(segments, named):
     """Return (task, prompt) for segments of a text with images: [(text, [image, ...]), ...].
 
-    named: task combine, in which all images come first, each after its segment's text as its name, and
-    the whole text follows. Without named, or if an image has no name: task objects, in given order.
+    named: task combine. Each image follows its name, the segment's text; the whole text is last.
+    Without named, or if an image has no name: task objects, in the given order.
     """
     objects = [(text.strip(" ,"), image) for text, images in segments for image in images]
     if named and objects and all(name for name, _ in objects):

@@ -13,21 +13,21 @@ from support.cli import UserError, reading
 
 @dataclass
 class Checkpoint:
-    """A trained adapter. Our own files add a config and LoRA; the published folder adds both models."""
+    """A trained adapter; our files add a config and LoRA, the published folder adds both models."""
 
     source: Path
     adapter: Part
-    config: dict = field(default_factory=dict)  # of our own files: stage, alpha, base, lmm, ...
-    tensors: dict | None = None  # all tensors of our own file: adapter.*, lora.*
+    config: dict = field(default_factory=dict)  # of our files: stage, alpha, base, lmm, ...
+    tensors: dict | None = None  # all tensors of our file: adapter.*, lora.*
     dit: dict | None = None  # published MM-DiT with LoRA merged, {name in the file: tensor}
     lmm: dict | None = None  # published LMM, likewise
 
 
 def read_checkpoint(path, lora_scale=1.0, dtype=torch.float32):
-    """Read a file of `DreamEngine.save`, a run's folder, or a published DreamEngine as a Checkpoint.
+    """Read a Checkpoint: a file of `DreamEngine.save`, a run's folder, or a published DreamEngine.
 
-    lora_scale: alpha / rank of a published LoRA, which its files do not state. dtype: of the weights
-    after merging that LoRA. Raises FileNotFoundError, or UserError naming what does not fit.
+    lora_scale: alpha / rank of a published LoRA, which its files omit. dtype: of the weights after
+    merging that LoRA. Raises FileNotFoundError, or UserError naming what does not fit.
     """
     path = Path(path)
     if saved := sorted(path.glob("stage?.safetensors")):
