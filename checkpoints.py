@@ -1,7 +1,7 @@
 """Load weights: read the tensors of a file, rename them by a key map, fill a model strictly.
 
-Tensors are memory-mapped and not copied. A missing, unknown or misshapen tensor is a UserError that
-gives its name in the file. A pickle may hold nothing but tensors.
+Tensors are memory-mapped and copied only where needed. A missing, unknown or misshapen tensor is a
+UserError that gives its name in the file. A pickle may hold nothing but tensors.
 """
 
 import json
