@@ -265,6 +265,33 @@ def report(scores):
     return "\n\n".join(parts) + "\n"
 
 
+README_ROWS = {  # name in the README: row of the scores
+    "Dream Engine: text to image": "t2i",
+    "Dream Engine: text to image, prompts that count": "counting",
+    "Dream Engine: copies": "copies",
+    "Dream Engine: edits": "edits",
+    "Dream Engine: images of objects among words": "objects",
+    "Dream Engine: images of objects, held-out pairs": f"objects{HELD}",
+    "Dream Engine: mixtures of two images": "mixing",
+    "UniAlignment: text to image": "UniAlignment, t2i",
+    "UniAlignment: edits": "UniAlignment, edits",
+    "UniAlignment: segmentation": "UniAlignment, segmentation",
+}
+
+
+def readme_table(scores):
+    """The README's table of scores.json: what is scored, on how many unseen cases, the score."""
+    total = totals(scores["rows"]) | {"counting": scores["rows"]["t2i"]["counting"]}
+    scored = {name: total[row]["exact"] for name, row in README_ROWS.items()}
+    lines = [[name, len(exact), share(exact)] for name, exact in scored.items()]
+    n, questions = len(total["copies"]["exact"]), scores["questions"]
+    answers = (len(questions) - 1) * (n // 3)  # see `unified.questions`; one entry is the mean
+    lines.append(["UniAlignment: captions, word for word", n, scores["reading"]["captions"][0]])
+    lines.append(["UniAlignment: answers to questions", answers, questions["mean"][0]])
+    head = ["what is scored", "unseen cases", "score"]
+    return files.markdown_table(head, [[name, n, f"{score:.3f}"] for name, n, score in lines])
+
+
 def parts_of(run, total):
     """{part: [minutes, score or None]} of a folder of speedrun.sh; minutes of resumed parts add up."""
     rows = {"vae": ["VAE"], "decoder": ["VAE"], "lmm": ["captions"], "base": ["base"],

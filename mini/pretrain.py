@@ -96,7 +96,7 @@ def preview_vae(model, args, file, step):
     right: the share of scenes that the detector recovers. db: the mean PSNR of all pictures.
     """
     rng = random.Random("preview")
-    cases = [scenes.sample_scene("scene", rng, scenes.PAIRS, exam=True) for _ in range(200)]
+    cases = [scenes.sample_scene("scene", rng, scenes.PAIRS, reserved=True) for _ in range(200)]
     images = [*map(scenes.render, cases), *(pictures.sample(rng) for _ in range(100))]
     batch = to_tensor(images).to(args.device)
     copies = model.decode(model.encode(batch))
@@ -198,7 +198,7 @@ def base_batch(pool, step, steps, rng):
         i = rng.randrange(len(pool_scenes))
         prompt = scenes.caption(pool_scenes[i], task, rng)
         latents.append(pool_latents[i])
-        texts.append("" if rng.random() < 0.1 or scenes.is_exam(prompt) else prompt.text)
+        texts.append("" if rng.random() < 0.1 or scenes.is_reserved(prompt) else prompt.text)
     return texts, torch.stack(latents)
 
 

@@ -17,7 +17,7 @@ from mini.scenes import BACKGROUNDS, HELD_OUT, PAIRS, SEEN, Object, Scene
 from train import SHARES
 
 N = 20_000
-is_held_out = scenes.is_exam  # a test replaces the function itself
+is_held_out = scenes.is_reserved  # a test replaces the function itself
 
 
 @pytest.fixture
@@ -159,10 +159,10 @@ def test_no_part_draws_what_is_held_out_from_it(part, shown, made, tmp_path, mon
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_leak_would_be_found(part, shown, made, tmp_path, monkeypatch):
-    """Where `is_exam` holds out nothing, the checks fail for every part."""
+    """Where `is_reserved` holds out nothing, the checks fail for every part."""
     monkeypatch.setattr(pretrain, "to_tensor", lambda images: torch.zeros(len(images), 1))
     monkeypatch.setattr(pretrain, "POOL", dict.fromkeys(pretrain.POOL, 100))
-    monkeypatch.setattr(scenes, "is_exam", lambda thing: False)
+    monkeypatch.setattr(scenes, "is_reserved", lambda thing: False)
     with pytest.raises(AssertionError, match="is_held_out"):
         PARTS[part](shown, made, 1000, tmp_path)
 

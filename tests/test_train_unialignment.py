@@ -21,7 +21,7 @@ import train as loop
 from checkpoints import load_mmdit
 from dream_engine import LMM, SD3, STAGE1
 from lmm import collate, load_tokenizer, patch_config
-from mini.world import EDGES, SEGMENT, Examples, describe, detect, edges, is_exam, segment
+from mini.world import EDGES, SEGMENT, Examples, describe, detect, edges, is_reserved, segment
 from support import runs
 from support.cli import UserError
 from unialignment import sample, train
@@ -180,7 +180,7 @@ def test_a_third_of_the_miniatures_edits_perceive():
         if record["instruction"] == SEGMENT:
             true = segment(scene)
             assert detect(record["target"]) == true and record["caption"] == describe(true)
-            assert not is_exam(scene) and not is_exam(true)
+            assert not is_reserved(scene) and not is_reserved(true)
         if record["instruction"] == EDGES:
             assert record["target"].tobytes() == edges(scene).tobytes()
     assert 120 < kinds[SEGMENT] < 180 and 30 < kinds[EDGES] < 70
