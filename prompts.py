@@ -88,10 +88,6 @@ TASKS = {
     "combine": "'a dog <image>, a hat <image> the dog wears the hat': named images, then a text",
     "objects": "draw an image from text and images in any order",
 }
-READING = {
-    "caption": "say what each image shows",
-    "answer": "answer the prompt, a question about the image",
-}
 
 
 def split_prompt(prompt):
