@@ -14,7 +14,7 @@ from PIL import Image
 
 from mini import lessons, pictures, pretrain, programs, scenes, world
 from mini.scenes import BACKGROUNDS, HELD_OUT, PAIRS, SEEN, Object, Scene
-from train import SHARES
+from train import STAGES
 
 N = 20_000
 is_held_out = scenes.is_reserved  # a test replaces the function itself
@@ -145,8 +145,8 @@ PARTS = {
     "t5": check_t5,
     "base": check_base,
     "lmm": check_lmm,
-    "stage 1": stage(SHARES[1]),
-    "stage 2": stage(SHARES[2]),
+    "stage 1": stage(STAGES[1].shares),
+    "stage 2": stage(STAGES[2].shares),
     "unialignment": stage({"t2i": 1, "edit": 1.5, "answer": 0.8}, perception=True),
 }
 
