@@ -79,7 +79,8 @@ def train(args, recipe, engine, data, place):
         print(runs.memory_plan(engine, args, world), *settings["examples"], sep="\n", flush=True)
         bad_lines.report()
 
-    stopped, clock, failures, skipped = catch_signals(), runs.Clock(), 0, 0
+    stopped, clock = catch_signals(), runs.Clock()
+    failures = skipped = bad = 0  # steps not finite, in a row and in all; bad lines
     bar = tqdm(range(start, args.steps), recipe.name, args.steps, initial=start, disable=rank > 0)
     for step in bar:
         lr = learning_rate(step, args)
