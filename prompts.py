@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from support.cli import UserError, reading
+from support.formats import FORMATS, SIDEWAYS, to_rgb, upright
 
 
 def read_image(path):
@@ -18,27 +19,14 @@ def read_image(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")
     strict = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
-    with reading(path, "a whole PNG, JPEG or similar file"), strict, Image.open(path) as image:
+    expected = f"a whole PNG, JPEG or similar file, one of {', '.join(FORMATS)}"
+    with reading(path, expected), strict, Image.open(path, formats=FORMATS) as image:
         return to_rgb(image)
 
 
-def to_rgb(image):
-    """Convert a PIL image to 8-bit RGB: EXIF orientation applied, transparency over white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip levels at 255
-        levels = np.asarray(image, dtype=np.float64)
-        top = next((top for top in (1, 255) if levels.max() <= top), 65535)
-        image = Image.fromarray((levels / top * 255).clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def upright_size(image):
-    """(width, height) of a PIL image after its EXIF orientation is applied; reads no pixels."""
-    sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return image.size[::-1] if sideways else image.size
+    """(width, height) of a PIL image after its EXIF orientation is applied."""
+    return image.size[::-1] if upright(image) in SIDEWAYS else image.size
 
 
 def crop_to(image, width, height):

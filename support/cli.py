@@ -54,7 +54,12 @@ def reading(file, expected=None):
     """Run code that parses a user's file or builds a module from it; any fault becomes a UserError.
 
     Its message names the file, the cause and, if given, what was expected ("a JSON object").
+    A fifo or a device, also one in a folder, is refused unopened: reading it might never end.
     """
+    name = str(file)
+    for path in (name, *(os.scandir(name) if os.path.isdir(name) else ())):
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise UserError(f"{os.fspath(path)}: is not a regular file")
     try:
         yield
     except (UserError, FileNotFoundError, PermissionError):

@@ -1,7 +1,9 @@
 """UniAlignment: equal to a reconstruction from diffusers' and transformers' own classes, pitfall by pitfall."""
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import GOLDEN, relative, tensor, uniform
 from unialignment_folder import NAMES, publish, transformer_weights
 
+import dream_engine
 import flow
 import mmdit
 from checkpoints import Part
@@ -403,6 +406,17 @@ def edit(file, **changes):
     return act
 
 
+def fifo(file):
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
+def sd3_alone(folder):
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    weights = load_file(file)
+    save_file({k: x for k, x in weights.items() if k.startswith("transformer_blocks.")}, file)
+
+
 def remove(part):
     return lambda folder: (folder / part).rename(folder / "elsewhere")
 
@@ -410,7 +424,23 @@ def remove(part):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (drop("text_proj_out.weight"), "holds no transformer of UniAlignment"),
+        (drop("text_proj_out.weight"), "missing text_proj_out.weight"),
+        (drop("transformer_blocks.0.norm1.linear.weight"), "missing transformer_blocks.0.norm1.linear.weight"),
+        (drop("transformer_blocks.2.norm1.linear.weight"), "missing transformer_blocks.2.norm1.linear.weight"),
+        (lambda f: sd3_alone(f), "holds no transformer of UniAlignment"),
+        (remove("transformer"), "uni: has no transformer/, and no .safetensors or .bin file"),
+        (edit("text_encoder/config.json", relative_attention_max_distance=0), "distance 0 must be above 2"),
+        (edit("text_encoder/config.json", dropout_rate=float("nan")), "'dropout_rate' cannot be nan"),
+        (edit("text_encoder/config.json", dropout_rate=1.5), "'dropout_rate' cannot be 1.5"),
+        (edit("text_encoder/config.json", num_layers=10**9), "'num_layers' cannot be 1000000000"),
+        (edit("text_encoder/config.json", num_layers=999), "num_layers 999, its tensors say 2"),
+        (edit("tokenizer/tokenizer_config.json", extra_ids=10**12), "'extra_ids' cannot be 10000000"),
+        (edit("tokenizer/tokenizer_config.json", model_max_length="many"), "must be a number, got 'many'"),
+        (edit("tokenizer/tokenizer_config.json", unk_token=""), "'unk_token' cannot be ''"),
+        (edit("scheduler/scheduler_config.json", slots=10**400), "'slots' cannot be 1000"),
+        (edit("scheduler/scheduler_config.json", slots=10**9), "positive and not above 10000"),
+        (lambda f: fifo(f / "tokenizer" / "vocab.json"), "vocab.json: is not a regular file"),
+        (lambda f: fifo(f / "transformer" / "config.json"), "config.json: is not a regular file"),
         (drop("transformer_blocks.1.ff.net.2.bias"), "missing transformer_blocks.1.ff.net.2.bias"),
         (drop("siglip_adapter_text.fc.0.bias"), "missing siglip_adapter_text.fc.0.bias"),
         (drop("transformer_blocks.2.attn.to_add_out.weight"), "missing transformer_blocks.2.attn.to_add"),
@@ -420,7 +450,7 @@ def remove(part):
         (edit("transformer/config.json", vocab_size=32100), "vocab_size 32100, its tensors say 23"),
         (edit("transformer/config.json", num_layers=4), "num_layers 4, its tensors say 3"),
         (edit("transformer/config.json", attention_head_dim=32), "num_attention_heads 2, its tensors say 4"),
-        (edit("text_encoder/config.json", num_layers=9), "missing encoder.block.2"),
+        (edit("text_encoder/config.json", num_layers=9), "num_layers 9, its tensors say 2"),
         (edit("text_encoder/config.json", d_model=64), "has shape"),
         (lambda f: (f / "text_encoder/config.json").unlink(), "No such file.*text_encoder/config.json"),
         (edit("scheduler/scheduler_config.json", shift=0), "shift must be positive"),
@@ -437,6 +467,15 @@ def test_a_bad_folder_is_one_line(damage, message, vae_names, tmp_path):
     damage(folder)
     with pytest.raises((UserError, FileNotFoundError), match=message):
         UniAlignment.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("place", ["/", ".", "t5.safetensors"])
+def test_what_is_no_folder_of_a_t5_is_named(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("t5.safetensors").write_bytes(b"")
+    message = "is one file; expected the folder of a T5" if "t5" in place else "a T5 tokenizer"
+    with pytest.raises(UserError, match=rf"^{place}: .*{message}"):
+        UniAlignment.start(dream_engine.SD3, place, device="cpu")
 
 
 def test_parts_of_other_models_are_refused(uni, tmp_path):

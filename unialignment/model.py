@@ -86,7 +86,7 @@ class UniAlignment(nn.Module):
         """
         device, dtype = fast.device_and_dtype(device, dtype)
         place = Path(text_encoder)  # a tokenizer_3/ stands beside a text_encoder_3/
-        tokenizer = place.with_name(place.name.replace("text_encoder", "tokenizer"))
+        tokenizer = place.parent / place.name.replace("text_encoder", "tokenizer")
         tokenizer = load_tokenizer(tokenizer)
         mmdit = grow(load_mmdit(sd3, device), len(tokenizer))
         t5, vae = load_text_encoder(place, device, dtype), load_vae(sd3, device)
