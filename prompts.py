@@ -26,7 +26,8 @@ def read_image(path):
 
 def upright_size(image):
     """(width, height) of a PIL image after its EXIF orientation is applied."""
-    return image.size[::-1] if upright(image) in SIDEWAYS else image.size
+    sideways = image.format != "TIFF" and upright(image) in SIDEWAYS  # Pillow turns a TIFF's size
+    return image.size[::-1] if sideways else image.size
 
 
 def crop_to(image, width, height):
