@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -37,6 +38,20 @@ def rank_and_world():
     return rank, world
 
 
+def check_address():
+    """Raise UserError unless the environment says where the processes meet, as torchrun does."""
+    local, host, port = map(os.environ.get, ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+    if not re.fullmatch("[0-9]{1,6}", local or ""):
+        raise UserError(f"LOCAL_RANK={local}: torchrun sets it to the number of a device, from 0")
+    if not re.fullmatch("[0-9]{1,5}", port or "") or not 0 < int(port) < 2**16:
+        raise UserError(f"MASTER_PORT={port}: torchrun sets it to a port, from 1 to 65535")
+    try:
+        socket.getaddrinfo(host or "?", port)
+    except (OSError, UnicodeError) as error:
+        found = f"MASTER_ADDR={host}: torchrun sets it to the machine of rank 0"
+        raise UserError(f"{found} ({error})") from error
+
+
 @contextmanager
 def together(name, advice):
     """Join the processes that torchrun started, if it did; yields the Place of this one.
@@ -47,18 +62,29 @@ def together(name, advice):
     if world == 1:
         yield Place(rank, world, device)
         return
+    check_address()
+    what = "cannot join"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        what = "lost"
         yield Place(rank, world, device)
         dist.barrier()  # rank 0 may still be writing
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not re.search("gloo|onnection", str(error)):
             raise
-        lost = f"lost the other processes ({str(error).splitlines()[0][:160]})"
+        lost = f"{what} the other processes ({str(error).splitlines()[0][:160]})"
         raise UserError(f"rank {rank}: {lost}; {advice()}") from error
     dist.destroy_process_group()
+
+
+def gather(world, value):
+    """The values of all processes, in order; all of them must call this together."""
+    values = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def distribute(engine, learning, shard, world):
