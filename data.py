@@ -295,11 +295,9 @@ class Microbatches(torch.utils.data.Dataset):
 
 
 def start_worker(_):
-    """Hide Ctrl-C, which goes to the whole process group, from a worker: the main process sees it."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-    else:  # Windows
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Hide Ctrl-C, which goes to the whole process group, from a worker process."""
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # on Windows
+    getattr(os, "setpgrp", ignore)()
 
 
 class BadLines(dict):
@@ -308,27 +306,21 @@ class BadLines(dict):
     def __init__(self, sources):
         for source, _ in sources:
             self |= {f"{source.name}:{row}": why for row, why in source.bad_lines.items()}
-        self.scanned, self.new = len(self), {}  # new: found by this process since the last `share`
+        self.scanned = len(self)
         self.allowed = max(1, sum(source.total for source, _ in sources) / 100)
         self.check(0, 0)
 
     @property
     def found(self):
-        """How many were found in training, by any process."""
+        """How many were found in training."""
         return len(self) - self.scanned
 
     def add(self, bad_lines):
         """Count and report [(file:line, reason)], each line once."""
         for place, reason in bad_lines:
             if place not in self:
-                self[place] = self.new[place] = reason
+                self[place] = reason
                 self.report({place: reason})
-
-    def share(self, gather):
-        """Add the new lines of all processes; gather: {place: reason} of this process -> of each."""
-        for lines in gather(self.new):
-            self.update(lines)
-        self.new = {}
 
     def report(self, lines=None):
         for place, reason in (self if lines is None else lines).items():

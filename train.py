@@ -32,7 +32,7 @@ from support import runs
 from support.cli import Parser, UserError, number, one_line_errors, whole_number
 from support.files import sheet
 from support.options import add_options, complete, positive, refuse
-from support.processes import catch_signals, distribute, gather, rank_and_world, together
+from support.processes import catch_signals, distribute, rank_and_world, together, union
 
 PATIENCE = 5  # steps in a row that may fail
 
@@ -80,7 +80,7 @@ def train(args, recipe, engine, data, place):
         bad_lines.report()
 
     stopped, clock = catch_signals(), runs.Clock()
-    failures = skipped = 0  # steps not finite, in a row and in all
+    failures, skipped, bad = 0, 0, 0.0  # steps not finite, in a row and in all; bad lines
     bar = tqdm(range(start, args.steps), recipe.name, args.steps, initial=start, disable=rank > 0)
     for step in bar:
         lr = learning_rate(step, args)
@@ -99,9 +99,10 @@ def train(args, recipe, engine, data, place):
                 (losses.mean() / args.accumulate).backward()
             meter.add(losses, draws["t"])
             bad_lines.add(micro.bad_lines)
-        loss, loss_by_t, new, stopping = meter.total(device, len(bad_lines.new), len(stopped))
-        if new:  # in some process
-            bad_lines.share(partial(gather, world))
+        loss, loss_by_t, found, stopping = meter.total(device, bad_lines.found, len(stopped))
+        if found > world * bad:  # a process found a bad line
+            bad_lines |= union(bad_lines, world)
+            bad = float(bad_lines.found)
 
         # Update the parameters, unless loss or gradient is not finite
         norm = nn.utils.clip_grad_norm_(params, args.clip).item()
@@ -118,11 +119,10 @@ def train(args, recipe, engine, data, place):
 
         # Metrics, pictures, checkpoints
         examples = args.accumulate * world * args.batch
-        bad_lines.check(bad_lines.found, (step + 1) * examples)
+        bad_lines.check(bad, (step + 1) * examples)
         speed, waiting = clock.lap(examples)
         record = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped}
-        record |= {"examples_per_s": speed, "waiting_for_data": waiting}
-        record["bad_lines"] = float(bad_lines.found)
+        record |= {"examples_per_s": speed, "waiting_for_data": waiting, "bad_lines": bad}
         bar.set_postfix(loss=f"{loss:.4f}", grad=f"{norm:.2f}", lr=f"{lr:.1e}", ex_s=f"{speed:.1f}")
         done = step + 1 == args.steps
         drawing = args.sample_every and ((step + 1) % args.sample_every == 0 or done)
@@ -142,8 +142,8 @@ def train(args, recipe, engine, data, place):
             if rank == 0:
                 print(f"stopped after step {step + 1}: saved; --resume goes on", file=sys.stderr)
             return (stopped or [signal.SIGTERM])[0]
-    if rank == 0 and bad_lines:
-        print(f"{len(bad_lines)} bad lines were skipped")
+    if rank == 0 and bad_lines.scanned + bad:
+        print(f"{bad_lines.scanned + bad:.0f} bad lines were skipped")
 
 
 def learning_rate(step, args):

@@ -40,16 +40,17 @@ def rank_and_world():
 
 def check_address():
     """Raise UserError unless the environment says where the processes meet, as torchrun does."""
-    local, host, port = map(os.environ.get, ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
-    if not re.fullmatch("[0-9]{1,6}", local or ""):
-        raise UserError(f"LOCAL_RANK={local}: torchrun sets it to the number of a device, from 0")
-    if not re.fullmatch("[0-9]{1,5}", port or "") or not 0 < int(port) < 2**16:
-        raise UserError(f"MASTER_PORT={port}: torchrun sets it to a port, from 1 to 65535")
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    for name, allowed in (("LOCAL_RANK", range(10**6)), ("MASTER_PORT", range(1, 2**16))):
+        value = os.environ.get(name)
+        if not re.fullmatch("[0-9]{1,6}", value or "") or int(value) not in allowed:
+            right = f"a whole number from {allowed[0]} to {allowed[-1]}"
+            raise UserError(f"{name}={value}: torchrun sets it to {right}")
     try:
         socket.getaddrinfo(host or "?", port)
     except (OSError, UnicodeError) as error:
-        found = f"MASTER_ADDR={host}: torchrun sets it to the machine of rank 0"
-        raise UserError(f"{found} ({error})") from error
+        right = "torchrun sets it to the address of rank 0"
+        raise UserError(f"MASTER_ADDR={host}: {right} ({error})") from error
 
 
 @contextmanager
@@ -79,12 +80,12 @@ def together(name, advice):
     dist.destroy_process_group()
 
 
-def gather(world, value):
-    """The values of all processes, in order; all of them must call this together."""
-    values = [value] * world
+def union(lines, world):
+    """A dictionary with the entries of all processes, which must call this together."""
+    parts = [dict(lines)] * world
     if world > 1:
-        dist.all_gather_object(values, value)
-    return values
+        dist.all_gather_object(parts, dict(lines))
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def distribute(engine, learning, shard, world):

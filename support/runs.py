@@ -34,8 +34,8 @@ FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of a disk, a quota, a file
 def locked(out, rank=0):
     """Lock the folder of a run, in rank 0, and remove what a killed run left there.
 
-    UserError if another process has locked it. The system removes the lock when the process ends,
-    however it ends. Folders that were made here and are still empty at the end are removed.
+    UserError if another process holds the lock. The system releases it when a process ends, however
+    it ends. Folders that are made here and empty at the end are removed.
     """
     if rank:
         yield
@@ -44,26 +44,22 @@ def locked(out, rank=0):
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        file = (out / LOCK).open("w")
-    try:
-        with file:
-            lock(file, out)
+        file = (out / LOCK).open("a")
+    with file:
+        lock(file, out)
+        remove_leftovers(out)
+        try:
+            yield
+        finally:
             remove_leftovers(out)
-            try:
-                yield
-            finally:
-                remove_leftovers(out)
-                with suppress(OSError):  # Windows removes no open file
-                    (out / LOCK).unlink()
-    finally:
-        with suppress(OSError):
-            for folder in made:
-                folder.rmdir()
+            with suppress(OSError):  # Windows removes no open file
+                (out / LOCK).unlink()
+                for folder in made:
+                    folder.rmdir()
 
 
 def lock(file, out):
-    """Lock an open file; UserError if another process has locked it, or has just removed it."""
-    taken = UserError(f"{out}: another training writes to this folder; choose another --out")
+    """Lock an open file, or say that this is not possible; UserError if another process holds it."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -73,13 +69,12 @@ def lock(file, out):
             import fcntl
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit it
+        free = os.fstat(file.fileno()).st_nlink  # 0: another run, which just ended, has removed it
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise taken from None
-        note = f"{out}: cannot be locked ({error}): start no other training there"
-        print(note, file=sys.stderr)
-    if not os.fstat(file.fileno()).st_nlink:
-        raise taken
+        free = error.errno not in (errno.EACCES, errno.EAGAIN)
+        print(f"{out}: cannot be locked ({error}): start no other training there", file=sys.stderr)
+    if not free:
+        raise UserError(f"{out}: another training writes to this folder; choose another --out")
 
 
 def remove_leftovers(out):
@@ -95,7 +90,7 @@ def save(engine, optimizer, out, step, settings, *, name, keep=2):
 
     name: the file or folder in it that the engine writes. A folder without a suffix is complete.
     """
-    check_finite(optimizer, f"step {step}: NaN or infinity in the weights; {advice(out)}")
+    require_finite(optimizer, f"step {step}: NaN or infinity in the weights; {advice(out)}")
     folder = out / "checkpoints" / f"{step:06d}"
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -173,7 +168,7 @@ def advice(out):
 def restore(out, engine, optimizer, settings):
     """Load the newest checkpoint, if any, into engine and optimizer. Returns its step, or 0."""
     if not (folder := latest(out)):
-        check_finite(optimizer, "NaN or infinity in the weights to start from")
+        require_finite(optimizer, "NaN or infinity in the weights to start from")
         return 0
     file = folder / STATE
     shapes = [tuple(p.shape) for p in optimizer.param_groups[0]["params"]]
@@ -192,11 +187,11 @@ def restore(out, engine, optimizer, settings):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     engine.restore(weights := weights_of(folder))
     older = "delete its folder to go on from an older checkpoint"
-    check_finite(optimizer, f"{weights}: holds NaN or infinity; {older}")
+    require_finite(optimizer, f"{weights}: holds NaN or infinity; {older}")
     return step
 
 
-def check_finite(optimizer, message):
+def require_finite(optimizer, message):
     """Raise UserError with a message if a trained weight is NaN or infinite."""
     finite = [p.isfinite().all() for p in optimizer.param_groups[0]["params"]]
     if not torch.stack(finite).all():

@@ -15,6 +15,7 @@ import sys
 import time
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLConfig, Qwen2VLModel
 
+import data
 import dream_engine
 import flow
 import train
@@ -380,13 +382,13 @@ def test_a_bad_line_counts_once_however_many_processes_skip_it(bad, code, start)
 @pytest.mark.parametrize(
     "environment, said",
     [
-        ({"MASTER_PORT": None}, "MASTER_PORT=None: torchrun sets it to a port"),
-        ({"MASTER_PORT": "x"}, "MASTER_PORT=x: torchrun sets it to a port"),
+        ({"MASTER_PORT": None}, "MASTER_PORT=None: torchrun sets it to a whole number"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT=x: torchrun sets it to a whole number"),
         ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536: .*, from 1 to 65535"),
-        ({"MASTER_ADDR": None}, "MASTER_ADDR=None: torchrun sets it to the machine of rank 0"),
-        ({"MASTER_ADDR": "a" * 99}, "MASTER_ADDR=aaa.*: torchrun sets it to the machine of rank 0"),
-        ({"LOCAL_RANK": None}, "LOCAL_RANK=None: torchrun sets it to the number of a device"),
-        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x: torchrun sets it to the number of a device"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR=None: torchrun sets it to the address of rank 0"),
+        ({"MASTER_ADDR": "a" * 99}, "MASTER_ADDR=aaa.*: torchrun sets it to the address of rank 0"),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK=None: torchrun sets it to a whole number from 0"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x: torchrun sets it to a whole number from 0"),
         ({"RANK": "x"}, "RANK=x, WORLD_SIZE=2: torchrun sets both to whole numbers"),
         ({"RANK": None}, "RANK=None, WORLD_SIZE=2: torchrun sets both"),
         ({"WORLD_SIZE": "-1"}, "RANK=0, WORLD_SIZE=-1: torchrun sets both"),
@@ -417,6 +419,12 @@ def test_every_way_to_start_workers_gives_the_same_run(method):
     finally:
         multiprocessing.set_start_method(before, force=True)
     assert equal(made, run(1, 2, "alone", "--data", "a.jsonl"))
+
+
+def test_workers_ignore_ctrl_c_where_there_are_no_process_groups(monkeypatch):
+    monkeypatch.delattr(os, "setpgrp")
+    data.start_worker(0)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 # ---- nothing lost -------------------------------------------------------------------------------
@@ -523,6 +531,24 @@ def test_two_trainings_in_one_folder_are_refused_and_a_kill_leaves_no_lock(start
     assert equal(run(1, 2, "run", "--resume"), run(1, 2, "alone"))
     both = [sorted(f.relative_to(out) for f in Path(out).rglob("*")) for out in ("run", "alone")]
     assert both[0] == both[1] and Path(".lock") not in both[0]
+
+
+def test_windows_locks_a_byte(monkeypatch):
+    locked = []
+
+    def locking(file, mode, count):
+        if locked:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        locked.append((mode, count))
+
+    windows = SimpleNamespace(LK_NBLCK=2, locking=locking)
+    monkeypatch.setitem(sys.modules, "msvcrt", windows)
+    monkeypatch.setattr(runs.sys, "platform", "win32")
+    with runs.locked("run"):
+        with pytest.raises(UserError, match="^run: another training writes"), runs.locked("run"):
+            pass
+        assert locked == [(2, 1)] and Path("run/.lock").exists()
+    assert not Path("run").exists()
 
 
 def test_a_folder_that_cannot_be_locked_says_so(monkeypatch, capsys):
