@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import checkpoints
+from prompts import check_text
 from support.cli import UserError, reading
 from support.files import whole, write_json
 from unialignment.transformer import RULES, load_transformer
@@ -85,6 +86,7 @@ class Tokens:
     def ids(self, text, slots=None):
         """A list of ids without special tokens. With slots, padded or cut, and ended by at least one EOS."""
         special = {self.mask_id, *self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
+        check_text(text)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         ids = [i for i in ids if i not in special]
         return ids if slots is None else ids[: slots - 1] + [self.end] * max(1, slots - len(ids))
@@ -143,6 +145,7 @@ def read_sampling(scheduler):
             raise ValueError("slots, steps, size (a multiple of 16) and shift must be positive")
         if s.order not in ("sampled", "confident"):
             raise ValueError(f"order {s.order!r}")
+        check_text(s.sentence + s.negative, file)
     return s
 
 
