@@ -19,8 +19,10 @@ def whole(file):
     """Yield a path to write to, which is renamed to file at the end, or deleted after an error."""
     file = Path(file)
     partial = fresh(file)
+    mode = partial.stat().st_mode
     try:
         yield partial
+        partial.chmod(mode)  # safetensors sets its own
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
