@@ -60,6 +60,11 @@ def check_drawing(steps, guidance, width, height, largest):
             raise UserError(f"size {width}x{height}: sides must be {right}; nearest is {near}")
 
 
+def check_text(text, where="the prompt"):
+    if re.search("[\ud800-\udfff]", text):  # a terminal without UTF-8 makes these of an umlaut
+        raise UserError(f"{where} holds half a letter (a lone surrogate): use a UTF-8 terminal")
+
+
 def interleave(text, images):
     """Replace each <image> in text by the next image -> a list of strings and images."""
     parts = text.split("<image>")
@@ -81,8 +86,12 @@ TASKS = {
 
 def split_prompt(prompt):
     """Split a list of strings and images into its whole text and the list of its images."""
+    if not all(isinstance(part, str | Image.Image) for part in prompt):
+        raise UserError("a prompt must be a list of strings and PIL images")
     images = [part for part in prompt if not isinstance(part, str)]
-    return "".join(part for part in prompt if isinstance(part, str)), images
+    text = "".join(part for part in prompt if isinstance(part, str))
+    check_text(text)
+    return text, images
 
 
 def apply_task(task, prompt):
@@ -92,12 +101,8 @@ def apply_task(task, prompt):
     of strings and images; guidance moves away from null. Raises UserError for an unfit prompt.
     """
     prompt = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not all(isinstance(part, str | Image.Image) for part in prompt):
-        raise UserError("a prompt must be a list of strings and PIL images")
     text, images = split_prompt(prompt)
     task = task or ("objects" if images else "t2i")
-    if re.search("[\ud800-\udfff]", text):  # a terminal without UTF-8 makes these of an umlaut
-        raise UserError("the prompt holds half a letter (a lone surrogate): use a UTF-8 terminal")
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
     if not text.strip() and task != "i2i":

@@ -20,6 +20,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from support.cli import Parser, UserError, number, one_line_errors, starting, whole_number
+
+if __name__ == "__main__":
+    starting()
+
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -29,7 +34,6 @@ from dream_engine import SD3, STAGE1, DreamEngine, new_adapter
 from lmm import collate
 from prompts import check_drawing
 from support import runs
-from support.cli import Parser, UserError, number, one_line_errors, whole_number
 from support.files import sheet
 from support.options import add_options, complete, positive, refuse
 from support.processes import catch_signals, distribute, rank_and_world, together, union

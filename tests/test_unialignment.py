@@ -505,21 +505,69 @@ def test_parts_of_other_models_are_refused(uni, tmp_path):
     "call, message",
     [
         (lambda uni: uni.generate([" "]), "empty prompt"),
-        (lambda uni: uni.generate([]), "empty prompt"),
+        (lambda uni: uni.generate([]), "expected a list of prompts"),
+        (lambda uni: uni.generate("ab"), "expected a list of prompts"),
+        (lambda uni: uni.generate([3]), "expected a list of prompts"),
+        (lambda uni: uni.generate([["a", 3]]), "a list of strings and PIL images"),
+        (
+            lambda uni: uni.generate(["a"], [picture(0)]),
+            "expected a list of PIL images for each prompt",
+        ),
+        (
+            lambda uni: uni.generate(["a", "b"], [[picture(0)]]),
+            "expected a list of PIL images for each",
+        ),
+        (lambda uni: uni.generate(["caf\ud800"]), "half a letter"),
+        (lambda uni: uni.generate(["a"], negative="caf\ud800"), "half a letter"),
+        (lambda uni: uni.answer([picture(0)], ["caf\ud800"]), "half a letter"),
+        (
+            lambda uni: uni.answer([picture(0)], "a"),
+            "expected a list of questions, one for each image",
+        ),
+        (lambda uni: uni.answer(picture(0)), "expected a list of PIL images"),
+        (lambda uni: uni.answer(["a.png"]), "expected a list of PIL images"),
         (lambda uni: uni.generate(["a"], steps=0), "steps must be at least 1"),
         (lambda uni: uni.generate(["a"], guidance=float("nan")), "finite"),
         (lambda uni: uni.generate(["a"], size=(32, 50)), "nearest is 48"),
         (lambda uni: uni.generate(["a", "a"], [[], [picture(0)]]), r"found \[0, 1\]"),
         (lambda uni: uni.answer([picture(0)], ["how " * 20]), "the question fills all 12 slots"),
         (lambda uni: uni.answer([picture(0)], [" "]), "empty question"),
-        (lambda uni: uni.answer([picture(0)], ["a", "b"]), "2 questions to 1 images"),
-        (lambda uni: uni.answer([]), "0 images"),
-        (lambda uni: uni.answer([picture(0)], steps=0), "0 steps: there must be at least 1"),
+        (lambda uni: uni.answer([picture(0)], ["a", "b"]), "questions, one for each image, got"),
+        (lambda uni: uni.answer([]), "expected a list of PIL images, got"),
+        (lambda uni: uni.answer([picture(0)], steps=0), "steps must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_done_is_refused(call, message, uni):
     with pytest.raises(UserError, match=message):
         call(uni)
+
+
+@pytest.mark.parametrize(
+    "name, made, reads",
+    [
+        ("text_encoder.encoder.final_layer_norm.weight", "the condition (of T5)", False),
+        ("mmdit.x_embedder.proj.bias", "the latent (of the MM-DiT)", False),
+        ("vae.decoder.conv_out.bias", "the picture (of the VAE)", False),
+        ("vae.encoder.conv_out.bias", "the latent of an image (of the VAE)", True),
+        ("mmdit.text_head.weight", "the logits (of T5 and MM-DiT)", True),
+        ("text_encoder.encoder.final_layer_norm.weight", "the logits (of T5 and MM-DiT)", True),
+    ],
+)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_named(name, made, reads, value, uni_folder):
+    uni = UniAlignment.load(uni_folder, device="cpu")
+    uni.get_parameter(name).data.flatten()[0] = value
+    with pytest.raises(UserError) as end:
+        uni.answer([picture(0)], steps=2) if reads else uni.generate(["a ring"], steps=1)
+    said = str(end.value)
+    assert said.startswith(f"{made} holds NaN or infinity; so does {name}: look at its file")
+
+
+def test_half_a_letter_in_the_settings_is_one_line(vae_names, tmp_path):
+    for setting in ("sentence", "negative"):
+        folder = publish(tmp_path / setting, vae_names, **{setting: "caf\ud800"})
+        with pytest.raises(UserError, match="scheduler_config.json holds half a letter"):
+            UniAlignment.load(folder, device="cpu")
 
 
 def test_special_tokens_in_what_a_user_types_are_left_out(uni):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import checkpoints
+from prompts import check_text
 from support.cli import UserError, reading
 from support.files import whole, write_json
 from support.formats import check_folder, part_folder
@@ -94,6 +95,7 @@ class Tokens:
     def ids(self, text, slots=None):
         """A list of ids without special tokens. With slots, padded or cut, and ended by at least one EOS."""
         special = {self.mask_id, *self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
+        check_text(text)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         ids = [i for i in ids if i not in special]
         return ids if slots is None else ids[: slots - 1] + [self.end] * max(1, slots - len(ids))
@@ -154,6 +156,7 @@ def read_sampling(scheduler):
             raise ValueError(f"{names} must be positive and not above 10000")
         if s.order not in ("sampled", "confident"):
             raise ValueError(f"order {s.order!r}")
+        check_text(s.sentence + s.negative, file)
     return s
 
 
