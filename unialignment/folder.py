@@ -15,7 +15,7 @@ from prompts import check_text
 from support.cli import UserError, reading
 from support.files import whole, write_json
 from support.formats import check_folder, part_folder
-from unialignment.transformer import RULES, load_transformer
+from unialignment.transformer import RULES, grow, load_transformer
 
 PARTS = {  # of a pipeline folder, and their names in a folder of SD3-medium
     "vae": "vae",
@@ -49,6 +49,21 @@ def load_pipeline(folder, sd3=None, device="cpu", dtype=torch.float32):
         with reading(file, f"one tensor of {len(row)} numbers"):
             row.copy_(torch.load(file, map_location="cpu", weights_only=True).view(len(row)))
     return transformer, text_encoder, tokenizer, vae, sampling
+
+
+def new_pipeline(sd3, text_encoder, device, dtype, *, slots=256, size=512, sentence=""):
+    """The same parts before training, from SD3 and T5; new weights come from torch's generator.
+
+    sd3: single file or diffusers folder; text_encoder: the folder of the T5 that sd3 was trained with,
+    its tokenizer inside or beside it.
+    """
+    place = Path(text_encoder)  # a tokenizer_3/ stands beside a text_encoder_3/
+    tokenizer = load_tokenizer(place.parent / place.name.replace("text_encoder", "tokenizer"))
+    transformer = grow(checkpoints.load_mmdit(sd3, device), len(tokenizer))
+    size, texts = min(size, transformer.config.largest), {"negative": "", "sentence": sentence}
+    sampling = Sampling(slots, size, text_steps=min(slots, 64), order="confident", **texts)
+    t5, vae = load_text_encoder(place, device, dtype), checkpoints.load_vae(sd3, device)
+    return transformer, t5, tokenizer, vae, sampling
 
 
 def load_text_encoder(folder, device="cpu", dtype=torch.float32):
