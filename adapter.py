@@ -1,6 +1,6 @@
-"""What Dream Engine trains: the blend and the adapter between LMM and MM-DiT, and LoRA.
+"""What Dream Engine adds between LMM and MM-DiT: blending, the adapter, and LoRA.
 
-Letters: B batch, L tokens, D width of the MM-DiT, M width of the LMM, n image tokens of all rows.
+Letters: B batch, L tokens, D width of the MM-DiT, M width of the LMM, n image tokens in all rows.
 """
 
 from itertools import pairwise
@@ -12,10 +12,10 @@ from torch import nn
 
 
 def blend(hidden, vit, image_mask, r):
-    """h = (1 - r) h_LLM + r h_ViT at image positions (section 3.3 of the paper); elsewhere h_LLM.
+    """Set h = (1 - r) h_LLM + r h_ViT at image positions and h = h_LLM elsewhere (section 3.3).
 
-    hidden (B, L, M); vit (n, M), the ViT's merged features in order; image_mask (B, L) bool;
-    r in [0, 1], a number or one for each row (B,). Returns a new (B, L, M).
+    hidden (B, L, M): LMM states. vit (n, M): merged ViT features, row by row. image_mask (B, L):
+    True at image positions. r in [0, 1]: a number, or (B,). Returns a new (B, L, M).
     """
     r = torch.as_tensor(r, dtype=hidden.dtype, device=hidden.device).expand(len(hidden))
     r = r[:, None].expand(image_mask.shape)[image_mask][:, None]
@@ -31,12 +31,12 @@ def masked_mean(x, mask):
 
 
 def _mlp(widths):
-    linears = [nn.Linear(a, b) for a, b in pairwise(widths)]
-    return nn.Sequential(linears[0], *[m for linear in linears[1:] for m in (nn.SiLU(), linear)])
+    layers = [m for a, b in pairwise(widths) for m in (nn.SiLU(), nn.Linear(a, b))]
+    return nn.Sequential(*layers[1:])
 
 
 class Adapter(nn.Module):
-    """Two MLPs: one makes a text token of every LMM state, one the modulation vector of their mean."""
+    """Two MLPs: LMM states -> the MM-DiT's text tokens; mean LMM state -> its modulation vector."""
 
     def __init__(self, lmm_width, width, mlp_dim=4096, layers=2):
         super().__init__()
@@ -49,9 +49,9 @@ class Adapter(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A frozen Linear plus scale * B A. A fused qkv has three such pairs, one for each third.
+    """A frozen Linear plus (alpha / rank) * B A. A fused qkv has three pairs (A, B), one per third.
 
-    Starts as the Linear itself: A is Gaussian with standard deviation 1 / rank, B is zero.
+    A starts Gaussian with standard deviation 1 / rank. B starts at zero: the output is unchanged.
     """
 
     def __init__(self, base, rank, alpha, parts=1):
@@ -68,12 +68,12 @@ class LoRALinear(nn.Module):
         return self.base(x).add(torch.cat(updates, dim=-1), alpha=self.scale)
 
 
-# The attention projections of an MMDiT and of transformers' Qwen2: how many matrices each holds
+# Attention projections of MMDiT and of transformers' Qwen2 -> number of matrices fused in each
 PROJECTIONS = {"qkv": 3, "proj": 1, "q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 1}
 
 
 def lora_sites(model, kind=nn.Linear):
-    """(path, (module, number of matrices in it)) of every attention projection of a kind."""
+    """Yield (path, (module, number of fused matrices)) of each attention projection of a kind."""
     for path, module in list(model.named_modules()):
         parent, _, name = path.rpartition(".")
         if isinstance(module, kind) and name in PROJECTIONS and "attn" in parent:
@@ -81,7 +81,7 @@ def lora_sites(model, kind=nn.Linear):
 
 
 def add_lora(model, rank=32, alpha=None, paths=None):
-    """Wrap the attention projections, all or those at paths; only LoRA will learn: {name: parameter}."""
+    """Add LoRA at paths (default: all lora_sites) as the only trainable part: {name: parameter}."""
     model.requires_grad_(False)
     for path, (linear, parts) in lora_sites(model):
         if paths is None or path in paths:
@@ -92,7 +92,7 @@ def add_lora(model, rank=32, alpha=None, paths=None):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Add every LoRA to the weight it wraps and unwrap it: the model is plain again."""
+    """Add each LoRA's update to the weight that it wraps, and remove the LoRA; returns model."""
     for path, (lora, _) in lora_sites(model, LoRALinear):
         weight = lora.base.weight
         update = rearrange(lora.B @ lora.A, "parts o i -> (parts o) i")

@@ -1,7 +1,7 @@
-"""Files to models, loudly: read without a second copy, rename by a table, fill strictly.
+"""Load weights: read the tensors of a file, rename them by a key map, fill a model strictly.
 
-A missing, unknown or wrongly shaped tensor is an error in the names of the file itself, before
-anything is computed; pickles are only ever read as plain tensors.
+Tensors are memory-mapped and copied only where needed. A missing, unknown or misshapen tensor is a
+UserError that gives its name in the file. A pickle may hold nothing but tensors.
 """
 
 import json
@@ -20,20 +20,20 @@ from vae import SCALE, SHIFT, VAE, VAEConfig
 
 
 def read_tensors(path):
-    """All tensors of a .safetensors or .bin file, or of a folder holding one or several shards.
+    """Read all tensors of a .safetensors or .bin file, or of a folder with one such file or shards.
 
-    Returns {name: tensor}, memory-mapped: nothing is read from disk until it is used.
-    Raises FileNotFoundError, or UserError if a file is damaged or is no checkpoint.
+    Returns {name: tensor}, memory-mapped: the disk is read when a tensor is used. Raises
+    FileNotFoundError, or UserError if a file is damaged or is no checkpoint.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected a checkpoint")
     tensors = {}
     for file in _files(path):
-        found = _read_file(file)
-        if twice := tensors.keys() & found.keys():
-            raise UserError(f"{path}: {min(twice)} is stored twice, again in {file.name}")
-        tensors |= found
+        shard = _read_file(file)
+        if duplicates := tensors.keys() & shard.keys():
+            raise UserError(f"{path}: {min(duplicates)} is stored twice, again in {file.name}")
+        tensors |= shard
     return tensors
 
 
@@ -41,17 +41,17 @@ def _files(path):
     if path.is_file():
         return [path]
     if indices := sorted(path.glob("*.index.json")):
-        with reading(indices[0], "a JSON object with 'weight_map', names of files"):
+        with reading(indices[0], "a JSON object whose 'weight_map' names files in this folder"):
             names = sorted(set(read_json(indices[0])["weight_map"].values()))
             if any(Path(name).name != name for name in names):
-                raise ValueError("files elsewhere")
-    else:  # without an index a folder holds one file, perhaps beside a variant such as x.fp16.bin
+                raise ValueError("files in another folder")
+    else:  # no index: one file, perhaps with variants such as x.fp16.bin, which are ignored
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
         names = [f.name for f in files if f.name.count(".") == 1] or [f.name for f in files]
         if len(names) > 1:
-            raise UserError(f"{path}: holds {len(names)} weight files and no index; name one file")
+            raise UserError(f"{path}: has {len(names)} weight files and no index; name one file")
     if not names:
-        raise FileNotFoundError(f"{path}: holds no .safetensors or .bin file")
+        raise FileNotFoundError(f"{path}: has no .safetensors or .bin file")
     return [path / name for name in names]
 
 
@@ -63,85 +63,84 @@ def _read_file(file):
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         for name, x in tensors.items():
             if not isinstance(name, str) or x.layout != torch.strided or x.is_meta:
-                raise TypeError(f"{name!r} is no name of a plain tensor")
+                raise TypeError(f"{name!r} is not the name of a plain tensor")
     return tensors
 
 
 def metadata(file):
-    """The metadata of a .safetensors file, {text: text}."""
+    """Read the metadata of a .safetensors file: {text: text}."""
     with reading(file, "a whole .safetensors file"), safe_open(file, framework="pt") as f:
         return f.metadata() or {}
 
 
 def read_json(file, text=None):
-    """The JSON object that a file holds, or the text taken from it."""
+    """Read the JSON object in a file, or in text, which was read from that file."""
     with reading(file, "a JSON object"):
         value = json.loads(Path(file).read_text(encoding="utf-8-sig") if text is None else text)
         if not isinstance(value, dict):
-            raise TypeError(f"it holds a {type(value).__name__}")
+            raise TypeError(f"got a {type(value).__name__}")
     return value
 
 
 def read_config(folder):
-    """The config.json of a diffusers folder; {} where there is none."""
+    """Read the config.json of a diffusers folder; {} if there is none."""
     file = Path(folder, "config.json")
     config = read_json(file) if file.is_file() else {}
     for name in (*MMDIT_CONFIG, "norm_num_groups", "latent_channels", "layers_per_block"):
         if type(config.get(name)) not in (int, type(None)):
-            raise UserError(f"{file}: {name} must be a whole number, not {config[name]!r}")
+            raise UserError(f"{file}: {name!r} must be a whole number, got {config[name]!r}")
     return config
 
 
 def key_map(text):
-    """Lines of "name in the model  names in the file" as rules; # is a number, * is anything."""
+    """Parse lines "name in the model  names in the file" into rules; # is a number, * anything."""
     rules = []
     for line in filter(None, map(str.strip, text.splitlines())):
-        name, *stored = line.split()
+        name, *templates = line.split()
         pattern = re.escape(name).replace(r"\#", r"(\d+)").replace(r"\*", "(.*)")
-        rules.append((pattern, [re.sub(r"[#*]", "{}", template) for template in stored]))
+        rules.append((pattern, [re.sub(r"[#*]", "{}", template) for template in templates]))
     return rules
 
 
 @dataclass
 class Part:
-    """The tensors of one model as a file holds them, by the names in the file, and the way to these.
+    """One model's tensors as a file names them, with rules from the model's names to the file's.
 
-    The first of the rules that fits a name in the model counts; a name without a rule is the same in
-    both. prefix: of all names in the file.
+    The first rule that matches a name applies; a name without a rule is the same in the file.
     """
 
-    tensors: dict
-    source: Path | str
-    rules: list = ()
-    prefix: str = ""
+    tensors: dict  # {name in the file: tensor}
+    source: Path | str  # for error messages
+    rules: list = ()  # of `key_map`
+    prefix: str = ""  # of all names in the file
 
     def names(self, name):
-        """Where a tensor of the model lies in the file: below several names where the model fuses it."""
+        """Names in the file of a tensor of the model: several if the model fuses these tensors."""
         for pattern, templates in self.rules:
             if match := re.fullmatch(pattern, name):
                 return [self.prefix + template.format(*match.groups()) for template in templates]
         return [self.prefix + name]
 
     def shape(self, name):
-        """The shape of the (first) tensor in the file for a name in the model; None if missing."""
+        """Shape of the (first) tensor in the file for a name in the model; None if missing."""
         tensor = self.tensors.get(self.names(name)[0])
         return None if tensor is None else tuple(tensor.shape)
 
     def dimension(self, name, axis):
-        """One dimension of it; raises UserError where there is none, or it is 0."""
-        shape, stored = self.shape(name), self.names(name)[0]
+        """One dimension of that shape. Raises UserError if it is missing or 0."""
+        shape, file_name = self.shape(name), self.names(name)[0]
         if shape is None:
-            raise UserError(f"{self.source}: missing {stored}")
+            raise UserError(f"{self.source}: missing {file_name}")
         if not -len(shape) <= axis < len(shape) or 0 in shape:
-            raise UserError(f"{self.source}: {stored} has shape {shape}")
+            raise UserError(f"{self.source}: {file_name} has shape {shape}")
         return shape[axis]
 
     def count(self, name):
-        """For how many numbers from 0 on the file has name.format(number)."""
+        """How many of name.format(0), name.format(1), ... the file has in sequence."""
         return next(i for i in count() if self.shape(name.format(i)) is None)
 
     def stored(self, model):
-        """A model's tensors by their names in the file: the way back from `build`."""
+        """A model's tensors by their names in the file: the inverse of `build`."""
         swapped, tensors = swapped_names(model, self.rules), {}
         for name, tensor in model.state_dict().items():
             names = self.names(name)
@@ -151,7 +150,7 @@ class Part:
 
 
 def find_part(tensors, source, kind, prefixes, layouts):
-    """The Part below the first prefix, by the first of {mark: rules}, where a name begins so."""
+    """Return the Part with the first prefix and the first of {mark: rules} that begin a name."""
     for prefix in prefixes:
         for mark, rules in layouts.items():
             if any(name.startswith(prefix + mark) for name in tensors):
@@ -161,10 +160,10 @@ def find_part(tensors, source, kind, prefixes, layouts):
 
 
 def build(part, make, device="cpu", dtype=None):
-    """The model that make() returns, filled with a Part; every name and shape must fit.
+    """Build the model that make() returns and fill it with a Part; every name and shape must fit.
 
-    Made on the meta device, without memory; a tensor of the right dtype and device is not copied.
-    Returns it frozen. Raises UserError naming what is missing, unknown or of another shape.
+    A tensor with the right dtype and device is not copied. Returns the model frozen. Raises
+    UserError naming each tensor that is missing, unknown or misshapen.
     """
     with reading(part.source, "a model that can be built"), torch.device("meta"):
         model = make()
@@ -180,20 +179,20 @@ def build(part, make, device="cpu", dtype=None):
 
 
 def swapped_names(model, rules):
-    """What diffusers stores as (scale, shift), by the names in the model: where there is no gate."""
-    found = {k: m[1] for k, m in model.named_modules() if rules and isinstance(m, AdaLN)}
-    pairs = [k for k, linear in found.items() if linear.out_features == 2 * linear.in_features]
+    """Names in the model that diffusers stores as (scale, shift): those of AdaLNs without gates."""
+    linears = {k: m[1] for k, m in model.named_modules() if rules and isinstance(m, AdaLN)}
+    pairs = [k for k, linear in linears.items() if linear.out_features == 2 * linear.in_features]
     return {f"{name}.1.{kind}" for name in pairs for kind in ("weight", "bias")}
 
 
 def check(tensors, expected, source):
-    """UserError unless tensors have the names and shapes expected; a 1x1 convolution may be a matrix."""
+    """Raise UserError unless names and shapes are as expected; 1x1 convolutions may be matrices."""
     faults = [f"missing {k}" for k in expected.keys() - tensors.keys()]
     faults += [f"unknown {k}" for k in tensors.keys() - expected.keys()]
     for name in expected.keys() & tensors.keys():
-        shape, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
-        if shape != wanted and (wanted[2:] != (1, 1) or shape != wanted[:2]):
-            faults.append(f"{name} has shape {shape}, expected {wanted}")
+        shape, right = tuple(tensors[name].shape), tuple(expected[name].shape)
+        if shape != right and (right[2:] != (1, 1) or shape != right[:2]):
+            faults.append(f"{name} has shape {shape}, expected {right}")
         elif not tensors[name].is_floating_point():
             faults.append(f"{name} holds {tensors[name].dtype}, expected floating point")
     if faults:
@@ -224,7 +223,7 @@ MMDIT_DIFFUSERS = key_map("""
     final_layer.adaLN_modulation.1.*     norm_out.linear.*
     final_layer.linear.*                 proj_out.*
 """.replace("BLOCK", "transformer_blocks.#"))  # fmt: skip
-MMDIT_CONFIG = {  # name in diffusers' config.json: that in MMDiTConfig
+MMDIT_CONFIG = {  # name in diffusers' config.json: name in MMDiTConfig
     "num_layers": "depth",
     "attention_head_dim": "head_dim",
     "patch_size": "patch",
@@ -236,14 +235,14 @@ MMDIT_CONFIG = {  # name in diffusers' config.json: that in MMDiTConfig
 
 
 def load_mmdit(path, device="cpu", dtype=torch.float32):
-    """The transformer of an SD3 / SD3.5 file or a diffusers folder; UserError if there is none."""
+    """Load the MMDiT of an SD3 / SD3.5 file or diffusers folder; UserError if there is none."""
     folder = Path(path, "transformer")
     folder = folder if folder.is_dir() else Path(path)
     return build_mmdit(read_tensors(folder), path, device, dtype, read_config(folder))
 
 
 def build_mmdit(tensors, source, device="cpu", dtype=torch.float32, stated=None):
-    """The same from {name: tensor}; stated: a config.json to check."""
+    """Build an MMDiT from {name: tensor}; stated: the content of its config.json, to check."""
     prefixes = ("model.diffusion_model.", "transformer.", "dit.", "")
     layouts = {"joint_blocks.": (), "transformer_blocks.": MMDIT_DIFFUSERS}
     part = find_part(tensors, source, "SD3 or SD3.5 transformer", prefixes, layouts)
@@ -252,12 +251,12 @@ def build_mmdit(tensors, source, device="cpu", dtype=torch.float32, stated=None)
 
 
 def infer_mmdit(part, stated):
-    """Read an MMDiTConfig off the shapes, and refuse a stated one that says otherwise."""
+    """Infer an MMDiTConfig from the shapes. Raises UserError if config.json (stated) disagrees."""
     block = "joint_blocks.{}.x_block."
     depth = part.count(block + "adaLN_modulation.1.weight")
     norm = block.format(0) + "attn.ln_q.weight"
     has_norm = part.shape(norm) is not None
-    reads = part.shape("text_head.weight") is not None  # only UniAlignment's does
+    text_out = part.shape("text_head.weight") is not None  # UniAlignment: no pooled text
     config = MMDiTConfig(
         depth=depth,
         width=part.dimension("x_embedder.proj.weight", 0),
@@ -266,30 +265,30 @@ def infer_mmdit(part, stated):
         patch=part.dimension("x_embedder.proj.weight", 3),
         positions=math.isqrt(part.dimension("pos_embed", 1)),
         context_dim=part.dimension("context_embedder.weight", 1),
-        pooled_dim=None if reads else part.dimension("y_embedder.mlp.0.weight", 1),
+        pooled_dim=None if text_out else part.dimension("y_embedder.mlp.0.weight", 1),
         qk_norm=has_norm,
         dual=tuple(i for i in range(depth) if part.shape(f"{block.format(i)}attn2.qkv.weight")),
-        text_out=reads,
+        text_out=text_out,
     )
     width, head = config.width, config.head_dim
     if not depth or not 0 < head <= width or width % head or config.patch not in (1, 2):
-        sizes = f"{width} wide, heads of {head}, patches of {config.patch}"
-        raise UserError(f"{part.source}: no transformer of SD3: {depth} blocks, {sizes}")
+        sizes = f"{depth} blocks, width {width}, heads of {head}, patches of {config.patch}"
+        raise UserError(f"{part.source}: not an SD3 transformer: {sizes}")
     compare(part.source, stated, mmdit_settings(config))
     return config
 
 
 def mmdit_settings(config):
-    """What diffusers' config.json says of an MMDiTConfig."""
+    """The part of diffusers' config.json that follows from an MMDiTConfig."""
     return {k: x for k, name in MMDIT_CONFIG.items() if (x := getattr(config, name)) is not None}
 
 
 def compare(source, stated, found):
-    """Raise UserError where a config.json and the tensors beside it disagree."""
+    """Raise UserError if a config.json (stated) and values found in the tensors disagree."""
     for name, value in found.items():
         if stated.get(name) not in (None, value):
-            said = f"config.json says {name} {stated[name]!r}, its tensors say {value!r}"
-            raise UserError(f"{source}: {said}")
+            says = f"config.json says {name} {stated[name]!r}, its tensors say {value!r}"
+            raise UserError(f"{source}: {says}")
 
 
 VAE_DIFFUSERS = key_map("""
@@ -307,11 +306,11 @@ VAE_DIFFUSERS = key_map("""
     decoder.up.{i}.block.*                  decoder.up_blocks.{3 - i}.resnets.*
     decoder.up.{i}.upsample.*               decoder.up_blocks.{3 - i}.upsamplers.0.*
 """ for i in range(4)))  # fmt: skip
-# diffusers counts the decoder's levels from coarse to fine
+# diffusers counts the decoder's levels from coarse to fine, hence 3 - i
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
-    """The autoencoder of an SD3 / SD3.5 file or a diffusers folder; UserError if there is none."""
+    """Load the VAE of an SD3 / SD3.5 file or a diffusers folder; UserError if there is none."""
     folder = Path(path, "vae")
     folder = folder if folder.is_dir() else Path(path)
     layouts = {"encoder.down.": (), "encoder.down_blocks.": VAE_DIFFUSERS}
@@ -319,11 +318,11 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     part = find_part(read_tensors(folder), path, "SD3.5 autoencoder", prefixes, layouts)
     config = infer_vae(part, read_config(folder))
     model = build(part, lambda: VAE(config), device, dtype)
-    return model.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+    return model.to(memory_format=torch.channels_last)  # 20 % faster on a CPU
 
 
 def infer_vae(part, stated):
-    """Read a VAEConfig off the shapes; only the groups of its norms stand in config.json alone."""
+    """Infer a VAEConfig from the shapes and, for the norms' groups, from config.json (stated)."""
     conv = "encoder.down.{}.block.{}.conv2.weight"
     base = part.dimension("encoder.conv_in.weight", 0)
     levels = part.count(conv.format("{}", 0))
@@ -337,13 +336,13 @@ def infer_vae(part, stated):
         groups=max(1, min(32, base // 4)) if groups is None else groups,
     )
     if levels != 4 or any(w % base for w in widths) or config.groups < 1 or base % config.groups:
-        widths = f"widths {widths} in groups of {config.groups}"
-        raise UserError(f"{part.source}: no autoencoder of SD3: {widths}")
+        sizes = f"{levels} levels of widths {widths}, norms with {config.groups} groups"
+        raise UserError(f"{part.source}: not an SD3 autoencoder: {sizes}")
     found = {"latent_channels": config.latent_channels, "layers_per_block": config.blocks}
     compare(part.source, stated, found | {"scaling_factor": SCALE, "shift_factor": SHIFT})
     return config
 
 
 def fingerprint(weight):
-    """A number that tells one trained model from another by one of its weights, in any dtype."""
+    """The norm of a weight, rounded: a number that identifies a trained model in any dtype."""
     return round(weight.float().norm().item(), 4)

@@ -1,6 +1,6 @@
 """Training examples: from manifests to microbatches.
 
-A manifest is a JSONL file, a line an example of one of five tasks, with paths relative to the file:
+A manifest is a JSONL file. Each line is an example of one of five tasks; paths are relative to the file:
 
     {"task": "t2i", "prompt": "a dog on a beach", "target": "a.jpg"}
     {"task": "i2i", "target": "a.jpg"}
@@ -8,10 +8,9 @@ A manifest is a JSONL file, a line an example of one of five tasks, with paths r
     {"task": "objects", "target": "a.jpg", "segments": [["a dog", [[120, 300, 480, 910]]], [" on a beach", []]]}
     {"task": "answer", "image": "a.jpg", "question": "how many dogs are there?", "answer": "two"}
 
-UniAlignment learns t2i, edits with a "caption" of the target, which t2i may have too, and answers;
-Dream Engine all but these.
-A segment is a piece of the caption and the boxes, in thousandths of the target, of what it names. A
-"size": [width, height] of the target saves opening the images for --buckets.
+Dream Engine learns every task but answer. A segment is a piece of the caption, and the boxes of what it
+names, in thousandths of the target. A t2i or edit line may have a "caption" of its target, for systems
+that read. A "size": [width, height] of the target saves opening the images for --buckets.
 """
 
 import json
@@ -32,21 +31,20 @@ from tqdm import tqdm
 from lmm import Batch
 from prompts import apply_task, crop_to, read_image, reference_prompt, to_tensor, upright_size
 from support.cli import UserError, reading
-from unialignment import masked
 
-FIELDS = {  # of a manifest's line, by task, besides "task"
+FIELDS = {  # of a line of each task, besides "task"
     "t2i": ("target", "prompt"),
     "i2i": ("target",),
     "edit": ("target", "source", "instruction"),
     "objects": ("target", "segments"),
     "answer": ("image", "question", "answer"),
 }
-LONGEST = 4000  # letters of a text
+LONGEST = 4000  # characters of a text
 LONGEST_LINE = 2**20  # bytes
 
 
 def parse_record(line):
-    """A line of a manifest as a dictionary; UserError names what its task needs and lacks."""
+    """Parse a line of a manifest into a dictionary; UserError names the field that is wrong."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -59,19 +57,20 @@ def parse_record(line):
             with reading('"segments"', "a list of [text, [[x1, y1, x2, y2], ...]]"):
                 boxes = [box for _, inside in text for box in inside]
                 if not all(0 <= a < c <= 1000 and 0 <= b < d <= 1000 for a, b, c, d in boxes):
-                    raise ValueError("a box that is none")
+                    raise ValueError("a box that is not x1 < x2, y1 < y2 within 0 to 1000")
                 name, text = "text of segments", "".join(words for words, _ in text)
         halves = isinstance(text, str) and re.search("[\ud800-\udfff]", text)  # lone surrogates
         if not isinstance(text, str) or halves or not text.strip() or len(text) > LONGEST:
-            raise UserError(f'"{name}" must be a text of 1 to {LONGEST} letters')
+            raise UserError(f'"{name}" must be a text of 1 to {LONGEST} characters')
     return record
 
 
 class Manifest:
     """A JSONL file of examples; a row is the number of a line, from 1.
 
-    Training asks any source, this or `mini.world.Examples`, for `name`, `identity` (is a resumed
-    run's the same?), `bad_lines` {row: reason}, `total` rows, `rows`, `record` and `ratio`.
+    Any source of examples, this one or `mini.world.Examples`, has `name`, `identity` (which a resumed
+    run compares), `bad_lines` {row: reason}, the `total` number of rows, and the methods `rows`,
+    `record` and `ratio`.
     """
 
     def __init__(self, file):
@@ -96,7 +95,7 @@ class Manifest:
         self.identity = f"{self.file.name}:{crc:08x}"
 
     def rows(self, task):
-        """Rows (n,) that serve a task: those of the task; for i2i all that have a target to copy."""
+        """The rows (n,) of a task; for i2i every row that has a target to copy."""
         if task != "i2i":
             return self.by_task[task]
         return np.concatenate([rows for t, rows in self.by_task.items() if t != "answer"])
@@ -107,28 +106,28 @@ class Manifest:
             return parse_record(stream.readline(LONGEST_LINE))
 
     def record(self, row, task, rng=None):
-        """The example of a row for a task, its images read; rng: for sources that draw them."""
+        """The example in a row, for a task, with its images; rng: for sources that draw images."""
         record = self.line(row) | {"task": task}
         for name in {"source", "target", "image"} & {*FIELDS[task]}:
             record[name] = read_image(self.file.parent / record[name])
         return record
 
     def ratio(self, row):
-        """Width over height of a row's target, from "size" if it says so, else from the image."""
+        """Width over height of a row's target: from its "size", else from the image."""
         try:
             record = self.line(row)
             if not (size := record.get("size")):
                 with Image.open(self.file.parent / record[FIELDS[record["task"]][0]]) as image:
                     size = upright_size(image)
             return min(max(size[0] / size[1], 0.01), 100)
-        except Exception:  # noqa: BLE001 - `record` will tell what is wrong
+        except Exception:  # noqa: BLE001 - `record` will say what is wrong
             return 1.0
 
 
 def training_example(record, size, rng):
-    """A record as (task, prompt, target): the target cropped to size, and what shall draw it.
+    """Turn a record into (task, prompt, target): the prompt, and the picture it should draw.
 
-    Source and target share their centre crop, from which at most three objects are cut.
+    Target and source are cropped alike, to size. At most three objects are cut from the target.
     """
     target, task = crop_to(record["target"], *size), record["task"]
     if task == "t2i":
@@ -150,7 +149,10 @@ def training_example(record, size, rng):
 
 
 def visible_box(box, old, new):
-    """A box in thousandths of size old, in pixels of its crop to size new; None if unfit."""
+    """Map a box in thousandths of size old to pixels of the crop to size new; None if it is unfit.
+
+    Unfit is a box that is small or thin, that lies mostly outside, or that covers over half the crop.
+    """
     scale = max(new[0] / old[0], new[1] / old[1])
     shifts = [(a * scale - b) / 2 for a, b in zip(old, new)]
     edges = [x / 1000 * old[i % 2] * scale - shifts[i % 2] for i, x in enumerate(box)]
@@ -163,7 +165,7 @@ def visible_box(box, old, new):
 
 
 def bucket_sizes(side):
-    """Sizes of about side x side pixels, in ratios from 1:2 to 2:1; sides multiples of 16."""
+    """Sizes of about side x side pixels, with ratios from 1:2 to 2:1 and sides in multiples of 16."""
     widths = range(side // 2, 2 * side + 1, max(16, side // 8))
     sizes = {(w // 16 * 16, max(1, round(side * side / w / 16)) * 16) for w in widths}
     sizes |= {(h, w) for w, h in sizes}
@@ -172,7 +174,7 @@ def bucket_sizes(side):
 
 @dataclass
 class Pool:
-    """Examples of one source, task and size: what a microbatch is drawn from."""
+    """Examples of one source, task and size, from which whole microbatches are drawn."""
 
     source: object  # a Manifest, or what offers the same
     task: str
@@ -181,7 +183,7 @@ class Pool:
     rows: np.ndarray  # (n,)
 
     def row(self, position, seed):
-        """The row at a position of the endless sequence of epochs, each shuffled anew."""
+        """The row at a position in an endless sequence of epochs, each in its own random order."""
         epoch, i = divmod(position, len(self.rows))
         return self.rows[_shuffled(len(self.rows), f"{seed} {self.task} {epoch}")[i]]
 
@@ -192,7 +194,7 @@ def _shuffled(n, seed):
 
 
 def make_pools(sources, tasks, side, buckets=False, progress=iter):
-    """Pools of [(source, weight)] and {task: share}, which its sources divide by their weights."""
+    """Make Pools from [(source, weight)] and {task: share}; weights divide a share among sources."""
     pools = []
     for task, share in tasks.items():
         holding = [(s, weight, rows) for s, weight in sources if len(rows := s.rows(task))]
@@ -219,14 +221,14 @@ class Microbatch:
     task: str
     batch: Batch
     target: torch.Tensor  # (B, 3, H, W) in [-1, 1]
-    bad_lines: list  # (file:line, reason) of what was skipped on the way
+    bad_lines: list  # (file:line, reason) of lines that were skipped
 
 
 class Microbatches(torch.utils.data.Dataset):
-    """Item j is the j-th microbatch of a run: a function of the seed and j, whoever asks, and when.
+    """All microbatches of a run; item j depends on the seed and j alone.
 
-    collate: makes a Batch of prompts. size: examples in a microbatch. null: share of null prompts.
-    turn: microbatches of one task, before it is the next one's turn; 0: tasks come at random.
+    collate: turns prompts into a Batch. size: examples in a microbatch. null: share of null prompts.
+    turn: 0 draws the task of each microbatch at random; n changes the task every n microbatches.
     """
 
     def __init__(self, pools, collate, count, size, seed=0, null=0.1, turn=0):
@@ -264,28 +266,28 @@ class Microbatches(torch.utils.data.Dataset):
         return Microbatch(j, pool.task, self.batch(examples, j), target, bad_lines)
 
     def batch(self, examples, j):
-        """[(task, prompt, target, replaced by the null prompt?)] -> what the model gets beside targets."""
+        """[(task, prompt, target, replace it by the null prompt?)] -> Batch."""
         pairs = [(apply_task(task, prompt), null) for task, prompt, _, null in examples]
         return self.collate([prompts[null] for prompts, null in pairs])
 
-    read = staticmethod(training_example)  # what is learnt from a record: (task, prompt, target)
+    prepare = staticmethod(training_example)
 
     def example(self, pool, position, rng, bad_lines):
-        """What `read` makes of the row at a position of a pool; bad lines are skipped and listed."""
+        """Prepare the row at a position of a pool; a bad line is added to bad_lines and skipped."""
         for attempt in range(100):
             row = pool.row(position + attempt, self.seed)
             try:
                 record = pool.source.record(row, pool.task, rng)
-                return self.read(record, pool.size, rng)
+                return self.prepare(record, pool.size, rng)
             except (UserError, OSError) as error:
                 bad_lines.append((f"{pool.source.name}:{row}", str(error)))
         place, reason = bad_lines[-1]
         raise UserError(f"100 bad lines in a row, the last one {place}: {reason}")
 
     def load(self, numbers, workers=0):
-        """Yield the microbatches of these numbers, made by so many processes (0: by this one)."""
+        """Yield the microbatches of these numbers, made by worker processes (0: by this one)."""
         options = {"batch_size": None, "num_workers": workers, "sampler": numbers}
-        # Ctrl-C and other signals of the group are for the process that a worker works for
+        # Ctrl-C goes to the whole process group: only the main process may see it
         start = {"worker_init_fn": lambda _: os.setpgrp()}
         for item in torch.utils.data.DataLoader(self, **options, **start):
             if isinstance(item, UserError):
@@ -293,61 +295,8 @@ class Microbatches(torch.utils.data.Dataset):
             yield item
 
 
-@dataclass
-class Pairs(Batch):
-    """What both passes of UniAlignment read; the Batch, of text and target, is for its teacher."""
-
-    prompts: torch.Tensor  # (B, L) ids: what shall draw the target
-    texts: torch.Tensor  # (B, L) ids: a text about the target
-    hidden: torch.Tensor  # (B, L) the same with MASK in some slots
-    times: torch.Tensor  # (B,) t of the text
-    sources: torch.Tensor  # (B, S, 3, H, W) in [-1, 1]: what the prompt starts from
-
-
-class PairedMicrobatches(Microbatches):
-    """Examples as UniAlignment learns them, in Pairs; tokens: a `pipeline.Tokens`.
-
-    A t2i example's prompt draws its target, an edit's source and instruction; there its "caption" is
-    read, of t2i its prompt if it has none. An answer is read after its question; its picture is drawn
-    from nothing.
-    """
-
-    def __init__(self, *args, tokens, **options):
-        super().__init__(*args, **options)
-        self.tokens = tokens
-
-    def read(self, record, size, rng):
-        """(task, prompt, target, question or None, text about the target)."""
-        if record["task"] == "answer":
-            self.tokens.about(record["question"])  # raises where it leaves no slot
-            image = crop_to(record["image"], *size)
-            return "answer", [], image, record["question"], record["answer"]
-        text = record.get("caption", record.get("prompt"))
-        if not text:
-            raise UserError('an edit without a "caption" of its target, which UniAlignment reads')
-        return *training_example(record, size, rng), None, text
-
-    def batch(self, examples, j):
-        rng = np.random.default_rng([self.seed, 1, j])
-        rows = [self.tokens.about(question, text) for *_, question, text, _ in examples]
-        ids, slots = map(torch.stack, zip(*rows))
-        uniform = torch.from_numpy(rng.random((len(ids), 1 + ids.shape[1]), dtype=np.float32))
-        times = masked.stratified_times(uniform[:, 0])
-        prompts = ["" if null else (prompt or [""])[-1] for _, prompt, *_, null in examples]
-        pictures = [to_tensor([target, *prompt[:-1]]) for _, prompt, target, *_ in examples]
-        teacher = self.collate([[text, target] for _, _, target, _, text, _ in examples])
-        return Pairs(
-            **vars(teacher),
-            prompts=self.tokens(prompts),
-            texts=ids,
-            hidden=masked.mask(ids, times, uniform[:, 1:], self.tokens.mask_id, slots),
-            times=times,
-            sources=torch.stack(pictures)[:, 1:],
-        )
-
-
 class BadLines(dict):
-    """Skipped lines, {file:line: reason}: scanned as manifests were opened, or read later on."""
+    """Lines that were skipped, {file:line: reason}: as manifests were opened, or in training."""
 
     def __init__(self, sources):
         for source, _ in sources:
@@ -355,15 +304,24 @@ class BadLines(dict):
         self.scanned, self.allowed = len(self), sum(source.total for source, _ in sources) / 100
         self.check(0, 0)
 
+    @property
+    def found(self):
+        """How many were found in training, by this process."""
+        return len(self) - self.scanned
+
     def add(self, bad_lines):
-        """Count and report [(file:line, reason)] of a microbatch, each line once."""
+        """Count and report [(file:line, reason)], each line once."""
         for place, reason in bad_lines:
             if place not in self:
                 self[place] = reason
-                tqdm.write(f"skipped {place}: {reason}", file=sys.stderr)
+                self.report({place: reason})
+
+    def report(self, lines=None):
+        for place, reason in (self if lines is None else lines).items():
+            tqdm.write(f"skipped {place}: {reason}", file=sys.stderr)
 
     def check(self, found, examples):
-        """Raise UserError if over 1 % of all lines are bad, or of all examples read."""
+        """Raise UserError if over 1 % of all lines are bad, or of all examples read in training."""
         bad = self.scanned + found
         if bad > self.allowed or found > max(10, examples / 100):
             lines = "; ".join(f"{place}: {why}" for place, why in self.items())

@@ -1,11 +1,11 @@
-"""Dream Engine (arXiv 2502.20172): an interleaved prompt of text and images draws a picture.
+"""Dream Engine (arXiv 2502.20172): prompts that mix text and images draw pictures.
 
     engine = DreamEngine.load()                       # the miniature
     engine.generate([["a red circle and a blue star"]])[0].save("out.png")
 
-The LMM (Qwen2-VL) reads the prompt once; `adapter.py` turns its states into what the MM-DiT takes;
-`flow.py` walks from noise to a latent; the VAE decodes it. Precision: LMM and MM-DiT in `dtype`
-(fp32 on CPU, bf16 on CUDA); adapter, VAE, the sampler's latents and all times in fp32.
+The LMM (Qwen2-VL) encodes the prompt once; the adapter turns its hidden states into the conditions of
+the MM-DiT; `flow.euler` integrates from noise to a latent; the VAE decodes the latent. Precision: LMM
+and MM-DiT in `dtype` (fp32 on a CPU, bf16 on a GPU); adapter, VAE, sampled latents and times in fp32.
 """
 
 import json
@@ -24,7 +24,7 @@ from lmm import load_lmm
 from prompts import apply_task, check_drawing, to_images
 from support import fast
 from support.cli import UserError
-from support.files import whole
+from support.files import prompt_row, whole
 from trained import build_adapter, read_checkpoint
 
 MINI = Path(__file__).parent / "weights" / "mini"
@@ -34,7 +34,7 @@ STAGE1, STAGE2 = MINI / "stage1.safetensors", MINI / "stage2.safetensors"
 
 @dataclass
 class Condition:
-    """What the MM-DiT knows of B prompts."""
+    """The conditions of the MM-DiT for B prompts."""
 
     txt: torch.Tensor  # (B, L, D)
     mask: torch.Tensor  # (B, L) bool, False at padding
@@ -47,9 +47,9 @@ class Condition:
 
 
 class DreamEngine(nn.Module):
-    """Everything between a prompt and a picture. `start_training` says what learns; else nothing."""
+    """Everything between a prompt and a picture; frozen until `start_training`."""
 
-    guidance = 4.5  # or that at which a checkpoint says it draws best
+    guidance = 4.5  # a checkpoint may state its own
 
     def __init__(self, lmm, adapter, mmdit, vae):
         """A Qwen2VL, an Adapter, an MMDiT and a VAE; raises UserError if they do not fit together."""
@@ -59,8 +59,8 @@ class DreamEngine(nn.Module):
             needed = "--sd3 must be the model that the checkpoint was trained on"
             raise UserError(f"{has} {mmdit.config.channels}: {needed}")
         self.lmm, self.adapter, self.mmdit, self.vae = lmm, adapter, mmdit, vae
-        self.parts = {}  # of the loss by name, where it has some
-        self.base = {  # tells the models that an adapter was trained for
+        self.parts = {}  # this loss has no parts to log
+        self.base = {  # identifies the models that an adapter is trained for
             "base": fingerprint(mmdit.final_layer.linear.weight),
             "lmm": fingerprint(lmm.language_model.norm.weight),
         }
@@ -72,11 +72,12 @@ class DreamEngine(nn.Module):
     ):  # fmt: skip
         """Load SD3.5 (single file or diffusers folder), Qwen2-VL (Hugging Face folder), an adapter.
 
-        checkpoint: a file of `save` or the run folder that holds it, whose LoRA is merged into the
-        weights, or kept apart with merge=False, to train on; or a folder of the published DreamEngine,
-        whose LMM and MM-DiT, its LoRA merged, replace those of lmm and sd3. lora_scale: alpha / rank of
-        that LoRA (1 in the official demo, 2 in its training; the files do not say). None: a new
-        adapter. mrope=False: early transformers' positions. Raises FileNotFoundError or UserError.
+        checkpoint: a file written by `save`, or its run folder; or a folder of the published
+        DreamEngine, whose LMM and MM-DiT replace those of lmm and sd3; or None, for a new adapter.
+        Its LoRA is merged into the weights; merge=False leaves our own LoRA apart, to train it on.
+        lora_scale: alpha / rank of the published LoRA (1 in the official demo, 2 in its training; the
+        files do not say). mrope=False: positions as in early transformers. Raises FileNotFoundError or
+        UserError.
         """
         device, dtype = fast.device_and_dtype(device, dtype)
         trained = None if checkpoint is None else read_checkpoint(checkpoint, lora_scale, dtype)
@@ -97,7 +98,7 @@ class DreamEngine(nn.Module):
         return engine.requires_grad_(False).eval()
 
     def take_lora(self, trained):
-        """The LoRA of a Checkpoint that was trained on these models; UserError if it was not."""
+        """Load the LoRA and adapter of a Checkpoint; UserError if it was trained on other models."""
         for part, name in (("base", "SD3"), ("lmm", "Qwen2-VL")):
             if not math.isclose(trained.config[part], self.base[part], rel_tol=1e-3):
                 raise UserError(f"{trained.source}: was trained on another {name} than this one")
@@ -114,11 +115,11 @@ class DreamEngine(nn.Module):
 
     @property
     def default_size(self):
-        """1024, or all that a smaller position table holds."""
+        """1024, or the largest side that the position table allows."""
         return min(1024, self.mmdit.config.largest)
 
     def condition(self, batch, r=0.0):
-        """A Batch and r in [0, 1], a number or one a row -> Condition; what learns gets gradients."""
+        """Encode a Batch with gradients; r in [0, 1], a number or one for each row (B,)."""
         hidden, vit = self.lmm(batch)
         hidden = blend(hidden, vit, batch.image_mask, r)
         txt, vec = self.adapter(hidden.float(), batch.mask)
@@ -127,7 +128,7 @@ class DreamEngine(nn.Module):
 
     @torch.no_grad()
     def encode(self, prompts, r=0.0):
-        """Prompts, each a list of strings and PIL images exactly as the LMM shall read them."""
+        """Encode prompts, lists of strings and PIL images, exactly as given: no template is added."""
         return self.condition(self.lmm.collate(prompts).to(self.device), r)
 
     @torch.inference_mode()
@@ -137,9 +138,9 @@ class DreamEngine(nn.Module):
     ):  # fmt: skip
         """Draw one PIL image for each prompt, an interleaved list of strings and PIL images.
 
-        guidance: default: the checkpoint's own. size: (width, height) in pixels, multiples of 16.
-        Image i is drawn from seed + i, the same alone as in any batch. task: one of prompts.TASKS.
-        r: see `adapter.blend`. progress wraps the steps. Raises UserError for what cannot be drawn.
+        guidance: None is the checkpoint's own. r: see `adapter.blend`. size: (width, height) in pixels,
+        multiples of 16. task: one of prompts.TASKS. Image i is drawn from seed + i, the same alone as
+        in any batch. progress wraps the steps. Raises UserError for what cannot be drawn.
         """
         width, height = size or (self.default_size, self.default_size)
         guidance = self.guidance if guidance is None else guidance
@@ -147,28 +148,29 @@ class DreamEngine(nn.Module):
             raise UserError(f"blend must lie between 0 (LMM) and 1 (ViT), got {r}")
         check_drawing(steps, guidance, width, height, self.mmdit.config.largest)
         positives, nulls = zip(*(apply_task(task, prompt) for prompt in prompts))
-        asked = positives if guidance == 1 else positives + nulls  # at 1 nulls cancel out
-        condition = self.encode(asked, r)
+        condition = self.encode(positives if guidance == 1 else positives + nulls, r)
         shape = (self.mmdit.config.channels, height // 8, width // 8)
         start = flow.noise(len(prompts), shape, seed)
         latent = denoise(self.mmdit, condition, start, steps, guidance, progress)
         return to_images(self.vae.decode(latent))
 
-    def start_training(self, rank=None, alpha=None, lmm_lora=False):
-        """Let the adapter learn, with a rank also LoRA on the MM-DiT (and LMM); all else is frozen.
+    def start_training(self, rank=None, alpha=None, lmm_lora=False, r=None):
+        """Make the adapter trainable and, with a rank, LoRA on the MM-DiT (and the LMM).
 
-        A checkpoint's LoRA goes on, UserError if of another kind. Returns {name: parameter}.
+        LoRA that a checkpoint has is trained on; UserError if it is of another kind. r: one for all
+        examples, or None to draw one for each. Returns the trainable {name: parameter}.
         """
         self.requires_grad_(False)
         self.adapter.requires_grad_(True)
-        wanted = rank or 0, (rank or 0) if alpha is None else alpha
+        self.training_r = r
+        kind = rank or 0, (rank or 0) if alpha is None else alpha
         parts = ("MM-DiT", self.mmdit, rank), ("LMM", self.lmm.language_model, lmm_lora)
-        for name, model, asked in parts:
+        for name, model, wanted in parts:
             present = [m for m in model.modules() if isinstance(m, LoRALinear)]
-            if asked and not present:
-                add_lora(model, *wanted)
+            if wanted and not present:
+                add_lora(model, *kind)
             for lora in present:
-                if not asked or (lora.rank, lora.alpha) != wanted:
+                if not wanted or (lora.rank, lora.alpha) != kind:
                     has = f"has LoRA on the {name} of rank {lora.rank}, alpha {lora.alpha:g}"
                     same = "ask for the same, with --stage 2 --rank --alpha (--lmm-lora)"
                     raise UserError(f"the checkpoint {has}: {same}")
@@ -176,8 +178,20 @@ class DreamEngine(nn.Module):
                 lora.B.requires_grad_(True)
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    def training_noise(self, micro, generator):
+        """The random draws of a Microbatch: noise (B, C, H/8, W/8), t (B,), and r (B,) from U(0, 1)."""
+        rows, _, height, width = micro.target.shape
+        shape = rows, self.mmdit.config.channels, height // 8, width // 8
+        noise = torch.randn(shape, generator=generator)
+        t, r = (
+            flow.training_sigmas(rows, generator=generator),
+            torch.rand(rows, generator=generator),
+        )
+        r = r if self.training_r is None else torch.full_like(r, self.training_r)
+        return {"noise": noise, "t": t, "r": r}
+
     def forward(self, batch, image, noise, t, r, weighted=False):
-        """The flow-matching loss of drawing each image from its prompt: (B,) fp32.
+        """The flow-matching loss of each image given its prompt: (B,) fp32.
 
         batch: the prompts; image (B, 3, H, W) in [-1, 1]; noise (B, C, H/8, W/8); t, r (B,) in
         [0, 1]. weighted: by t^2, as in the official code.
@@ -189,8 +203,18 @@ class DreamEngine(nn.Module):
         velocity = self.mmdit(z, t, condition.txt, condition.vec, condition.padding)
         return flow.velocity_loss(velocity, x0, noise, t if weighted else None)
 
+    def tokens_of_example(self, picture, prompt):
+        """How many tokens of an example the MM-DiT sees, from those of a picture and of a prompt."""
+        return picture + prompt
+
+    def preview(self, task, prompt, target):
+        """Draw a training example: (pictures, text), a row of `support.files.sheet`."""
+        (drawn,) = self.generate([prompt], size=target.size, task=task)
+        (*inputs, target), text = prompt_row(task, prompt, target)
+        return [*inputs, drawn, target], text
+
     def learned(self):
-        """What a checkpoint holds: the adapter, and LoRA if there is any, by name."""
+        """The tensors of a checkpoint by name: the adapter, and LoRA if there is any."""
         return {
             name if name.startswith("adapter.") else f"lora.{name}": p.detach()
             for name, p in self.named_parameters()
@@ -198,12 +222,15 @@ class DreamEngine(nn.Module):
         }
 
     def save(self, file, **config):
-        """Write what was learned, and a config (stage, step, alpha ...), to one safetensors file."""
+        """Write `learned` and a config (stage, step, alpha ...) to one safetensors file."""
         with whole(file) as partial:
             save_file(self.learned(), partial, {"config": json.dumps({**config, **self.base})})
 
+    def save_frozen(self, folder):
+        """Write nothing: a checkpoint is used beside the frozen models it was trained on."""
+
     def restore(self, file, tensors=None):
-        """Take back what `save` wrote, into an engine that trains the same."""
+        """Load what `save` wrote into an engine with the same trainable parameters."""
         tensors, learned = tensors or read_tensors(file), self.learned()
         check(tensors, learned, file)
         with torch.no_grad():
@@ -212,23 +239,26 @@ class DreamEngine(nn.Module):
 
 
 def new_adapter(lmm, mmdit, layers=2, mlp_dim=None):
-    """An untrained Adapter; mlp_dim: hidden units, officially 4096, before a small MM-DiT 4 D."""
+    """An untrained Adapter; mlp_dim: its hidden units, by default 4 D, at most the official 4096."""
     width = mmdit.config.width
     hidden = mlp_dim or min(4096, 4 * width)
     adapter = Adapter(lmm.config.text_config.hidden_size, width, hidden, layers)
     return adapter.to(mmdit.pos_embed.device)
 
 
-def denoise(transformer, condition, noise, steps=28, guidance=4.5, progress=iter):
-    """Noise (B, C, h, w) -> latent; condition: of B prompts, then their B nulls or none."""
-    sigmas, padding = flow.sigma_schedule(steps), condition.padding
+def denoise(mmdit, condition, noise, steps=28, guidance=4.5, progress=iter):
+    """Sample latents (B, C, h, w) from noise, by Euler steps with classifier-free guidance.
+
+    condition: of B prompts and then of their B null prompts, or of B prompts alone: no guidance.
+    """
+    sigmas, mask = flow.sigma_schedule(steps), condition.padding
     copies = len(condition.vec) // len(noise)
 
     def velocity(z, t):
-        go_to(t)
         z = z.to(condition.txt.dtype).repeat(copies, 1, 1, 1)
-        v = transformer(z, t, condition.txt, condition.vec, padding).float()
+        v = mmdit(z, t, condition.txt, condition.vec, mask).float()
         return flow.guide(*v.chunk(2), guidance) if copies == 2 else v
 
-    with fast.prepared(transformer, sigmas[:-1].tolist(), condition.vec) as go_to:
-        return flow.euler(velocity, noise.to(condition.txt.device), sigmas, progress)
+    # `prepared` changes no result: flow.euler(velocity, ...) draws the same, a little slower
+    with fast.prepared(mmdit, sigmas[:-1].tolist(), condition.vec) as prepared:
+        return flow.euler(prepared(velocity), noise.to(condition.txt.device), sigmas, progress)

@@ -1,8 +1,8 @@
-"""Rectified flow (arXiv 2209.03003) as SD3 (arXiv 2403.03206) trains and samples it.
+"""Rectified flow (arXiv 2209.03003), trained and sampled as in SD3 (arXiv 2403.03206).
 
-A latent x0 and Gaussian noise e are joined by a straight line, z_t = (1 - t) x0 + t e; t = sigma in
-[0, 1], and t = 1 is pure noise. The network predicts the velocity dz/dt = e - x0. (Dream Engine's
-paper writes x0 - e; its code, like SD3's weights, means e - x0.) Sampling walks t from 1 to 0.
+A straight line joins a latent x0 and Gaussian noise e: z_t = (1 - t) x0 + t e. The noise level t
+(sigma) lies in [0, 1]; t = 1 is pure noise. The network predicts the velocity dz/dt = e - x0, which
+sampling integrates from t = 1 to 0. (Dream Engine's paper writes x0 - e, but its code uses e - x0.)
 """
 
 from itertools import pairwise
@@ -11,14 +11,14 @@ import torch
 
 
 def shift_sigmas(sigma, shift):
-    """Move noise levels up, as larger pictures need: section 5.3.2 of the SD3 paper."""
+    """Raise noise levels, which larger pictures need (SD3 paper, section 5.3.2)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def sigma_schedule(steps, shift=3.0):
-    """The noise levels of a sampling run: (steps + 1,) fp32, falling from 1 to 0.
+    """Return the noise levels of a sampling run: (steps + 1,) fp32, falling from 1 to 0.
 
-    The last level before 0 is one thousandth, shifted twice as in SD3.5's own code and diffusers.
+    The last level before 0 is 0.001 shifted twice, as in SD3.5's own code and in diffusers.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -30,8 +30,8 @@ def sigma_schedule(steps, shift=3.0):
 def euler(velocity_fn, noise, sigmas, progress=iter):
     """Integrate dz/dt = velocity_fn(z, t) along sigmas, starting at noise (B, C, H, W).
 
-    velocity_fn gets t as a float. progress wraps the steps, for a progress bar. The latent stays
-    fp32: a bf16 one would lose 1 % in 28 steps.
+    velocity_fn takes t as a float. progress wraps the list of steps, for a progress bar. The latent
+    stays fp32, because in bf16 it would lose 1 % in 28 steps.
     """
     z = noise.float()
     for t, t_next in progress(list(pairwise(sigmas.tolist()))):
@@ -45,26 +45,26 @@ def guide(cond, null, guidance):
 
 
 def noise(n, shape, seed):
-    """What sampling starts from: Gaussian (n, *shape), fp32 on the CPU; row i is that of seed + i."""
+    """Draw the Gaussian noise of n samples: (n, *shape), fp32 on the CPU; row i uses seed + i."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def training_sigmas(n, shift=3.0, generator=None):
-    """n noise levels in (0, 1), fp32: sigmoids of normals, shifted; by 3 to a median of 0.75."""
+    """Draw n noise levels in (0, 1), fp32: a logit-normal, shifted. Shift 3: the median is 0.75."""
     return shift_sigmas(torch.randn(n, generator=generator).sigmoid(), shift)
 
 
 def add_noise(x0, noise, t):
-    """z_t for x0 and noise (B, C, H, W) and t (B,)."""
+    """Return z_t = (1 - t) x0 + t noise, for x0 and noise (B, C, H, W) and t (B,)."""
     t = t.view(-1, 1, 1, 1)
     return (1 - t) * x0 + t * noise
 
 
 def velocity_loss(velocity, x0, noise, t=None):
-    """Mean squared error to e - x0, per example: (B,) fp32.
+    """Return each example's mean squared error to noise - x0: (B,) fp32.
 
-    With t (B,), weighted by t^2: the error of the x0 that it implies, as in the official code.
+    t (B,) weights it by t^2: the error of the implied x0, which is the official code's loss.
     """
     error = (velocity.float() - (noise - x0).float()).square().mean(dim=(1, 2, 3))
     return error if t is None else t**2 * error

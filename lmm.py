@@ -1,8 +1,7 @@
 """Qwen2-VL (arXiv 2409.12191) as Dream Engine uses it: prompts to tokens to hidden states.
 
-Model and tokenizer are those of transformers. Cutting images into patches, counting positions and
-padding are done here, and so is loading: every tensor must fit. Letters: B batch, L tokens, M width,
-n image tokens of all rows, P patches of all images.
+Model and tokenizer come from transformers; patches, positions, padding and strict loading are here.
+Letters: B batch, L tokens, M width, n image tokens in all rows, P patches of all images.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -22,21 +21,21 @@ from prompts import to_rgb
 from support.cli import UserError, reading
 
 VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
-PLAIN = {"split_special_tokens": True, "add_special_tokens": False}  # a user's text is only text
+PLAIN = {"split_special_tokens": True, "add_special_tokens": False}  # encode all text as text
 
 
 class Qwen2VL(nn.Module):
-    """The LMM with what belongs to it: tokenizer, sizes of patches, way of counting positions."""
+    """The LMM with its tokenizer and its rules for patches and positions."""
 
     def __init__(self, model, tokenizer, patches, mrope=True):
-        """model: a transformers Qwen2VLModel. mrope=False counts positions as early versions did."""
+        """model: a transformers Qwen2VLModel. patches: a PatchConfig. mrope: see `collate`."""
         super().__init__()
         self.visual, self.language_model = model.visual, model.language_model
         self.config = model.config
         self.tokenizer, self.patches, self.mrope = tokenizer, patches, mrope
 
     def collate(self, prompts):
-        """Prompts, templates applied -> Batch on its's device; UserError if one is too long."""
+        """Make a Batch of prompts in templates, on the model's device; UserError if too long."""
         batch = collate(prompts, self.tokenizer, self.patches, self.mrope)
         limit = self.config.text_config.max_position_embeddings
         if (length := batch.ids.shape[1]) > limit:
@@ -44,28 +43,28 @@ class Qwen2VL(nn.Module):
         return batch.to(self.language_model.embed_tokens.weight.device)
 
     def forward(self, batch):
-        """A Batch -> the last states (B, L, M), after the final norm, and the ViT's features (n, M).
+        """A Batch -> last hidden states (B, L, M), after the final norm, and ViT features (n, M).
 
-        The ViT runs once: its merged features are the LMM's image tokens and the blend's h_ViT.
+        The ViT runs once. Its merged features are the LMM's image tokens and the blend's h_ViT.
         """
         embeddings = self.language_model.embed_tokens(batch.ids)
         vit = embeddings.new_zeros(0, embeddings.shape[-1])
         if len(batch.grids):
             vit = self.visual(batch.patches.to(embeddings.dtype), batch.grids).pooler_output
             embeddings[batch.image_mask] = vit
-        places = {"attention_mask": batch.mask.long(), "position_ids": batch.positions}
-        states = self.language_model(inputs_embeds=embeddings, **places, use_cache=False)
-        return states.last_hidden_state, vit
+        options = {"attention_mask": batch.mask.long(), "position_ids": batch.positions}
+        output = self.language_model(inputs_embeds=embeddings, **options, use_cache=False)
+        return output.last_hidden_state, vit
 
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """How an LMM wants its images; at most 512 tokens each, as in the official code."""
+    """How images are cut for an LMM. Defaults: Qwen2-VL's; max_pixels is the official code's."""
 
-    patch: int = 14
-    merge: int = 2
+    patch: int = 14  # side of a patch, in pixels
+    merge: int = 2  # merge x merge patches become one token
     min_pixels: int = 56 * 56
-    max_pixels: int = 512 * 28 * 28
+    max_pixels: int = 512 * 28 * 28  # 512 tokens
 
 
 CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
@@ -75,9 +74,9 @@ CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 def image_patches(image, config=PatchConfig()):
     """Cut an RGB image for Qwen2-VL's ViT: patches (n, 3 * 2 * patch * patch), grid (1, gh, gw).
 
-    Equal bit for bit to transformers' Qwen2VLImageProcessorPil: sides near the image's own, area
-    within limits. Patches that will be merged into one token are neighbours in the order; every
-    patch is there twice, as two video frames.
+    Bit-equal to transformers' Qwen2VLImageProcessorPil. The sides are resized to whole tokens and
+    an area within the limits. Patches that merge into one token are consecutive. Each is stored
+    twice, as two video frames. Raises UserError for a side over 200 times the other.
     """
     p, m = config.patch, config.merge
     with reading(f"image of {image.width}x{image.height}", "no side over 200 times the other"):
@@ -90,12 +89,12 @@ def image_patches(image, config=PatchConfig()):
 
 @dataclass
 class Batch:
-    """Right-padded rows of tokens, and the patches of all their images in order."""
+    """Right-padded rows of tokens, and the patches of all their images, row by row."""
 
     ids: torch.Tensor  # (B, L)
     mask: torch.Tensor  # (B, L) bool, False at padding
-    image_mask: torch.Tensor  # (B, L) bool, True where a token stands for a part of an image
-    positions: torch.Tensor  # (3, B, L): time, height, width
+    image_mask: torch.Tensor  # (B, L) bool, True at image tokens
+    positions: torch.Tensor  # (3, B, L): time, height and width
     patches: torch.Tensor  # (P, 3 * 2 * patch * patch); P = 0 without images
     grids: torch.Tensor  # (images, 3): 1, height and width in patches
 
@@ -105,10 +104,10 @@ class Batch:
 
 
 def mrope_positions(image_mask, grids, merge=2):
-    """Qwen2-VL's multimodal rotary positions of one row: image_mask (L,) bool -> (3, L).
+    """Qwen2-VL's rotary positions (M-RoPE) of one prompt: image_mask (L,) bool -> (3, L).
 
-    Text counts up in all three rows at once. An image stands still in time and counts its merged
-    rows and columns; the text after it goes on from the largest position so far.
+    The three rows are time, height and width. Text counts up in all three. An image token has its
+    image's time, its row and its column. Text after an image continues from the largest position.
     """
     parts, start, grids = [], 0, iter(grids)
     for is_image, run in groupby(image_mask.tolist()):
@@ -123,10 +122,10 @@ def mrope_positions(image_mask, grids, merge=2):
 
 
 def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
-    """Tokenize and pad prompts (lists of strings and PIL images), templates already applied -> Batch.
+    """Tokenize and pad prompts (lists of strings and PIL images, in templates) -> Batch.
 
-    Text is always plain text: a special token's name in it is spelt out, not obeyed. With
-    mrope=False positions are 0, 1, 2, ... as transformers before 4.47 had them.
+    The name of a special token in a text is encoded as plain text. mrope=False: positions are
+    0, 1, 2, ... in all three rows, as in transformers before 4.47.
     """
     start, pad, end = tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
     rows, patches, grids = [], [], []
@@ -143,10 +142,10 @@ def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
                 ids += [start, *[pad] * (len(x) // config.merge**2), end]
         ids = torch.tensor(ids)
         is_image = ids == pad
-        counted = torch.arange(len(ids)).expand(3, -1)
+        positions = torch.arange(len(ids)).expand(3, -1)
         if mrope:
-            counted = mrope_positions(is_image, grids[first:], config.merge)
-        rows.append((ids, is_image, counted))
+            positions = mrope_positions(is_image, grids[first:], config.merge)
+        rows.append((ids, is_image, positions))
 
     def padded(tensors, value):
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
@@ -162,9 +161,9 @@ def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
     )
 
 
-RULES = {  # beginning of a name in the file: rules, from the model's names to the file's
-    "model.language_model.": key_map("*  model.*"),  # transformers since 4.52
-    "language_model.": (),  # a bare Qwen2VLModel of the same
+RULES = {  # beginning of a name in the file: rules from the model's names to the file's
+    "model.language_model.": key_map("*  model.*"),  # saved by transformers since 4.52
+    "language_model.": (),  # likewise, without the language model's head
     "model.": key_map("language_model.*  model.*"),  # as published
 }
 
@@ -172,24 +171,24 @@ RULES = {  # beginning of a name in the file: rules, from the model's names to t
 def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=None):
     """Load the Hugging Face folder of a Qwen2-VL, without its head.
 
-    checkpoint: a published DreamEngine (`trained.Checkpoint`), whose own LMM takes the place of the
-    folder's. Raises FileNotFoundError, or UserError naming what is missing or does not fit.
+    checkpoint: a `trained.Checkpoint`; if it has an LMM, its weights replace those of the folder.
+    mrope: see `collate`. Raises FileNotFoundError, or UserError naming what does not fit.
     """
     config, tokenizer = read_lmm_config(folder), load_tokenizer(folder)
-    others = tokenizer, patch_config(folder, config), mrope
-    published = bool(checkpoint and checkpoint.lmm)
-    tensors, source = (
-        (checkpoint.lmm, checkpoint.source) if published else (read_tensors(folder), folder)
-    )
-    part = find_part(tensors, source, "Qwen2-VL (model.*)", ("lmm." * published,), RULES)
-    head = part.tensors.pop(f"{part.prefix}lm_head.weight", None)  # no word is ever predicted
-    if head is not None and config.tie_word_embeddings:  # a file may keep either of the two names
+    options = tokenizer, patch_config(folder, config), mrope
+    if checkpoint and checkpoint.lmm:
+        tensors, source, prefix = checkpoint.lmm, checkpoint.source, "lmm."
+    else:
+        tensors, source, prefix = read_tensors(folder), folder, ""
+    part = find_part(tensors, source, "Qwen2-VL (model.*)", (prefix,), RULES)
+    head = part.tensors.pop(f"{prefix}lm_head.weight", None)  # predicts words: not used
+    if head is not None and config.tie_word_embeddings:  # a tied tensor may have only this name
         part.tensors.setdefault(part.names("language_model.embed_tokens.weight")[0], head)
     entries, rows = max(tokenizer.get_vocab().values()) + 1, config.text_config.vocab_size
     if entries > rows:
-        raise UserError(f"{folder}: a tokenizer of {entries} entries, embeddings of {rows}")
-    lmm = build(part, lambda: Qwen2VL(Qwen2VLModel(config), *others), device, dtype)
-    # Rotary frequencies are computed, not stored; they stay fp32.
+        raise UserError(f"{folder}: tokenizer has {entries} entries, but the LMM {rows} embeddings")
+    lmm = build(part, lambda: Qwen2VL(Qwen2VLModel(config), *options), device, dtype)
+    # Rotary frequencies are computed, not stored. They stay fp32.
     for model, attribute in ((lmm.visual, "rotary_pos_emb"), (lmm.language_model, "rotary_emb")):
         kind = type(getattr(model, attribute))
         setattr(model, attribute, kind(model.config).to(device))
@@ -197,42 +196,42 @@ def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=N
 
 
 def read_lmm_config(folder):
-    """The configuration of a Qwen2-VL folder, which must be one."""
+    """Read the config.json of a Qwen2-VL folder. Raises UserError if it is of another model."""
     file = Path(folder, "config.json")
     if (kind := read_json(file).get("model_type")) != "qwen2_vl":
         raise UserError(f"{file}: model_type is {str(kind)[:40]!r}; expected 'qwen2_vl'")
     with reading(file, "the config of a Qwen2-VL"):
         config = Qwen2VLConfig.from_pretrained(folder)
         text, vision = config.text_config, config.vision_config
-        sections = text.rope_parameters["mrope_section"]  # what no shape of a tensor tells
+        sections = text.rope_parameters["mrope_section"]  # no tensor shape shows these
         if 2 * sum(sections) != text.hidden_size // text.num_attention_heads or min(sections) < 0:
-            raise ValueError(f"mrope_section {sections} is not half of a head")
+            raise ValueError(f"mrope_section must add up to half a head's width, got {sections}")
         if vision.embed_dim % (4 * vision.num_heads):
-            raise ValueError(f"{vision.num_heads} heads of the vision tower do not fit")
+            raise ValueError(f"{vision.num_heads} heads do not fit embed_dim {vision.embed_dim}")
     return config
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a Qwen2-VL folder, with its vision tokens."""
+    """Load the tokenizer of a Qwen2-VL folder. Raises UserError if it lacks the vision tokens."""
     with reading(folder, "the tokenizer of a Qwen2-VL"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if not tokenizer.encode("a", **PLAIN):
-            raise ValueError("it reads no letters; is there a tokenizer.json?")
-        [tokenizer.get_vocab()[token] for token in VISION_TOKENS]  # raises where one is missing
+            raise ValueError("it encodes no letters; is there a tokenizer.json?")
+        [tokenizer.get_vocab()[token] for token in VISION_TOKENS]  # KeyError if one is missing
     return tokenizer
 
 
 def patch_config(folder, config=None):
-    """How images are cut: as the model's config says, within preprocessor_config.json's limits."""
+    """Read the PatchConfig of a Qwen2-VL folder; max_pixels does not exceed the default."""
     vision = (config or read_lmm_config(folder)).vision_config
     patches = PatchConfig(vision.patch_size, vision.spatial_merge_size)
     file = Path(folder, "preprocessor_config.json")
     stated = read_json(file) if file.is_file() else {}
     with reading(file, "the image sizes of a Qwen2-VL"):
-        size = stated.get("size") or {}  # transformers 5 calls the limits of area edges
+        size = stated.get("size") or {}  # transformers 5 calls these areas edges
         low = stated.get("min_pixels") or size.get("shortest_edge") or patches.min_pixels
         high = stated.get("max_pixels") or size.get("longest_edge") or patches.max_pixels
         if not 0 < low <= high:
-            raise ValueError(f"min_pixels {low!r} and max_pixels {high!r}")
+            raise ValueError(f"expected 0 < min_pixels <= max_pixels, got {low!r} and {high!r}")
     high = min(high, patches.max_pixels)
     return replace(patches, min_pixels=min(low, high), max_pixels=high)

@@ -1,9 +1,9 @@
 """MM-DiT, the denoiser of SD3 and SD3.5 (arXiv 2403.03206), for all three published models.
 
-Two streams, text and image, each with its own weights, meet in one joint attention in every block.
-Module names are those of the published single file (below `model.diffusion_model.`), so loading it
-is a strict load. Letters: B batch, L text tokens, N image tokens, D width, C latent channels,
-h w the latent's sides in patches (N = h w).
+A text stream and an image stream have separate weights and share one joint attention per block.
+Modules have the names of the published single file (below `model.diffusion_model.`), so loading it
+is a strict load. Letters: B batch, L text tokens, N image tokens, D width, d width of a head,
+C latent channels, h w sides of the latent in patches (N = h w).
 """
 
 import math
@@ -19,21 +19,23 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class MMDiTConfig:
+    """Sizes of an MMDiT. Defaults: SD3.5-large, except depth and width."""
+
     depth: int
     width: int
     head_dim: int = 64
     channels: int = 16  # of the latent
     patch: int = 2
     positions: int = 192  # side of the position table, in patches
-    context_dim: int = 4096  # of SD3's own text encoders
-    pooled_dim: int | None = 2048  # None: time alone modulates, as in UniAlignment
+    context_dim: int = 4096  # width of SD3's own text encoders
+    pooled_dim: int | None = 2048  # width of SD3's pooled text; None: no embedder for it
     qk_norm: bool = True
-    dual: tuple[int, ...] = ()  # blocks with a second, image-only attention
-    text_out: bool = False  # the last block's text stream goes on, as in UniAlignment
+    dual: tuple[int, ...] = ()  # indices of blocks with a second, image-only attention
+    text_out: bool = False  # the last block updates the text, too (UniAlignment predicts text)
 
     @property
     def largest(self):
-        """The longest side of a picture, in pixels."""
+        """Longest side of a picture, in pixels."""
         return 8 * self.patch * self.positions
 
 
@@ -45,14 +47,14 @@ FAMILIES = {
 
 
 def timestep_embedding(t, dim=256):
-    """t (B,) in [0, 1] -> (B, dim) fp32: cosines, then sines, of 1000 t at geometric frequencies."""
+    """t (B,) in [0, 1] -> (B, dim) fp32: cosines and sines of 1000 t at geometric frequencies."""
     exponents = -math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2)
     phase = 1000 * t.float()[:, None] * exponents.exp()
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
 def position_table(side, width):
-    """2-D sine-cosine table (1, side * side, width), columns first, to train from nothing."""
+    """2-D sine-cosine table (1, side * side, width), columns first, for training from scratch."""
     omega = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
@@ -61,7 +63,7 @@ def position_table(side, width):
 
 
 class Embedder(nn.Module):
-    """Two-layer MLP with a SiLU between."""
+    """Two linear layers with a SiLU between."""
 
     def __init__(self, dim, width):
         super().__init__()
@@ -79,7 +81,7 @@ class TimestepEmbedder(Embedder):
 
 
 class PatchEmbed(nn.Module):
-    """Every patch of the latent becomes a token, row by row."""
+    """latent (B, C, H, W) -> one token per patch, row by row: (B, N, D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -90,15 +92,15 @@ class PatchEmbed(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """What the time and the prompt's vector do to the tokens around a layer; each (B, 1, D)."""
+    """How c modulates the input (shift, gain) and output (gate) of a layer; each (B, 1, D)."""
 
     shift: torch.Tensor
-    gain: torch.Tensor
-    gate: torch.Tensor | None = None  # None: nothing is added to the stream
+    gain: torch.Tensor  # 1 + scale
+    gate: torch.Tensor | None = None  # None: the layer's output is not added to the stream
 
 
 class AdaLN(nn.Sequential):
-    """c (B, D) -> a Modulation of each three chunks; its gain is its difference from 1."""
+    """c (B, D) -> one Modulation per three chunks: shift, 1 + scale, gate (of two: no gate)."""
 
     def __init__(self, width, chunks):
         super().__init__(nn.SiLU(), nn.Linear(width, chunks * width))
@@ -110,13 +112,13 @@ class AdaLN(nn.Sequential):
 
 
 def modulate(x, modulation):
-    """LayerNorm without weights, then gain and shift."""
+    """LayerNorm without weights, times gain, plus shift."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return torch.addcmul(modulation.shift, x, modulation.gain)
 
 
 class Attention(nn.Module):
-    """One stream's projections, q, k and v fused; the attention itself may be joint."""
+    """One stream's projections for attention, which `attend` computes; q, k and v are fused."""
 
     def __init__(self, config, last=False):
         super().__init__()
@@ -135,7 +137,7 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, mask=None):
-    """q (B, n, heads, d), k and v (B, m, heads, d) -> (B, n, D)."""
+    """q (B, n, heads, d), k and v (B, m, heads, d), mask as SDPA takes it -> (B, n, D)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return rearrange(y, "B heads n d -> B n (heads d)")
@@ -152,7 +154,7 @@ class MLP(nn.Module):
 
 
 class Stream(nn.Module):
-    """One stream's weights in a block. SD3's last text stream only offers keys and values."""
+    """One stream's weights in a block. In SD3's last block, text provides keys and values only."""
 
     def __init__(self, config, dual=False, last=False):
         super().__init__()
@@ -169,37 +171,37 @@ class JointBlock(nn.Module):
 
     def __init__(self, config, index):
         super().__init__()
+        self.dual = index in config.dual
         self.last = index == config.depth - 1 and not config.text_out
         self.context_block = Stream(config, last=self.last)
-        self.x_block = Stream(config, dual=index in config.dual)
+        self.x_block = Stream(config, dual=self.dual)
 
     def forward(self, txt, img, c, mask=None):
-        """txt (B, L, D), img (B, N, D), c (B, D), mask (B, 1, 1, L + N) -> txt (None if last), img."""
+        """txt (B, L, D), img (B, N, D), c (B, D), mask (B, 1, 1, L + N) -> txt or None, img."""
         text, image = self.context_block, self.x_block
-        txt_attn, *txt_mlp = text.adaLN_modulation(c)
-        img_attn, img_mlp, *img_attn2 = image.adaLN_modulation(c)
+        txt_mod, img_mod = text.adaLN_modulation(c), image.adaLN_modulation(c)  # attn, mlp, attn2
 
-        # Both streams attend to all tokens; in SD3's last block text is only attended to
-        txt_q, txt_k, txt_v = text.attn.project(modulate(txt, txt_attn))
-        img_q, img_k, img_v = image.attn.project(modulate(img, img_attn))
-        q = img_q if self.last else torch.cat([txt_q, img_q], dim=1)
+        # Joint attention: every token attends to all; in SD3's last block only image tokens do
+        txt_q, txt_k, txt_v = text.attn.project(modulate(txt, txt_mod[0]))
+        img_q, img_k, img_v = image.attn.project(modulate(img, img_mod[0]))
         k, v = torch.cat([txt_k, img_k], dim=1), torch.cat([txt_v, img_v], dim=1)
-        y = attend(q, k, v, mask)
-        sizes = y.shape[1] - img.shape[1], img.shape[1]
-        txt_y, img_y = (part.contiguous() for part in y.split(sizes, dim=1))
+        if self.last:
+            img_y = attend(img_q, k, v, mask)
+        else:
+            y = attend(torch.cat([txt_q, img_q], dim=1), k, v, mask)
+            txt_y, img_y = y.split([txt.shape[1], img.shape[1]], dim=1)
 
-        # addcmul: what is in the stream + gate * what a layer makes of it
-        x, img = img, torch.addcmul(img, img_attn.gate, image.attn.proj(img_y))
-        for attn2 in img_attn2:  # SD3.5-medium: reads the same input as the joint attention
-            img_y = attend(*image.attn2.project(modulate(x, attn2)))
-            img = torch.addcmul(img, attn2.gate, image.attn2.proj(img_y))
-        img = torch.addcmul(img, img_mlp.gate, image.mlp(modulate(img, img_mlp)))
-
+        # addcmul(x, gate, y) = x + gate * y: each layer's gated output is added to its stream
+        out = torch.addcmul(img, img_mod[0].gate, image.attn.proj(img_y.contiguous()))
+        if self.dual:  # SD3.5-medium; its input is img, as for the joint attention
+            img_y = attend(*image.attn2.project(modulate(img, img_mod[2])))
+            out = torch.addcmul(out, img_mod[2].gate, image.attn2.proj(img_y))
+        img = torch.addcmul(out, img_mod[1].gate, image.mlp(modulate(out, img_mod[1])))
         if self.last:
             return None, img
-        (txt_mlp,) = txt_mlp
-        txt = torch.addcmul(txt, txt_attn.gate, text.attn.proj(txt_y))
-        return torch.addcmul(txt, txt_mlp.gate, text.mlp(modulate(txt, txt_mlp))), img
+
+        txt = torch.addcmul(txt, txt_mod[0].gate, text.attn.proj(txt_y.contiguous()))
+        return torch.addcmul(txt, txt_mod[1].gate, text.mlp(modulate(txt, txt_mod[1]))), img
 
 
 class FinalLayer(nn.Module):
@@ -209,8 +211,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = AdaLN(config.width, 2)
 
     def features(self, img, c):
-        (modulation,) = self.adaLN_modulation(c)
-        return modulate(img, modulation)
+        return modulate(img, self.adaLN_modulation(c)[0])
 
     def forward(self, img, c):
         return self.linear(self.features(img, c))
@@ -220,7 +221,7 @@ class MMDiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # in training: keep a block's input only, compute it twice
+        self.checkpointing = False  # gradient checkpointing: recompute each block in backward
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(256, config.width)
         if config.pooled_dim:
@@ -231,52 +232,49 @@ class MMDiT(nn.Module):
         self.final_layer = FinalLayer(config)
 
     def embed_text(self, context, pooled):
-        """SD3's own conditioning: context (B, L, 4096), pooled (B, 2048) -> txt (B, L, D), vec (B, D)."""
+        """SD3's text: context (B, L, 4096), pooled (B, 2048) -> txt (B, L, D), vec (B, D)."""
         return self.context_embedder(context), self.y_embedder(pooled)
 
     def forward(self, latent, t, txt, vec, txt_mask=None):
-        """Predict the velocity noise - x0.
+        """Predict the velocity noise - x0, (B, C, H, W).
 
-        latent (B, C, H, W), even sides; t (B,) or a number, in [0, 1], 1 is pure noise;
-        txt (B, L, D) and vec (B, D) from `embed_text` or an adapter; txt_mask (B, L) bool, False at
-        padding, which then has no effect. Returns (B, C, H, W).
+        latent (B, C, H, W): sides are multiples of config.patch. t: (B,) or a number in [0, 1]; 1
+        is pure noise. txt (B, L, D), vec (B, D): from `embed_text` or an adapter. txt_mask (B, L)
+        bool: False at padding, which then has no effect. Raises ValueError if sides do not fit.
         """
         c, img = self.embed_time(t, len(latent)) + vec, self.embed_image(latent)
         mask = None
-        if txt_mask is not None:  # added to attention's scores: -inf at padding
+        if txt_mask is not None:  # a mask to add to the attention scores: -inf at padding
             keys = F.pad(txt_mask, (0, img.shape[1]), value=True)[:, None, None]
             mask = torch.zeros_like(keys, dtype=txt.dtype).masked_fill(~keys, -math.inf)
         _, img = self.run_blocks(txt, img, c, mask)
         return self.unpatch(self.final_layer(img, c), latent)
 
     def embed_time(self, t, rows):
-        """t (rows,) or a number -> (rows, D)."""
+        """t (rows,) or a number, in [0, 1] -> (rows, D)."""
         t = torch.as_tensor(t, dtype=torch.float32, device=self.pos_embed.device)
         return self.t_embedder(t.expand(rows))
 
     def embed_image(self, latent):
-        """latent (B, C, H, W) -> tokens (B, N, D); ValueError if its sides do not fit."""
+        """latent (B, C, H, W) -> tokens (B, N, D). Raises ValueError if the sides do not fit."""
         p, side = self.config.patch, self.config.positions
         height, width = latent.shape[2:]
         if height % p or width % p:
             raise ValueError(f"latent sides must be multiples of {p}, got {(height, width)}")
         h, w = height // p, width // p
         if h > side or w > side:
-            raise ValueError(f"latent of {h}x{w} patches is larger than the table, {side}x{side}")
+            raise ValueError(f"latent of {h}x{w} patches exceeds the position table, {side}x{side}")
         return self.x_embedder(latent) + self.positions(h, w)
 
     def positions(self, h, w):
-        """The centre h x w of the position table, (1, h w, D)."""
+        """The central h x w entries of the position table: (1, h w, D)."""
         side = self.config.positions
         top, left = (side - h) // 2, (side - w) // 2
         table = rearrange(self.pos_embed, "1 (h w) D -> h w D", h=side)
         return rearrange(table[top : top + h, left : left + w], "h w D -> 1 (h w) D")
 
     def run_blocks(self, txt, img, c, mask=None):
-        """All blocks on txt (B, L, D), img (B, any number, D), c (B, D) -> txt, img.
-
-        txt is None unless config.text_out.
-        """
+        """All blocks: txt (B, L, D), img (B, n, D), c (B, D) -> txt (None unless text_out), img."""
         for block in self.joint_blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 txt, img = checkpoint(block, txt, img, c, mask, use_reentrant=False)
@@ -285,6 +283,6 @@ class MMDiT(nn.Module):
         return txt, img
 
     def unpatch(self, patches, latent):
-        """(B, N, p p C) -> (B, C, H, W), the shape of latent."""
+        """(B, N, p p C) -> (B, C, H, W); H and W are those of latent."""
         h, p = latent.shape[2] // self.config.patch, self.config.patch
         return rearrange(patches, "B (h w) (p q C) -> B C (h p) (w q)", h=h, p=p, q=p)

@@ -1,4 +1,4 @@
-"""What a user types, a list of strings and PIL images, and pictures on their way in and out."""
+"""Prompts (lists of strings and PIL images), the templates of their tasks, and image conversion."""
 
 import re
 import warnings
@@ -13,7 +13,7 @@ from support.cli import UserError, reading
 
 
 def read_image(path):
-    """An image file, or the first frame of one, as upright RGB; UserError if it is not whole."""
+    """Read an image file (its first frame) as upright RGB. Raises UserError if it is damaged."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")
@@ -23,9 +23,9 @@ def read_image(path):
 
 
 def to_rgb(image):
-    """Any PIL image as upright RGB: EXIF orientation applied, transparency over white, 16 bits to 8."""
+    """Convert a PIL image to 8-bit RGB: EXIF orientation applied, transparency over white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip these at 255
+    if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip levels at 255
         levels = np.asarray(image, dtype=np.float64)
         top = next((top for top in (1, 255) if levels.max() <= top), 65535)
         image = Image.fromarray((levels / top * 255).clip(0, 255).round().astype(np.uint8))
@@ -36,9 +36,9 @@ def to_rgb(image):
 
 
 def upright_size(image):
-    """(width, height) of a PIL image as a person sees it, without reading its pixels."""
-    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return image.size[::-1] if turned else image.size
+    """(width, height) of a PIL image after its EXIF orientation is applied; reads no pixels."""
+    sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return image.size[::-1] if sideways else image.size
 
 
 def crop_to(image, width, height):
@@ -59,7 +59,7 @@ def to_images(batch):
 
 
 def check_drawing(steps, guidance, width, height, largest):
-    """Raise UserError for settings that cannot be drawn, naming what is wrong and what would be right."""
+    """Raise UserError for settings that cannot be drawn. largest: longest side, in pixels."""
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}")
     if not abs(guidance) < float("inf"):
@@ -67,12 +67,12 @@ def check_drawing(steps, guidance, width, height, largest):
     for side in (width, height):
         if side % 16 or not 16 <= side <= largest:
             near = min(max(round(side / 16) * 16, 16), largest)
-            limit = f"multiples of 16 up to {largest}"
-            raise UserError(f"size {width}x{height}: sides must be {limit}; nearest is {near}")
+            right = f"multiples of 16 up to {largest}"
+            raise UserError(f"size {width}x{height}: sides must be {right}; nearest is {near}")
 
 
 def interleave(text, images):
-    """Put images, in order, in the place of each <image> of text -> a list of strings and images."""
+    """Replace each <image> in text by the next image -> a list of strings and images."""
     parts = text.split("<image>")
     if len(parts) - 1 != len(images):
         counts = f"{len(parts) - 1} <image> placeholders, but {len(images)} images were given"
@@ -82,11 +82,11 @@ def interleave(text, images):
 
 
 TASKS = {
-    "t2i": "draw a text",
+    "t2i": "draw an image from text",
     "i2i": "copy an image",
-    "edit": "change an image as a text says",
+    "edit": "change an image by an instruction",
     "combine": "'a dog <image>, a hat <image> the dog wears the hat': named images, then a text",
-    "objects": "draw what text and images say, in any order",
+    "objects": "draw an image from text and images in any order",
 }
 READING = {
     "caption": "say what each image shows",
@@ -95,7 +95,7 @@ READING = {
 
 
 def split_prompt(prompt):
-    """A list of strings and images as one text and the list of images."""
+    """Split a list of strings and images into its whole text and the list of its images."""
     images = [part for part in prompt if not isinstance(part, str)]
     return "".join(part for part in prompt if isinstance(part, str)), images
 
@@ -103,53 +103,62 @@ def split_prompt(prompt):
 def apply_task(task, prompt):
     """Wrap a prompt in the official template of its task.
 
-    Returns (positive, null), two lists of strings and images; null is what classifier-free guidance
-    moves away from. Task None means t2i for text alone, else objects.
+    task: one of TASKS; None means objects with images, else t2i. Returns (positive, null), two lists
+    of strings and images; guidance moves away from null. Raises UserError for an unfit prompt.
     """
     prompt = [prompt] if isinstance(prompt, str) else list(prompt)
     if not all(isinstance(part, str | Image.Image) for part in prompt):
-        raise UserError("a prompt is a list of strings and PIL images")
+        raise UserError("a prompt must be a list of strings and PIL images")
     text, images = split_prompt(prompt)
-    if re.search("[\ud800-\udfff]", text):  # as a terminal without UTF-8 makes of an umlaut
-        raise UserError("the prompt holds half a letter (a lone surrogate): use a UTF-8 terminal")
     task = task or ("objects" if images else "t2i")
+    if re.search("[\ud800-\udfff]", text):  # a terminal without UTF-8 makes these of an umlaut
+        raise UserError("the prompt holds half a letter (a lone surrogate): use a UTF-8 terminal")
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
     if not text.strip() and task != "i2i":
         raise UserError(f"empty prompt: task {task} needs some text")
     if text.strip() and task == "i2i":
         raise UserError("task i2i copies its image: it takes no text")
-    wanted = {"t2i": "no image", "i2i": "one image", "edit": "one image"}.get(task, "images")
-    if not {"no image": not images, "one image": len(images) == 1, "images": images}[wanted]:
-        raise UserError(f"task {task} takes {wanted}, but {len(images)} were given")
+    if task == "t2i" and images:
+        raise UserError(f"task t2i takes no image, got {len(images)}")
+    if task in ("i2i", "edit") and len(images) != 1:
+        raise UserError(f"task {task} takes one image, got {len(images)}")
+    if task in ("combine", "objects") and not images:
+        raise UserError(f"task {task} takes at least one image, got none")
 
-    nulls = {
-        "t2i": ["Generate Image: "],
-        "i2i": ["Copy Image: "],
-        "edit": ["Edit image ", *images, " following:"],
-    }
-    if null := nulls.get(task):
-        return [*null, *(images if task == "i2i" else [text])], null
-    if task == "combine":
-        marked = "".join(part if isinstance(part, str) else "\udfff" for part in prompt)
-        *names, text = (part.strip(" ,") for part in marked.split("\udfff"))
-        objects = [part for pair in zip(names, images) for part in (", ", *pair)][1:]
-        null = ["Combine the objects: ", *objects, " and generate an image following: "]
+    if task == "t2i":
+        return ["Generate Image: ", text], ["Generate Image: "]
+    if task == "i2i":
+        return ["Copy Image: ", *images], ["Copy Image: "]
+    if task == "edit":
+        null = ["Edit image ", *images, " following:"]
         return [*null, text], null
-    # All but the images stays in the null prompt: guidance strengthens the images only.
-    prompt[0] = prompt[0].lstrip() if isinstance(prompt[0], str) else prompt[0]
-    prompt[-1] = prompt[-1].rstrip() if isinstance(prompt[-1], str) else prompt[-1]
+    if task == "combine":
+        objects, words = [], ""
+        for part in prompt:
+            if isinstance(part, str):
+                words += part
+            else:
+                objects += [", ", words.strip(" ,"), part]
+                words = ""
+        null = ["Combine the objects: ", *objects[1:], " and generate an image following: "]
+        return [*null, words.strip(" ,")], null
+    # Task objects. The null prompt keeps all text, so guidance strengthens the images only.
+    if isinstance(prompt[0], str):
+        prompt[0] = prompt[0].lstrip()
+    if isinstance(prompt[-1], str):
+        prompt[-1] = prompt[-1].rstrip()
     return ["Generate Image: ", *prompt], ["Generate Image: ", text.strip()]
 
 
 def reference_prompt(segments, named):
-    """Words and pictures, [(text, [image, ...]), ...], as (task, prompt) in an official template.
+    """Return (task, prompt) for segments of a text with images: [(text, [image, ...]), ...].
 
-    named: each picture first, with the words before it as its name, then the whole text (task
-    combine); else, or where a picture has no name, text and pictures in their order (task objects).
+    named: task combine. Each image follows its name, the segment's text; the whole text is last.
+    Without named, or if an image has no name: task objects, in the given order.
     """
-    pictured = [(text.strip(" ,"), image) for text, images in segments for image in images]
-    if named and pictured and all(name for name, _ in pictured):
-        whole = "".join(text for text, _ in segments)
-        return "combine", [part for pair in pictured for part in pair] + [whole]
+    objects = [(text.strip(" ,"), image) for text, images in segments for image in images]
+    if named and objects and all(name for name, _ in objects):
+        whole_text = "".join(text for text, _ in segments)
+        return "combine", [part for pair in objects for part in pair] + [whole_text]
     return "objects", [part for text, images in segments for part in (text, *images) if part != ""]

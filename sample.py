@@ -1,12 +1,10 @@
-"""Draw pictures from prompts of text and images, or read pictures.
+"""Draw pictures from prompts that mix text and images.
 
     python sample.py --prompt "a red circle left of a blue star"
     python sample.py --prompt "<image> and a blue star" --image dog.png --blend 0.3
     python sample.py --task edit --image room.png --prompt "remove the chair"
-    python sample.py --task caption --image room.png       # the text goes to standard output
-    python sample.py --task edit --engine unialignment --image room.png --prompt "Segment the image."
 
-Each <image> of the prompts is filled by the next --image.
+Each <image> in the prompts stands for the next --image.
 """
 
 import argparse
@@ -19,25 +17,16 @@ from pathlib import Path
 
 from support.cli import Parser, UserError, number, one_line_errors, whole_number
 
-gc.disable()  # imports leave hardly any garbage; looking for it takes a tenth of their time
-with one_line_errors():  # these take seconds, in which someone may press Ctrl-C
+gc.disable()  # imports leave hardly any garbage, and collecting it takes a tenth of their time
+with one_line_errors():  # these imports take seconds, in which someone may press Ctrl-C
     import torch
     from tqdm import tqdm
 
-    from dream_engine import LMM, SD3, STAGE2, DreamEngine
-    from prompts import READING, TASKS, apply_task, interleave, read_image
+    from dream_engine import LMM, MINI, SD3, STAGE2, DreamEngine
+    from prompts import TASKS, apply_task, interleave, read_image
     from support import fast
     from support.files import grid, write_png
-    from unialignment.model import MINI, UniAlignment
 gc.enable()
-
-UNI = "unialignment"
-UNFIT = {  # options that mean nothing to an engine, or for what it does
-    "dream-engine": ("negative", "order"),
-    UNI: ("blend", "lmm", "lora_scale", "positions"),
-    "reading": ("guidance", "negative", "size", "out", "compile"),
-    "drawing": ("order",),
-}
 
 
 def size(text):
@@ -49,33 +38,45 @@ def size(text):
     return int(sides[0]), int(sides[-1])
 
 
-def options():
-    parser = Parser(description="Draw pictures from text and images, or read pictures.")
+def task(text):
+    """The name of a task, for argparse."""
+    if text in ("caption", "answer"):
+        raise argparse.ArgumentTypeError(f"use python -m unialignment.sample --task {text}")
+    return text
+
+
+def add_options(parser):
+    """The options of every program that draws, whatever the system."""
     add = parser.add_argument
     # fmt: off
     add("--prompt", action="append", default=[],
-        help="text, each <image> in it stands for the next --image; several are drawn together")
-    add("--image", action="append", default=[], help="an image file; may be given several times")
-    tasks = "; ".join(f"{task}: {what}" for task, what in (TASKS | READING).items())
-    add("--engine", choices=("dream-engine", UNI), help="default: the second to read, else the first")
-    add("--task", choices=TASKS | READING, help=f"{tasks}. Default: t2i without images, objects with")
-    add("--blend", type=number(0, 1), default=0.0, help="r: share of ViT features at images, 0 to 1")
-    add("--steps", type=whole_number(1, 10**6), help="of Euler, default: 28; or to read a text")
+        help="text, in which each <image> stands for the next --image; several are drawn together")
+    add("--image", action="append", default=[], help="an image file, repeatable")
     add("--guidance", type=number(-1000, 1000),
         help="classifier-free guidance, 1 is none; default: the checkpoint's own")
-    add("--negative", help="what guidance moves away from; default: UniAlignment's own")
-    add("--order", choices=("sampled", "confident"), help="in which words are read")
-    add("--seed", type=whole_number(0, 2**63 - 1), default=0, help="picture i is of seed + i")
+    add("--seed", type=whole_number(0, 2**63 - 1), default=0, help="picture i is drawn from seed + i")
     add("--size", type=size, help="WIDTHxHEIGHT or one side, multiples of 16; default: the model's")
     add("--num", type=whole_number(1, 10_000), default=1, help="pictures of each prompt")
-    add("--out", default="sample.png", help="PNG file to write; of several pictures also a grid")
+    add("--out", default="sample.png", help="PNG file to write; several pictures also get a grid")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: fp32 on CPU, else bf16")
-    add("--low-memory", action="store_true", help="on the device only what every step needs")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: fp32 on a CPU, else bf16")
+    add("--low-memory", action="store_true", help="keep on the device only what every step needs")
     add("--compile", action="store_true", help="torch.compile; pays for many or large pictures")
+    # fmt: on
+
+
+def options():
+    parser = Parser(description="Draw pictures from prompts that mix text and images.")
+    add = parser.add_argument
+    # fmt: off
+    tasks = "; ".join(f"{task}: {what}" for task, what in TASKS.items())
+    add("--task", type=task, choices=TASKS, help=f"{tasks}. Default: t2i without images, else objects")
+    add("--blend", type=number(0, 1), default=0.0, help="r, share of the ViT's features at images, 0 to 1")
+    add("--steps", type=whole_number(1, 10**6), default=28, help="Euler steps; default: 28")
+    add_options(parser)
     add("--sd3", default=SD3, help="SD3 / SD3.5: single file or diffusers folder")
     add("--lmm", default=LMM, help="Qwen2-VL: Hugging Face folder")
-    add("--checkpoint", help="of train.py, or folder of the published DreamEngine or UniAlignment")
+    add("--checkpoint", help="of train.py, or the folder of the published DreamEngine")
     add("--lora-scale", type=number(-100, 100), default=1.0, help="of published weights: 1 or 2")
     add("--positions", choices=("mrope", "arange"), default="mrope", help="of the LMM's tokens")
     # fmt: on
@@ -83,59 +84,28 @@ def options():
 
 
 def parse(arguments=None):
-    parser = options()
-    args = parser.parse_args(arguments)
-    work = "reading" if args.task in READING else "drawing"
-    args.engine = args.engine or (UNI if work == "reading" else "dream-engine")
-    for what in (args.engine, work):
-        for name in UNFIT[what]:
-            if getattr(args, name) != parser.get_default(name):
-                raise UserError(f"--{name.replace('_', '-')} has no effect with {what}")
-    if args.engine == UNI:
-        if args.task in ("i2i", "combine", "objects"):
-            raise UserError(f"UniAlignment knows no task {args.task}: t2i, edit, caption, answer")
-        args.sd3, args.checkpoint = args.sd3 if args.sd3 != SD3 else None, args.checkpoint or MINI
-        return args
-    if work == "reading":
-        raise UserError(f"task {args.task} needs --engine unialignment: Dream Engine reads nothing")
-    args.steps = args.steps or 28
+    args = options().parse_args(arguments)
     if args.checkpoint is None:
         if (args.sd3, args.lmm) != (SD3, LMM):
-            raise UserError("--checkpoint is missing: other models than the mini need their own")
+            raise UserError("--checkpoint is missing: only the miniature's models can do without")
         args.checkpoint = STAGE2
     return args
 
 
-def read_prompts(args):
-    """The interleaved prompts; tasks on one image need no placeholder for it."""
-    images, prompts = [read_image(path) for path in args.image], []
-    texts, uni = args.prompt or [""], args.engine == UNI
-    for i, text in enumerate(texts):
-        if (uni or args.task in ("i2i", "edit")) and images and "<image>" not in text:
-            text = "<image>" * (len(images) if uni and len(texts) == 1 else 1) + text
-        count = len(images) if i + 1 == len(texts) else text.count("<image>")
+def read_prompts(args, implied):
+    """The interleaved prompts; implied: images without a placeholder stand before the text."""
+    images, prompts, texts = [read_image(path) for path in args.image], [], args.prompt or [""]
+    for i, text in enumerate(texts, 1):
+        if implied and images and "<image>" not in text:
+            text = "<image>" * (len(images) if len(texts) == 1 else 1) + text
+        count = len(images) if i == len(texts) else text.count("<image>")
         prompts.append(interleave(text, images[:count]))
         images = images[count:]
-        if args.task or not uni:  # refuses what does not fit before anything is loaded
-            apply_task(args.task, prompts[-1])
     return prompts
 
 
-def read_questions(args):
-    """Images to read and a question about each, or None, --num times; one image may have many questions."""
-    images, questions = [read_image(path) for path in args.image], args.prompt
-    if len(images) == 1:
-        images *= max(1, len(questions))
-    if not images or len(questions) != len(images) * (args.task == "answer"):
-        counts = f"{len(images)} images and {len(questions)} prompts were given"
-        takes = {"caption": "images and no prompt", "answer": "an image and a prompt for each"}
-        raise UserError(f"task {args.task} takes {takes[args.task]}, but {counts}")
-    images, questions = ([x for x in many for _ in range(args.num)] for many in (images, questions))
-    return images, questions or None
-
-
 def writable(file):
-    """The path of a PNG that can be written there; its folder is made."""
+    """The path of a PNG that can be written there; makes its folder."""
     file = Path(file)
     if file.suffix.lower() != ".png":
         raise UserError(f"--out {file}: expected a file name that ends in .png")
@@ -145,15 +115,11 @@ def writable(file):
     return file
 
 
-def load(args):
+def load(args, load_engine):
+    """load_engine(device=..., dtype=...), and what --low-memory and --compile do with its engine."""
     dtype = args.dtype and getattr(torch, args.dtype)
     device, dtype = fast.device_and_dtype(args.device, dtype)
-    first = "cpu" if args.low_memory else device
-    if args.engine == UNI:
-        engine = UniAlignment.load(args.checkpoint, args.sd3, first, dtype)
-    else:
-        options = {"lora_scale": args.lora_scale, "mrope": args.positions == "mrope"}
-        engine = DreamEngine.load(args.sd3, args.lmm, args.checkpoint, first, dtype, **options)
+    engine = load_engine(device="cpu" if args.low_memory else device, dtype=dtype)
     if args.low_memory:
         fast.save_memory(engine, device)
     if args.compile:
@@ -161,42 +127,41 @@ def load(args):
     return engine
 
 
+def draw(args, engine, prompts, out, **settings):
+    """Draw --num pictures of each prompt and write them, with their settings inside."""
+    settings |= {name: getattr(args, name) for name in ("steps", "guidance", "size", "seed")}
+    prompts = [prompt for prompt in prompts for _ in range(args.num)]
+    with fast.compiling():
+        progress = partial(tqdm, desc="drawing", unit="step")
+        images = engine.generate(prompts, **settings, progress=progress)
+    save(args, images, out)
+
+
 def save(args, images, out):
-    """Write each picture, its prompt, settings and seed inside, and a grid of several."""
-    hidden = ("prompt", "seed", "out", "num")
-    miniature = (SD3, LMM, STAGE2, MINI)  # where it lies is nobody's business
-    settings = {k: v for k, v in vars(args).items() if k not in hidden and v not in miniature}
-    settings = json.dumps(settings, default=str)
+    """Write each picture with its prompt, settings and seed inside, and a grid of several."""
+    about = {k: v for k, v in vars(args).items() if k not in ("prompt", "seed", "out", "num")}
+    about = {k: v for k, v in about.items() if not Path(str(v)).is_relative_to(MINI)}
+    about = json.dumps(about, default=str)
     texts = [text for text in args.prompt or [""] for _ in range(args.num)]
     pages = [(f"-{i}", image, texts[i], args.seed + i) for i, image in enumerate(images)]
     if len(images) > 1:
         pages.append(("-grid", grid(images), "\n".join(args.prompt), args.seed))
     for name, image, text, seed in pages:
         file = out if len(pages) == 1 else out.with_stem(f"{out.stem}{name}")
-        write_png(file, image, {"prompt": text, "settings": settings, "seed": seed})
+        write_png(file, image, {"prompt": text, "settings": about, "seed": seed})
         print(file)
 
 
 def main(arguments=None):
     args = parse(arguments)
-    if args.task in READING:
-        images, questions = read_questions(args)
-        texts = load(args).answer(images, questions, args.steps, args.order, seed=args.seed)
-        print(*(" ".join(text.split()) for text in texts), sep="\n")
-        return
-    prompts, out = read_prompts(args), writable(args.out)
-    prompts = [prompt for prompt in prompts for _ in range(args.num)]
-    engine = load(args)
+    prompts = read_prompts(args, implied=args.task in ("i2i", "edit"))
+    for prompt in prompts:
+        apply_task(args.task, prompt)  # refuses what does not fit before anything is loaded
+    out = writable(args.out)
+    more = {"lora_scale": args.lora_scale, "mrope": args.positions == "mrope"}
+    engine = load(args, partial(DreamEngine.load, args.sd3, args.lmm, args.checkpoint, **more))
     args.guidance = engine.guidance if args.guidance is None else args.guidance
-    if args.engine == UNI:
-        args.steps = args.steps or engine.sampling.steps
-        options = {"negative": args.negative}
-    else:
-        options = {"r": args.blend, "task": args.task}
-    options |= {name: getattr(args, name) for name in ("steps", "guidance", "size", "seed")}
-    with fast.compiling():
-        bar = partial(tqdm, desc="drawing", unit="step")
-        save(args, engine.generate(prompts, **options, progress=bar), out)
+    draw(args, engine, prompts, out, r=args.blend, task=args.task)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """SD3.5's autoencoder: a 64x64 picture becomes an 8x8 latent of C channels, and back.
 
-Module names are those of the published single file (below `first_stage_model.`), so loading it is
+Modules have the names of the published single file (below `first_stage_model.`), so loading it is
 a strict load. Letters: B batch, C latent channels (16 in SD3.5), H W pixels, h w = H/8 W/8.
 """
 
@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-SCALE, SHIFT = 1.5305, 0.0609  # latents are normalised to about unit variance for the MM-DiT
+SCALE, SHIFT = 1.5305, 0.0609  # (latent - SHIFT) * SCALE has about unit variance
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Defaults: SD3.5. Channels of level i are base * multipliers[i]; each level halves the sides."""
+    """Sizes of a VAE. Level i has base * multipliers[i] channels. Defaults: SD3.5."""
 
     latent_channels: int = 16
     base: int = 128
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    blocks: int = 2  # residual blocks a level; the decoder has one more
-    groups: int = 32  # of the norms; with fewer than 4 channels each they would erase flat colour
+    blocks: int = 2  # residual blocks per level of the encoder; the decoder has one more
+    groups: int = 32  # of each GroupNorm; groups of fewer than 4 channels would erase flat colour
 
 
 class ResnetBlock(nn.Module):
@@ -44,7 +44,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all positions."""
+    """Self-attention over all positions, with one head."""
 
     def __init__(self, c, groups):
         super().__init__()
@@ -64,7 +64,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # zeros right and below only
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # zeros on the right and at the bottom only
 
 
 class Upsample(nn.Module):
@@ -77,7 +77,7 @@ class Upsample(nn.Module):
 
 
 def level(c_in, c_out, blocks, groups, resize):
-    """Residual blocks from c_in to c_out channels, then a change of size, if any: {name: kind}."""
+    """Residual blocks from c_in to c_out channels, then resize: {name: its layer's class} or {}."""
     widths = pairwise([c_in, *[c_out] * blocks])
     parts = {"block": nn.Sequential(*(ResnetBlock(*w, groups) for w in widths))}
     parts |= {name: kind(c_out) for name, kind in resize.items()}
@@ -85,7 +85,7 @@ def level(c_in, c_out, blocks, groups, resize):
 
 
 def middle(c, groups):
-    """What encoder and decoder do at their coarsest level."""
+    """The layers at the smallest sides, in the encoder and in the decoder."""
     parts = {"block_1": ResnetBlock(c, c, groups), "attn_1": Attention(c, groups)}
     return nn.Sequential(OrderedDict(parts, block_2=ResnetBlock(c, c, groups)))
 
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
             resize = {"upsample": Upsample} if i > 0 else {}
             levels.append(level(c, config.base * multiplier, config.blocks + 1, groups, resize))
             c = config.base * multiplier
-        self.up = nn.ModuleList(reversed(levels))  # the published names count from fine to coarse
+        self.up = nn.ModuleList(reversed(levels))  # published names count from fine to coarse
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
@@ -146,9 +146,9 @@ class VAE(nn.Module):
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
     def encode(self, image, noise=None):
-        """image (B, 3, H, W) in [-1, 1] -> normalised latent (B, C, H/8, W/8).
+        """image (B, 3, H, W) in [-1, 1] -> normalised latent (B, C, h, w): the posterior's mean.
 
-        The posterior's mean; a sample where noise like it, or a generator of noise, is given.
+        With noise, a sample of the posterior. noise: (B, C, h, w), or a torch.Generator to draw it.
         """
         mean, std = self.posterior(image)
         if isinstance(noise, torch.Generator):
@@ -158,5 +158,5 @@ class VAE(nn.Module):
         return (mean - SHIFT) * SCALE
 
     def decode(self, latent):
-        """normalised latent (B, C, h, w) -> image (B, 3, 8h, 8w), about [-1, 1], not clamped."""
+        """normalised latent (B, C, h, w) -> image (B, 3, H, W), about [-1, 1], not clamped."""
         return self.decoder(latent / SCALE + SHIFT)

@@ -1,7 +1,8 @@
-"""What is asked of the miniature, and the exact judgement of what it drew.
+"""Sample the miniature's test sets, and judge the pictures that a model draws for them.
 
-Scenes and prompts are from the eighth of the world that training never draws (`world.is_exam`).
-Judgements are strings of 0 and 1, one letter a case, so that models can be compared case by case.
+A case is a prompt with an exact check of the picture. The scenes and prompts are the eighth of the
+world that `world.is_exam` holds out: no training draws them. The verdicts on a test set form a string
+of 0 and 1, one for each case, so that two models can be compared case by case.
 """
 
 import random
@@ -21,18 +22,20 @@ from mini import edits, programs, world
 from mini.world import HELD_OUT, SEEN, Object, Prompt, Reading, Scene, as_mention
 from prompts import to_images, to_tensor
 
-STREAM = "second edition"  # seed of cases that were never used to choose weights or settings
+STREAM = "second edition"  # seed of the test cases; no weight or setting was chosen on them
+HELD = ", held-out pairs"
+PAIR_SETS = {"": SEEN, HELD: HELD_OUT}  # ending of a row's name: pairs of color and shape to draw
 
 
 @dataclass(frozen=True)
 class Case:
-    """Something to draw, and what to check in the picture."""
+    """A prompt, and the check of a picture that is drawn for it."""
 
     task: str  # of prompts.TASKS
     prompt: list  # strings and PIL images
     target: Scene  # a right answer
-    checks: dict[str, Callable[[Reading], bool]]  # "exact" is the score
-    source: Image.Image | None = None  # what an edit starts from
+    is_right: Callable[[Reading], bool]
+    source: Image.Image | None = None  # of an edit
 
 
 def picture(pair):
@@ -40,63 +43,66 @@ def picture(pair):
     return world.portrait(Object(*pair, 4))
 
 
-def asked_for(prompt):
+def matches(prompt):
+    """Accept every picture that the prompt describes."""
     return lambda read: world.matches(prompt, read.scene)
 
 
-# ---- cases ---------------------------------------------------------------------------------------
+def shows(scene):
+    """Accept a picture of exactly this scene."""
+    return lambda read: read.scene == scene
+
+
+def edit_case(source, instruction, target):
+    """A Case of an edit: one result is right, and it leaves everything else untouched."""
+    return Case("edit", [source, instruction], target, shows(target), source)
+
+
+# ---- test sets ----------------------------------------------------------------------------------
 
 
 def t2i_cases(n, seed, pairs=SEEN):
-    """The six tasks of GenEval."""
+    """Text to image: the six tasks of GenEval."""
     return {
-        task: [Case("t2i", [p.text], scene, {"exact": asked_for(p)}) for scene, p in asked]
-        for task, asked in world.benchmark(n // 6, seed, pairs=pairs).items()
+        task: [Case("t2i", [p.text], scene, matches(p)) for scene, p in sampled]
+        for task, sampled in world.benchmark(n // 6, seed, pairs=pairs).items()
     }
 
 
 def copy_cases(n, seed, pairs=SEEN):
-    """Pictures of one to four objects, each of which must keep its place."""
-
-    def case(scene):
-        return Case("i2i", [world.render(scene)], scene, {"exact": lambda r: r.scene == scene})
-
+    """Pictures of one to four objects to copy; each object must keep its place."""
     rng = random.Random(f"copies {seed}")
-    return {"copy": [case(world.sample_scene("scene", rng, pairs, True)) for _ in range(n)]}
+    scenes = [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(n)]
+    return {"copy": [Case("i2i", [world.render(s)], s, shows(s)) for s in scenes]}
 
 
 def edit_cases(n, seed, pairs=SEEN):
-    """Instructions of every kind; each has one right result, in which all else is untouched."""
+    """Instructions of every kind."""
     kinds = ("recolor", "add") if pairs is HELD_OUT else edits.EDITS
     return {kind: edits_of(kind, n // len(kinds), seed, pairs) for kind in kinds}
 
 
 def edits_of(kind, n, seed, pairs=SEEN):
-    """n Cases of a kind of edits."""
-
-    def case(edit):
-        source, checks = world.render(edit.source), {"exact": lambda r: r.scene == edit.target}
-        return Case("edit", [source, edit.text], edit.target, checks, source)
-
+    """Sample n edits of a kind."""
     rng = random.Random(f"edits {kind} {seed}")
-    return [case(edits.sample_edit(kind, rng, pairs, True)) for _ in range(n)]
+    sampled = [edits.sample_edit(kind, rng, pairs, exam=True) for _ in range(n)]
+    return [edit_case(world.render(edit.source), edit.text, edit.target) for edit in sampled]
 
 
 def object_cases(n, seed, pairs=SEEN):
-    """Scenes described by words and pictures of their objects, in both templates for that."""
+    """Scenes described by words and pictures of their objects, in both prompt templates."""
     rng, result = random.Random(f"objects {seed}"), {"objects": [], "combine": []}
     while any(len(cases) < n // 2 for cases in result.values()):
         reference = programs.sample_reference(rng, pairs, exam=True)
         record, size = programs.reference_record(reference), (world.SIZE, world.SIZE)
         task, prompt, _ = training_example(record, size, rng)
         if len(result[task]) < n // 2:
-            checks = {"exact": asked_for(reference.prompt)}
-            result[task].append(Case(task, prompt, reference.scene, checks))
+            result[task].append(Case(task, prompt, reference.scene, matches(reference.prompt)))
     return result
 
 
 def mixing_cases(n, seed, pairs=SEEN):
-    """The shape of one picture in the color of another, which no training asks for."""
+    """The shape of one picture in the color of another, which no training draws."""
     rng, cases = random.Random(f"mixing {seed}"), []
     while len(cases) < n:
         first, second = (world.sample_scene("single", rng, exam=True) for _ in range(2))
@@ -106,50 +112,48 @@ def mixing_cases(n, seed, pairs=SEEN):
             continue
         pictures = [world.portrait(o, s.background) for o, s in ((a, first), (b, second))]
         prompt = ["the shape of ", pictures[0], " in the color of ", pictures[1]]
-        checks = {"exact": asked_for(Prompt("", (as_mention(mixed),)))}
-        cases.append(Case("objects", prompt, Scene("white", (mixed,)), checks))
+        right = matches(Prompt("", (as_mention(mixed),)))
+        cases.append(Case("objects", prompt, Scene("white", (mixed,)), right))
     return {"mixing": cases}
 
 
 def semgen_cases(n, seed, pairs=SEEN):
-    """The four groups of SemGen-Bench, in shapes, n // 2 of each, which no training draws."""
+    """The four groups of SemGen-Bench, in shapes, n // 2 cases each; no training draws them."""
 
-    def prompts(sample, satisfied):
-        rng = random.Random(f"{sample.__name__} {seed}")
-        made = (sample(rng, pairs, exam=True) for _ in range(n // 2))
-        return [Case("t2i", [p.text], scene, {"exact": satisfied(p)}) for scene, p in made]
+    def prompts(sample, stream, accept):
+        rng = random.Random(f"{stream} {seed}")
+        sampled = (sample(rng, pairs, exam=True) for _ in range(n // 2))
+        return [Case("t2i", [p.text], scene, accept(p)) for scene, p in sampled]
 
-    def satisfied(prompt):
+    def satisfies(prompt):
         return lambda read: programs.satisfies(prompt, read.scene)
 
-    groups = {"long": prompts(programs.sample_long, asked_for)}
-    groups["semantic"] = prompts(programs.sample_semantic, satisfied)
+    groups = {"long": prompts(programs.sample_long, "sample_long", matches)}
+    groups["semantic"] = prompts(programs.sample_semantic, "sample_semantic", satisfies)
     return groups | {kind: edits_of(kind, n // 2, seed) for kind in ("several", "reference")}
 
 
 def segmentation_cases(n, seed, pairs=SEEN):
-    """Every shape in its one color, on black."""
-    rng, cases = random.Random(f"segmentation {seed}"), []
-    for scene in (world.sample_scene("scene", rng, pairs, exam=True) for _ in range(n)):
-        source, true = world.render(scene), world.segment(scene)
-        checks = {"exact": lambda read, true=true: read.scene == true}
-        cases.append(Case("edit", [source, world.SEGMENT], true, checks, source))
+    """Segmentations: each shape in the color of its label, on black."""
+    rng = random.Random(f"segmentation {seed}")
+    scenes = [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(n)]
+    cases = [edit_case(world.render(s), world.SEGMENT, world.segment(s)) for s in scenes]
     return {"segmentation": cases}
 
 
 def composed_cases(n, seed, pairs=SEEN, pictures=2):
-    """Two objects, each in a picture of its own, into one; the words do not say their colors."""
+    """Two objects to draw together: a prompt of `pictures` pictures of one each, and their shapes."""
     rng, cases = random.Random(f"composed {seed}"), []
     for scene in (world.sample_scene("two", rng, pairs, exam=True) for _ in range(n)):
         shown = [world.render(replace(scene, objects=(o,))) for o in scene.objects]
         words = " and ".join(f"a {o.shape}" for o in scene.objects)
-        mentions = tuple(map(as_mention, scene.objects))
-        task, checks = "objects" if pictures else "t2i", {"exact": asked_for(Prompt("", mentions))}
-        cases.append(Case(task, [*shown[:pictures], words], scene, checks))
+        right = matches(Prompt("", tuple(map(as_mention, scene.objects))))
+        prompt = [*shown[:pictures], words]
+        cases.append(Case("objects" if pictures else "t2i", prompt, scene, right))
     return {"composed": cases}
 
 
-CASES = {
+CASES = {  # test set: function of (n, seed, pairs) -> {group: [Case]}
     "t2i": t2i_cases,
     "copies": copy_cases,
     "edits": edit_cases,
@@ -158,22 +162,28 @@ CASES = {
     "semgen": semgen_cases,
     "segmentation": segmentation_cases,
     "composed": composed_cases,
-    "words alone": partial(composed_cases, pictures=0),  # the floor of composed
+    "words alone": partial(composed_cases, pictures=0),  # the baseline of composed
 }
+
+
+def sample(test_set, n, seed):
+    """Sample n cases of a test set of CASES, one group after the other."""
+    return [case for group in CASES[test_set](n, seed).values() for case in group]
+
+
+def random_scenes(what, n, pairs=SEEN):
+    """Sample n held-out scenes of one to four objects, from the stream of a measure."""
+    rng = random.Random(f"{what} {STREAM}")
+    return [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(n)]
 
 
 # ---- drawing and judging ------------------------------------------------------------------------
 
 
-def ask(row, n, seed):
-    """n cases of a row of CASES, its groups one after the other."""
-    return [case for group in CASES[row](n, seed).values() for case in group]
-
-
-def draw(generate, cases, what="", **settings):
-    """A picture for each case, case i from seed i; generate as `DreamEngine.generate`."""
-    cases, images = list(cases), []
-    with tqdm(total=len(cases), desc=what, leave=False) as bar:
+def draw(generate, cases, title="", **settings):
+    """Draw case i with seed i, for all cases; generate takes what `DreamEngine.generate` takes."""
+    images = []
+    with tqdm(total=len(cases), desc=title, leave=False) as bar:
         while left := cases[len(images) :]:
             same = takewhile(lambda case, task=left[0].task: case.task == task, left[:50])
             prompts = [case.prompt for case in same]
@@ -183,35 +193,35 @@ def draw(generate, cases, what="", **settings):
 
 
 def judge(cases, images):
-    """{check: a 0 or 1 for each case}."""
-    reads = [world.read(image) for image in images]
-    return {name: bits(c.checks[name](r) for c, r in zip(cases, reads)) for name in cases[0].checks}
+    """Judge one picture a case: a string of verdicts."""
+    return bits(case.is_right(world.read(image)) for case, image in zip(cases, images))
 
 
-def score(generate, row, n, seed, what="", **settings):
-    """{check: bits} of n cases of a row of CASES; settings as of `DreamEngine.generate`."""
-    cases = ask(row, n, seed)
-    return judge(cases, draw(generate, cases, what, **settings))
+def score(generate, test_set, n, seed, title="", **settings):
+    """Draw n cases of a test set, as `draw` does, and judge them: a string of verdicts."""
+    cases = sample(test_set, n, seed)
+    return judge(cases, draw(generate, cases, title, **settings))
 
 
 @torch.no_grad()
-def copies_of(vae, images):
-    """What the VAE makes of pictures."""
+def reconstruct(vae, images):
+    """Encode and decode PIL images."""
     batch = to_tensor(images).to(next(vae.parameters()).device)
     return to_images(torch.cat([vae.decode(vae.encode(part)) for part in batch.split(50)]))
 
 
 def controls(vae, cases, images):
-    """The scores of perfect pictures, their VAE copies, other cases' pictures and unedited ones."""
+    """Judge true pictures, their reconstructions, other cases' drawings and unedited sources."""
     renders = [world.render(case.target) for case in cases]
-    pictures = {"renders": renders, "VAE": copies_of(vae, renders)}
+    pictures = {"renders": renders, "VAE": reconstruct(vae, renders)}
     pictures["shuffled"] = [*images[1:], images[0]]
     if cases[0].source:
         pictures["unedited"] = [case.source for case in cases]
-    return {name: judge(cases, drawn)["exact"] for name, drawn in pictures.items()}
+    return {name: judge(cases, shown) for name, shown in pictures.items()}
 
 
 def bits(flags):
+    """Write one verdict a flag: 1 for right, 0 for wrong."""
     return "".join("1" if flag else "0" for flag in flags)
 
 
@@ -220,23 +230,24 @@ def bits(flags):
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantiles of Student's t, by number of values
 
 
-def share(text):
-    return text.count("1") / len(text)
+def share(verdicts):
+    """The share of ones: the score."""
+    return verdicts.count("1") / len(verdicts)
 
 
-def interval(text):
-    """95 % interval of the share of ones (Wilson's)."""
-    n, p, z = len(text), share(text), 1.96
+def interval(verdicts):
+    """Wilson's 95 % interval of the share of ones."""
+    n, p, z = len(verdicts), share(verdicts), 1.96
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
     return middle - half, middle + half
 
 
 def difference(first, second):
-    """Mean of second - first, paired case by case, and the half width of its 95 % interval.
+    """The mean of second - first, paired case by case, and the half width of its 95 % interval.
 
-    They hold a text for each replicate: another seed of training, or of the cases. The interval is
-    the wider of two: Student's over the replicates, and the normal one over all cases.
+    Both are lists of verdict strings, one for each replicate: a seed of the training and the cases. The
+    wider of two intervals counts: Student's over the replicates, and the normal one over all cases.
     """
     pairs = [[int(b) - int(a) for a, b in zip(x, y, strict=True)] for x, y in zip(first, second)]
     means, flat = [mean(d) for d in pairs], [x for d in pairs for x in d]

@@ -1,9 +1,9 @@
-"""The papers' claims and open questions, answered by many short trainings of the miniature.
+"""Test the papers' claims and open questions by many short trainings of the miniature.
 
     python -m mini.claims                  # all of them, or only some: adapter rank
 
-Each run is trained with one seed, three or five, scored on cases of that seed, and kept in
---out/NAME-SEED, so that an interrupted command goes on where it was.
+A claim compares two runs, each trained with one, three or five seeds and scored on cases of that seed.
+Runs are stored in --out/NAME-SEED, so that an interrupted command continues where it stopped.
 """
 
 import shutil
@@ -20,17 +20,15 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from checkpoints import read_json
 from dream_engine import LMM, SD3, DreamEngine
 from mini import unified, world
-from mini.cases import ask, bits, difference, draw, judge, score, share
+from mini.cases import bits, difference, draw, judge, random_scenes, sample, score, share
 from support.cli import Parser, UserError, one_line_errors, reading
 from support.files import markdown_table, write_json, write_text
 from unialignment import UniAlignment
 
-TRAIN = Path(__file__).parent.parent / "train.py"
-
-# Trainings that are compared. runs: {name: flags of train.py}, words of STARTS among them.
-# score(folder, rows, seed): of the run in a folder -> {row: {check: bits}}.
-Study = namedtuple("Study", "title runs comparisons score")
-# Is run `second`, B, better than run `first`, A? By these rows, separated by commas.
+# Trainings that are compared. program: the module that trains. runs: {name: its flags}; a word of
+# STARTS in them stands for a path. score(folder, rows, seed) -> {row: verdicts} of a trained run.
+Study = namedtuple("Study", "title program runs comparisons score")
+# Is run `second` (B) better than run `first` (A)? rows: test sets, separated by commas.
 Comparison = namedtuple("Comparison", "claim question first second rows seeds", defaults=[3])
 
 # ---- Dream Engine -------------------------------------------------------------------------------
@@ -59,47 +57,47 @@ RUNS = {
 }
 STAGE1_ROWS, STAGE2_ROWS = "t2i, copies", "edits, objects, copies, t2i"
 COMPARISONS = [Comparison(*fields) for fields in (
-    ("joint", "Does copying help text -> image?", "t2i alone", "both", "t2i", 5),
-    ("joint", "Does text -> image help copying?", "i2i alone", "both", "copies"),
+    ("joint", "Does training on copying help text to image?", "t2i alone", "both", "t2i", 5),
+    ("joint", "Does training on text to image help copying?", "i2i alone", "both", "copies"),
     ("joint", "Is copying zero-shot?", "t2i alone, 3000 steps", "both", "copies, t2i"),
-    ("blend", "Is r at random better than r = 0?", "r = 0", "both", "t2i, copies, copies at r = 1"),
-    ("blend", "The same in stage 2", "stage 2 at r = 0", "LoRA of rank 16",
+    ("blend", "Is random r better than r = 0?", "r = 0", "both", "t2i, copies, copies at r = 1"),
+    ("blend", "Is random r better than r = 0 in stage 2?", "stage 2 at r = 0", "LoRA of rank 16",
      "edits, objects, mixing, edits at r = 1, objects at r = 1"),
     ("adapter", "Are two layers better than one?", "1 layer", "both", STAGE1_ROWS),
-    ("adapter", "Are three better than two?", "both", "3 layers of 512", STAGE1_ROWS),
+    ("adapter", "Are three layers better than two?", "both", "3 layers of 512", STAGE1_ROWS),
     ("adapter", "512 hidden units or 128?", "2 layers of 128", "both", STAGE1_ROWS),
-    ("adapter", "The same with three layers", "3 layers of 128", "3 layers of 512", STAGE1_ROWS),
-    ("lmm", "Does it matter what the LMM has learnt?", "random LMM", "both", STAGE1_ROWS),
-    ("rank", "LoRA, or the adapter alone?", "adapter alone", "LoRA of rank 16", STAGE2_ROWS),
+    ("adapter", "512 or 128, with three layers?", "3 layers of 128", "3 layers of 512", STAGE1_ROWS),
+    ("lmm", "Does a trained LMM help?", "random LMM", "both", STAGE1_ROWS),
+    ("rank", "Is LoRA better than the adapter alone?", "adapter alone", "LoRA of rank 16", STAGE2_ROWS),
     ("rank", "Rank 16 or 4?", "LoRA of rank 4", "LoRA of rank 16", STAGE2_ROWS),
     ("rank", "Rank 4 or 1?", "LoRA of rank 1", "LoRA of rank 4", STAGE2_ROWS),
-    ("stages", "Stage 2 from stage 1, or all in one?", "stage 2 from scratch", "both, then stage 2",
-     STAGE2_ROWS),
-    ("lmm-lora", "LoRA on the LMM, too?", "LoRA of rank 16", "LoRA on the LMM", STAGE2_ROWS),
+    ("stages", "Is stage 2 better after stage 1 than from scratch?", "stage 2 from scratch",
+     "both, then stage 2", STAGE2_ROWS),
+    ("lmm-lora", "Does LoRA on the LMM help, too?", "LoRA of rank 16", "LoRA on the LMM", STAGE2_ROWS),
 )]  # fmt: skip
 CASES = {"t2i": 120, "copies": 100, "edits": 100, "objects": 100, "mixing": 60}  # for each seed
-GUIDANCE = 2.0  # of short trainings, which say none
+GUIDANCE = 2.0  # checkpoints of short trainings store none
 
 
 def score_drawing(folder, rows, seed):
-    """How well Dream Engine draws the rows of `mini.cases`, "at r = 1" or else at 0."""
+    """Score Dream Engine on rows: test sets of `mini.cases`, drawn at r = 0 or "at r = 1"."""
     lmm = folder / "lmm"
     engine, scores = DreamEngine.load(SD3, lmm if lmm.is_dir() else LMM, folder), {}
     for row in rows:
         kind, _, r = row.partition(" at r = ")
-        asked = kind, CASES[kind], f"claims {seed}", f"{folder.name}, {row}"
-        scores[row] = score(engine.generate, *asked, guidance=GUIDANCE, r=float(r or 0))
+        cases = kind, CASES[kind], f"claims {seed}", f"{folder.name}, {row}"
+        scores[row] = score(engine.generate, *cases, guidance=GUIDANCE, r=float(r or 0))
     return scores
 
 
 def both(folder, seed):
-    """Another run to start from."""
+    """The run "both" of the same seed, to start from."""
     run(DREAM_ENGINE, "both", seed, folder.parent)
     return folder.with_name(f"both-{seed}")
 
 
 def random_lmm(folder, seed):
-    """An LMM like the miniature's that has learned nothing."""
+    """The miniature's LMM with random weights."""
     torch.manual_seed(seed)
     shutil.copytree(LMM, folder / "lmm", dirs_exist_ok=True)
     model = Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_pretrained(LMM))
@@ -107,97 +105,95 @@ def random_lmm(folder, seed):
     return folder / "lmm"
 
 
-DREAM_ENGINE = Study("By training", RUNS, COMPARISONS, score_drawing)
+DREAM_ENGINE = Study("What helps Dream Engine?", "train", RUNS, COMPARISONS, score_drawing)
 
 # ---- UniAlignment -------------------------------------------------------------------------------
 
-UNI = (
-    "--stage unialignment --tasks t2i=1,edit=1.5,answer=0.8 --null 0.05 --loss velocity --warmup 50"
-)
-GO_ON = f"{UNI} --checkpoint START --steps 500 --batch 16 --decay 0.6 --lr 1e-3"
+UNI = "--tasks t2i=1,edit=1.5,answer=0.8 --null 0.05 --loss velocity --warmup 50"
+CONTINUE = f"{UNI} --checkpoint START --steps 500 --batch 16 --decay 0.6 --lr 1e-3"
 UNI_RUNS = {
     "start": f"{UNI} --steps 800 --batch 32 --decay 0.01 --lr 1.2e-3 --weights text=0.5,csa=0,isa=0",
-    "neither": f"{GO_ON} --weights text=0.5,csa=0,isa=0",
-    "CSA": f"{GO_ON} --weights text=0.5,isa=0",
-    "ISA": f"{GO_ON} --weights text=0.5,csa=0",
-    "CSA and ISA": f"{GO_ON} --weights text=0.5",
-    "text x 0.2": GO_ON,
-    "text x 1": f"{GO_ON} --weights text=1",
-    "drawing alone": f"{GO_ON} --weights text=0,csa=0,isa=0",
-    "reading alone": f"{GO_ON} --weights velocity=0,text=0.5,csa=0,isa=0",
-    "ISA of states": f"{GO_ON} --weights text=0.5,csa=0 --lmm-states",
-    "ISA of a random LMM": f"{GO_ON} --weights text=0.5,csa=0 --lmm RANDOM-LMM",
+    "neither": f"{CONTINUE} --weights text=0.5,csa=0,isa=0",
+    "CSA": f"{CONTINUE} --weights text=0.5,isa=0",
+    "ISA": f"{CONTINUE} --weights text=0.5,csa=0",
+    "CSA and ISA": f"{CONTINUE} --weights text=0.5",
+    "text x 0.2": CONTINUE,
+    "text x 1": f"{CONTINUE} --weights text=1",
+    "drawing alone": f"{CONTINUE} --weights text=0,csa=0,isa=0",
+    "reading alone": f"{CONTINUE} --weights velocity=0,text=0.5,csa=0,isa=0",
+    "ISA of states": f"{CONTINUE} --weights text=0.5,csa=0 --lmm-states",
+    "ISA of a random LMM": f"{CONTINUE} --weights text=0.5,csa=0 --lmm RANDOM-LMM",
 }
 ALL = "t2i, edits, segmentation, captions, agreement"
 UNI_COMPARISONS = [Comparison(*fields) for fields in (
     ("align", "Do both alignment losses help?", "neither", "CSA and ISA", ALL, 3),
-    ("csa", "Does CSA alone?", "neither", "CSA", ALL, 1),
-    ("isa", "Does ISA alone?", "neither", "ISA", ALL, 1),
-    ("cost", "What does reading cost drawing?", "drawing alone", "neither", "t2i, edits, segmentation", 1),
-    ("cost", "What does drawing cost reading?", "reading alone", "neither", "captions", 1),
-    ("text", "Weight of the text 0.2 or 0.5?", "text x 0.2", "CSA and ISA", ALL, 1),
-    ("text", "0.5 or 1?", "CSA and ISA", "text x 1", ALL, 1),
-    ("teacher", "Words as the LMM's embeddings, or states?", "ISA", "ISA of states", ALL, 1),
-    ("teacher", "Need the LMM have learnt anything?", "ISA of a random LMM", "ISA", ALL, 1),
+    ("csa", "Does CSA alone help?", "neither", "CSA", ALL, 1),
+    ("isa", "Does ISA alone help?", "neither", "ISA", ALL, 1),
+    ("cost", "Does reading harm drawing?", "drawing alone", "neither", "t2i, edits, segmentation", 1),
+    ("cost", "Does drawing harm reading?", "reading alone", "neither", "captions", 1),
+    ("text", "Weight of the text loss: 0.2 or 0.5?", "text x 0.2", "CSA and ISA", ALL, 1),
+    ("text", "Weight of the text loss: 0.5 or 1?", "CSA and ISA", "text x 1", ALL, 1),
+    ("teacher", "ISA with the LMM's embeddings or its states?", "ISA", "ISA of states", ALL, 1),
+    ("teacher", "Does ISA need a trained LMM?", "ISA of a random LMM", "ISA", ALL, 1),
 )]  # fmt: skip
 
 
-def score_unialignment(folder, _, seed):
-    """What a run draws, and what it reads in pictures, also in those that it drew."""
+def score_all(folder, _, seed):
+    """Score UniAlignment on the rows of ALL; agreement: is its caption of its own drawing right?"""
     engine, stream = UniAlignment.load(folder), f"claims {seed}"
-    generate = partial(unified.Artist(engine).generate, guidance=GUIDANCE, steps=14)
+    generate = partial(unified.without_task(engine.generate), guidance=GUIDANCE, steps=14)
     scores = {row: score(generate, row, 100, stream, row) for row in ("edits", "segmentation")}
-    asked = ask("t2i", CASES["t2i"], stream)
-    images = draw(generate, asked)
-    pictures = list(map(world.render, unified.random_scenes(stream, 100)))
-    scores["t2i"] = judge(asked, images)
-    scores["agreement"], scores["captions"] = (
-        {"exact": bits(unified.fits(engine, shown))} for shown in (images, pictures)
-    )
+    cases = sample("t2i", CASES["t2i"], stream)
+    images, scenes = draw(generate, cases), random_scenes(stream, 100)
+    scores["t2i"] = judge(cases, images)
+    for row, shown in (("agreement", images), ("captions", list(map(world.render, scenes)))):
+        scores[row] = bits(unified.captions_are_right(engine, shown))
     return scores
 
 
 def start(folder, _):
-    """The one run that all others go on from."""
+    """The run "start" of seed 0, from which all others continue."""
     run(UNIALIGNMENT, "start", 0, folder.parent)
     return folder.with_name("start-0")
 
 
-UNIALIGNMENT = Study("Does alignment help?", UNI_RUNS, UNI_COMPARISONS, score_unialignment)
-# What is made for a run before it starts
-STARTS = {"BOTH": both, "RANDOM-LMM": random_lmm, "START": start}
+UNIALIGNMENT = Study(
+    "Does alignment help?", "unialignment.train", UNI_RUNS, UNI_COMPARISONS, score_all
+)
+STARTS = {"BOTH": both, "RANDOM-LMM": random_lmm, "START": start}  # make what a run starts from
 STUDIES = (DREAM_ENGINE, UNIALIGNMENT)
 
 # ---- running and comparing ----------------------------------------------------------------------
 
 
 def run(study, name, seed, out):
-    """Train a run of a study and score it, or what is missing of that -> {row: {check: bits}}."""
+    """Train and score a run, unless its scores are stored already -> {row: {"exact": verdicts}}."""
     folder = out / f"{name.replace(' ', '-')}-{seed}"
     result = folder / "scores.json"
     if not result.is_file():
         flags = study.runs[name].split()
         flags = [str(STARTS[f](folder, seed)) if f in STARTS else f for f in flags]
-        command = [sys.executable, str(TRAIN), *flags, "--out", str(folder), "--seed", str(seed)]
-        command += ["--resume", "--keep", "1", "--sample-every", "0"]
+        command = [sys.executable, "-m", study.program, *flags, "--out", str(folder)]
+        command += ["--seed", str(seed), "--resume", "--keep", "1", "--sample-every", "0"]
         if code := subprocess.run(command, check=False).returncode:
             raise UserError(f"{name}, seed {seed}: its training ended with code {code}")
-        asked = [c.rows.split(", ") for c in study.comparisons if name in (c.first, c.second)]
-        write_json(result, study.score(folder, dict.fromkeys(chain(*asked)), seed) if asked else {})
-        shutil.rmtree(folder / "checkpoints")  # what was learned lies beside it
+        rows = [c.rows.split(", ") for c in study.comparisons if name in (c.first, c.second)]
+        scores = study.score(folder, dict.fromkeys(chain(*rows)), seed) if rows else {}
+        write_json(result, {row: {"exact": verdicts} for row, verdicts in scores.items()})
+        shutil.rmtree(folder / "checkpoints")  # the final weights are in folder itself
     return read_json(result)
 
 
 def compared(first, second):
-    """The cells of a comparison: score of A, of B, B - A, which is better."""
+    """The cells of a comparison: score of A, score of B, B - A with its interval, which is better."""
     middle, half = difference(first, second)
     verdict = "no difference shown" if abs(middle) <= half else "AB"[middle > 0]
-    shares = [f"{sum(map(share, texts)) / len(texts):.3f}" for texts in (first, second)]
+    shares = [f"{sum(map(share, runs)) / len(runs):.3f}" for runs in (first, second)]
     return [*shares, f"{middle:+.3f} ± {half:.3f}", verdict]
 
 
 def report(results):
-    """All results as Markdown."""
+    """Format all results as Markdown tables."""
     runs, parts = results["runs"], []
     for study in STUDIES:
         rows = []
@@ -205,30 +201,42 @@ def report(results):
             pair, seeds = (c.first, c.second), list(map(str, range(c.seeds)))
             if all(seed in runs.get(name, {}) for name in pair for seed in seeds):
                 for row in c.rows.split(", "):
-                    texts = [[runs[name][seed][row]["exact"] for seed in seeds] for name in pair]
+                    exact = [[runs[name][seed][row]["exact"] for seed in seeds] for name in pair]
                     question = f"{c.question} (`{c.claim}`)"
-                    rows.append([*pair, *compared(*texts), row, question, c.seeds])
-        head = ["A", "B", "score of A", "of B", "B - A", "better", "score", "question", "seeds"]
+                    rows.append([*pair, *compared(*exact), row, question, c.seeds])
+        head = (
+            "A",
+            "B",
+            "score of A",
+            "score of B",
+            "B - A",
+            "better",
+            "test set",
+            "question",
+            "seeds",
+        )
         parts += [f"**{study.title}**", markdown_table(head, rows)] if rows else []
     return "\n\n".join(parts) + "\n"
 
 
 def main(arguments=None):
-    asked = [(study, c) for study in STUDIES for c in study.comparisons]
-    claims = list(dict.fromkeys(c.claim for _, c in asked))
+    comparisons = [(study, c) for study in STUDIES for c in study.comparisons]
+    names = ", ".join(dict.fromkeys(c.claim for _, c in comparisons))
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("claims", nargs="*", metavar="claim", help=f"of {', '.join(claims)}")
-    parser.add_argument("--out", default="runs/claims", help="folder of runs and scores")
+    parser.add_argument("claims", nargs="*", metavar="claim", help=f"of {names}; default: all")
+    parser.add_argument("--out", default="runs/claims", help="folder for runs and scores")
     args = parser.parse_args(arguments)
-    if unknown := set(args.claims) - set(claims):
-        raise UserError(f"unknown claim {unknown.pop()!r}: expected some of {', '.join(claims)}")
+    if unknown := set(args.claims) - set(names.split(", ")):
+        raise UserError(f"unknown claim {unknown.pop()!r}: expected some of {names}")
     out, results = Path(args.out), {"runs": {}}
     out.mkdir(parents=True, exist_ok=True)
-    for study, c in asked:
-        for name in (c.first, c.second) if c.claim in (args.claims or claims) else ():
+    for study, c in comparisons:
+        if args.claims and c.claim not in args.claims:
+            continue
+        for name in (c.first, c.second):
             found = {str(seed): run(study, name, seed, out) for seed in range(c.seeds)}
             results["runs"].setdefault(name, {}).update(found)
-    with reading(out, "results of earlier runs of claims"):
+    with reading(out, "scores of earlier runs of this program"):
         text = report(results)
     write_json(out / "claims.json", results)
     write_text(out / "claims.md", text)

@@ -1,44 +1,51 @@
-"""Instructions: what a user may ask to be changed in a scene, and the one scene that it makes."""
+"""Edits: instructions to change a scene, each with the one scene that is the right result.
+
+The target is a Scene, so `scenes.detect` decides whether an edited picture is right. The function
+of each kind draws a random Edit of a source, or returns None if the source allows no such edit.
+"""
 
 from dataclasses import dataclass
 
 from mini import scenes
 from mini.scenes import SEEN, Mention, Object, Scene, as_mention
 
-EDITS = ("recolor", "remove", "add", "move", "background")  # of one object that is named
-HARD_EDITS = ("reference", "swap", "several")  # told by another object; two at once; three in one
+EDITS = ("recolor", "remove", "add", "move", "background")  # one change
+HARD_EDITS = (
+    "reference",
+    "swap",
+    "several",
+)  # object named by a relation; two objects; three edits
 RECOLOR = (("make", ""), ("turn", ""), ("change", "to "), ("recolor", "to "))
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An instruction, and the one scene that it makes of another."""
+    """A source scene, an instruction and the target scene."""
 
     kind: str  # one of EDITS or HARD_EDITS
     source: Scene
     text: str
     target: Scene
-    before: Object | None = None  # the object meant, as it is in the source
-    after: Object | None = None  # and in the target
-    told: tuple[Mention, ...] = ()  # each noun of the text: as it will be, count 0 if it goes
+    before: Object | None = None  # the changed object in the source
+    after: Object | None = None  # the changed object in the target
+    mentions: tuple[Mention, ...] = ()  # nouns of the text, as in the target; count 0: removed
 
 
 def sample_edit(kind, rng, pairs=SEEN, exam=False):
-    """A random Edit of a kind; what it names is there once.
+    """Draw a random Edit of a kind; arguments as of `scenes.sample_scene`.
 
-    All objects are of pairs; if those are HELD_OUT, only what a recolor or add makes is, of a source
-    of SEEN ones.
+    With HELD_OUT, the source has pairs of SEEN, and the object of a recolor or add a held-out one.
     """
-    given = SEEN if pairs is scenes.HELD_OUT else pairs
+    source_pairs = SEEN if pairs is scenes.HELD_OUT else pairs
     while True:
-        source = scenes.sample_scene("scene", rng, given, exam)
+        source = scenes.sample_scene("scene", rng, source_pairs, exam)
         edit = MAKERS[kind](source, rng, pairs)
         if edit and scenes.is_exam(edit.target) == exam and edit.target.objects:
             return edit
 
 
 def name_of(obj, scene, rng):
-    """'circle' or 'red circle', so that no other object of the scene is meant, or None."""
+    """'circle' or 'red circle', whichever names only this object; None if neither does."""
     if sum(o.pair == obj.pair for o in scene.objects) > 1:
         return None
     alone = sum(o.shape == obj.shape for o in scene.objects) == 1
@@ -46,15 +53,15 @@ def name_of(obj, scene, rng):
 
 
 def replaced(scene, before, after):
-    """The scene with some of its objects replaced by others."""
+    """The scene without the objects `before` and with the objects `after`."""
     objects = [o for o in scene.objects if o not in before] + list(after)
     return Scene(scene.background, tuple(sorted(objects, key=lambda o: o.place)))
 
 
-def of_one(kind, source, text, before, after, *told):
-    """The Edit that puts one object (or None) in the place of another (or None)."""
+def of_one(kind, source, text, before, after, *mentions):
+    """The Edit that replaces an object by another. No before: it adds. No after: it removes."""
     target = replaced(source, [before], filter(None, [after]))
-    return Edit(kind, source, text, target, before, after, told)
+    return Edit(kind, source, text, target, before, after, mentions)
 
 
 def free_place(scene, rng):
@@ -62,14 +69,15 @@ def free_place(scene, rng):
 
 
 def other_color(obj, rng, pairs):
+    """The object in another color, or None if pairs has no other color of its shape."""
     colors = [c for c, s in pairs if s == obj.shape and c != obj.color]
     return Object(rng.choice(colors), obj.shape, obj.place) if colors else None
 
 
 def background(source, rng, pairs):
-    (paper,) = scenes.BACKGROUNDS.keys() - {source.background}
+    (color,) = scenes.BACKGROUNDS.keys() - {source.background}
     verb = rng.choice(("make the background", "turn the background", "change the background to"))
-    return Edit("background", source, f"{verb} {paper}", Scene(paper, source.objects))
+    return Edit("background", source, f"{verb} {color}", Scene(color, source.objects))
 
 
 def add(source, rng, pairs):
@@ -82,17 +90,17 @@ def add(source, rng, pairs):
 def remove(source, rng, pairs):
     before = rng.choice(source.objects)
     if name := name_of(before, source, rng):
-        told = as_mention(before, 0, before.color in name)
-        return of_one("remove", source, f"remove the {name}", before, None, told)
+        mention = as_mention(before, 0, before.color in name)
+        return of_one("remove", source, f"remove the {name}", before, None, mention)
 
 
 def move(source, rng, pairs):
     before = rng.choice(source.objects)
     after = Object(*before.pair, free_place(source, rng))
     if name := name_of(before, source, rng):
-        told = as_mention(after, 1, before.color in name, place=True)
+        mention = as_mention(after, 1, before.color in name, place=True)
         text = f"move the {name} to the {scenes.PLACES[after.place]}"
-        return of_one("move", source, text, before, after, told)
+        return of_one("move", source, text, before, after, mention)
 
 
 def recolor(source, rng, pairs):
@@ -105,13 +113,13 @@ def recolor(source, rng, pairs):
 
 
 def reference(source, rng, pairs):
-    """Remove or recolor the only object that stands in a relation to another."""
+    """Remove or recolor 'the object left of the circle'."""
     anchor, relation = rng.choice(source.objects), rng.choice(list(scenes.RELATIONS))
-    meant = [o for o in source.objects if o != anchor and relation in scenes.holding(o, anchor)]
+    related = [o for o in source.objects if o != anchor and relation in scenes.holding(o, anchor)]
     name = name_of(anchor, source, rng)
-    if len(meant) != 1 or not name:
+    if len(related) != 1 or not name:
         return None
-    (before,), after = meant, None
+    (before,), after = related, None
     what = f"the object {rng.choice(scenes.RELATIONS[relation])} the {name}"
     text = f"remove {what}"
     if rng.random() < 0.5:
@@ -119,12 +127,12 @@ def reference(source, rng, pairs):
             return None
         verb, to = rng.choice(RECOLOR)
         text = f"{verb} {what} {to}{after.color}"
-    told = as_mention(anchor, 1, anchor.color in name)
-    return of_one("reference", source, text, before, after, told)
+    mention = as_mention(anchor, 1, anchor.color in name)
+    return of_one("reference", source, text, before, after, mention)
 
 
 def swap(source, rng, pairs):
-    """Two objects change colors, or places."""
+    """Swap the colors or the places of two objects."""
     if len(source.objects) < 2:
         return None
     a, b = rng.sample(source.objects, 2)
@@ -137,25 +145,25 @@ def swap(source, rng, pairs):
         return None
     text = f"swap the {what} of the {names[0]} and the {names[1]}"
     target = replaced(source, (a, b), new)
-    return Edit("swap", source, text, target, told=tuple(map(as_mention, new)))
+    return Edit("swap", source, text, target, mentions=tuple(map(as_mention, new)))
 
 
 def several(source, rng, pairs):
-    """Three instructions of different kinds, one after the other; none touches what another made."""
-    made, scene = [], source
+    """Three edits of different kinds in one instruction; no edit changes the result of another."""
+    done, scene = [], source
     for kind in rng.sample(EDITS, 3):
         edit = MAKERS[kind](scene, rng, pairs)
         if not edit or not edit.target.objects:
             return None
-        if edit.before and edit.before in [earlier.after for earlier in made]:
+        if edit.before and edit.before in [earlier.after for earlier in done]:
             return None
-        made.append(edit)
+        done.append(edit)
         scene = edit.target
-    if any(edit.after and edit.after not in scene.objects for edit in made):
+    if any(edit.after and edit.after not in scene.objects for edit in done):
         return None
-    text = "{}, {} and {}".format(*(edit.text for edit in made))
-    told = tuple(mention for edit in made for mention in edit.told)
-    return Edit("several", source, text, scene, told=told)
+    text = "{}, {} and {}".format(*(edit.text for edit in done))
+    mentions = tuple(mention for edit in done for mention in edit.mentions)
+    return Edit("several", source, text, scene, mentions=mentions)
 
 
 MAKERS = {m.__name__: m for m in (recolor, remove, add, move, background, reference, swap, several)}

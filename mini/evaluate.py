@@ -1,10 +1,11 @@
-"""Score the miniature with the exact detector: a picture counts only if it is just what was asked.
+"""Score the miniature on its test sets, and write the scores and sample pictures to a folder.
 
-    python -m mini.evaluate                # the whole report card; or some rows of it: base edits
-    python -m mini.evaluate guidance       # find the guidance at which --checkpoint draws best; store it
-                                           # of a folder of UniAlignment: and the folder in weights/mini/
+    python -m mini.evaluate                # all scores, or only some rows: base edits
+    python -m mini.evaluate guidance       # find the best guidance for --checkpoint and store it there;
+                                           # a UniAlignment folder is also copied to weights/mini/
 
-Cases are of the reserved eighth that no training met, from a stream that nothing was chosen on.
+An exact detector judges every picture: it is right only if it shows exactly what the prompt describes.
+No training draws the test cases, and no weight or setting was chosen on them.
 """
 
 import json
@@ -26,36 +27,40 @@ from checkpoints import load_mmdit, load_vae, metadata, read_json, read_tensors
 from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
 from lmm import load_lmm
 from mini import cases, pretrain, unified, world
-from mini.cases import CASES, STREAM, bits, copies_of, interval, score, share
-from mini.unified import GROUPS, random_scenes
+from mini.cases import CASES, HELD, PAIR_SETS, STREAM, bits, random_scenes, score, share
 from mini.world import SEEN
+from support import files
 from support.cli import Parser, UserError, number, one_line_errors, whole_number
-from support.files import (
-    markdown_table,
-    prompt_row,
-    sheet,
-    whole,
-    write_json,
-    write_png,
-    write_text,
-)
 from unialignment.model import MINI, UniAlignment
 
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)
 STEPS = (1, 2, 4, 8, 14, 28)  # of Euler
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)  # r
-HELD = ", held-out pairs"
 UNI = "unialignment"
-UNI_ALONE = ("segmentation", "composed", "words alone")  # rows that Dream Engine has not learnt
-ALONE = "base, by time alone"
-CONTROLS = {"renders": "true pictures", "VAE": "their VAE copies", "shuffled": "other case's",
-            "unedited": "unedited"}  # name: column of the report  # fmt: skip
+UNI_ALONE = ("segmentation", "composed", "words alone")  # Dream Engine is not trained on these
+ALONE = "base, by time alone"  # the pooled vector is left out: only time modulates the blocks
+CONTROLS = {"renders": "true pictures", "VAE": "reconstructions", "shuffled": "another case's drawing",
+            "unedited": "unedited source"}  # name: column of the report  # fmt: skip
+TABLES = {  # measure: title and columns in the report
+    "variety": ("**Variety** (`variety`): 20 prompts of two pictures without places, 8 seeds each",
+                ["r", "distinct scenes", "share of unclear pictures"]),
+    "steps": ("**Euler steps** (`steps`): text to image", ["steps", "score", "seconds a picture"]),
+    "reading": ("**Reading** (`reading`): captions of UniAlignment", ["", "exact", "F1 of objects"]),
+    "questions": ("**Questions** (`questions`): answers of UniAlignment",
+                  ["kind", "accuracy", "accuracy of the most frequent answer"]),
+    "edges": ("**Edges** (`edges`): edge maps of UniAlignment", ["pictures", "F1 of bright pixels"]),
+    "own": ("**UniAlignment's own drawings** (`own`): its captions of them",
+            ["", "caption fits picture", "caption does not"]),
+    "cost": ("**Cost** (`cost`): batches of 16",
+             ["", "million parameters", "seconds a picture", "seconds a caption"]),
+    "parts": ("**Training from scratch** (`parts`)", ["part", "minutes", "score"]),
+}  # fmt: skip
 
-# ---- what is scored -----------------------------------------------------------------------------
+# ---- rows of the score table --------------------------------------------------------------------
 
 
 class Base:
-    """The miniature SD3.5 with its own T5, drawing as `DreamEngine.generate` does."""
+    """The miniature SD3.5 with its own T5, which draws as `DreamEngine.generate` does."""
 
     def __init__(self, device=None):
         device = device or "cpu"
@@ -70,72 +75,78 @@ class Base:
         return pretrain.draw(self.vae, self.condition, texts, steps, guidance, seed, alone)
 
 
-# A row is a function of the program's options: it yields (name, {group: {check: bits}}).
+# A row is a generator function of the program's options: it yields (name, {group: {check: bits}}).
+# The check "exact" is the score.
 
 
-def drawn(args, name, engine, row, **settings):
-    """A row of CASES, of the pairs that training draws and of the held-out ones; and sheets."""
-    for suffix, pairs in list(GROUPS.items())[: 1 if row == "semgen" else 2]:
-        groups, tiles, asked, title = {}, [], CASES[row](args.num, STREAM, pairs), name + suffix
-        images = iter(cases.draw(engine.generate, chain(*asked.values()), title, **settings))
-        for group, members in asked.items():
+def score_drawing(args, name, engine, row, generate=None, **settings):
+    """Score a test set of CASES, with trained pairs and with held-out ones, and write sheets of it."""
+    for suffix, pairs in PAIR_SETS.items():
+        if suffix and row == "semgen":  # has no edits to held-out pairs
+            return
+        title, groups, tiles = name + suffix, {}, []
+        sampled = CASES[row](args.num, STREAM, pairs)
+        flat = list(chain(*sampled.values()))
+        images = iter(cases.draw(generate or engine.generate, flat, title, **settings))
+        for group, members in sampled.items():
             shown = list(islice(images, len(members)))
-            groups[group] = cases.judge(members, shown) | cases.controls(engine.vae, members, shown)
-            tiles.append(list(map(tile, members[:8], shown, groups[group]["exact"])))
+            exact = cases.judge(members, shown)
+            groups[group] = {"exact": exact} | cases.controls(engine.vae, members, shown)
+            tiles.append(list(map(tile, members[:8], shown, exact)))
         file = title.replace(", ", "-").replace(" ", "-")
-        write_png(args.out / f"{file}.png", sheet(tiles))
+        files.write_png(args.out / f"{file}.png", files.sheet(tiles))
         yield title, groups
 
 
-def copied(args):
+def score_vae(args):
     vae = load_vae(SD3)
-    for suffix, pairs in GROUPS.items():
+    for suffix, pairs in PAIR_SETS.items():
         scenes = random_scenes(f"vae{suffix}", args.num, pairs)
-        copies = copies_of(vae, list(map(world.render, scenes)))
-        right = bits(world.detect(copy) == scene for copy, scene in zip(copies, scenes))
+        images = cases.reconstruct(vae, list(map(world.render, scenes)))
+        right = bits(world.detect(image) == scene for image, scene in zip(images, scenes))
         yield f"VAE{suffix}", {"VAE": {"exact": right}}
 
 
-def captioned(args):
+def score_captions(args):
     lmm = load_lmm(LMM)
-    for suffix, pairs in GROUPS.items():
+    for suffix, pairs in PAIR_SETS.items():
         scenes = random_scenes(f"captions{suffix}", args.num, pairs)
         texts = unified.lmm_captions(lmm, map(world.render, scenes))
         right = bits(text == world.describe(scene) for text, scene in zip(texts, scenes))
         yield f"captions{suffix}", {"captions": {"exact": right}}
 
 
-def drawn_by_base(args):
+def score_base(args):
     base = Base(args.device)
     guidance = args.guidance or best_guidance(base.generate, ["t2i"], 120)
     for name, alone in (("base", False), (ALONE, True)):
-        yield from drawn(args, name, base, "t2i", guidance=guidance, alone=alone)
+        yield from score_drawing(args, name, base, "t2i", guidance=guidance, alone=alone)
 
 
-def drawn_by_engine(args, row, name=None, checkpoint=None):
+def score_dream_engine(args, row, name=None, checkpoint=None):
     engine = DreamEngine.load(SD3, LMM, checkpoint or args.checkpoint, args.device)
-    yield from drawn(args, name or row, engine, row, guidance=args.guidance, r=args.blend)
+    settings = {"guidance": args.guidance, "r": args.blend}
+    yield from score_drawing(args, name or row, engine, row, **settings)
 
 
-def drawn_by_unialignment(args, row):
+def score_unialignment(args, row):
     engine = unified.load(args)
-    yield from drawn(
-        args, f"UniAlignment, {row}", unified.Artist(engine), row, guidance=args.guidance
-    )
+    settings = {"generate": unified.without_task(engine.generate), "guidance": args.guidance}
+    yield from score_drawing(args, f"UniAlignment, {row}", engine, row, **settings)
 
 
-ROWS = {"vae": copied, "captions": captioned, "base": drawn_by_base}
-ROWS["stage1"] = partial(drawn_by_engine, row="t2i", name="stage 1", checkpoint=STAGE1)
-ROWS |= {row: partial(drawn_by_engine, row=row) for row in CASES if row not in UNI_ALONE}
+ROWS = {"vae": score_vae, "captions": score_captions, "base": score_base}
+ROWS["stage1"] = partial(score_dream_engine, row="t2i", name="stage 1", checkpoint=STAGE1)
+ROWS |= {row: partial(score_dream_engine, row=row) for row in CASES if row not in UNI_ALONE}
 for row in ("t2i", "edits", "semgen", *UNI_ALONE):
-    ROWS[f"{UNI}-{row}"] = partial(drawn_by_unialignment, row=row)
+    ROWS[f"{UNI}-{row}"] = partial(score_unialignment, row=row)
 
 
 def tile(case, image, right):
-    """What went in and what came out, framed in red where it is wrong, above the words of the prompt."""
-    (*inputs, _), text = prompt_row(case.task, case.prompt, image)
+    """A case as a picture: its inputs, the drawing, in a red frame if wrong, and the prompt below."""
+    (*inputs, _), text = files.prompt_row(case.task, case.prompt, image)
     framed = ImageOps.expand(image, 2, "white" if right == "1" else "red")
-    row = sheet([[*inputs, framed]], height=128 if not inputs else 80)
+    row = files.sheet([[*inputs, framed]], height=128 if not inputs else 80)
     page = Image.new("RGB", (max(row.width, 150), row.height + 52), "white")
     page.paste(row, (0, 0))
     words = textwrap.fill(text.partition(": ")[2], page.width // 6)
@@ -143,17 +154,17 @@ def tile(case, image, right):
     return page
 
 
-# ---- what is measured besides -------------------------------------------------------------------
+# ---- further measures ---------------------------------------------------------------------------
 
 
 def variety(args, prompts=20, seeds=8):
-    """{r: [distinct readings of `seeds` pictures of an open prompt, share of unclear pictures]}."""
+    """{r: [distinct scenes among the `seeds` drawings of a prompt, share of unclear drawings]}."""
     engine = DreamEngine.load(SD3, LMM, args.checkpoint, args.device)
-    rng = random.Random(f"variety {STREAM}")
-    pairs, result = [rng.sample(SEEN, 2) for _ in range(prompts)], {}
-    asked = [[cases.picture(a), " and ", cases.picture(b)] for a, b in pairs]
+    rng, result = random.Random(f"variety {STREAM}"), {}
+    pairs = [rng.sample(SEEN, 2) for _ in range(prompts)]
+    open_prompts = [[cases.picture(a), " and ", cases.picture(b)] for a, b in pairs]
     for r in RATIOS:
-        drawn = (engine.generate([prompt] * seeds, task="objects", r=r) for prompt in asked)
+        drawn = (engine.generate([p] * seeds, task="objects", r=r) for p in open_prompts)
         scenes = [list(map(world.detect, images)) for images in drawn]
         distinct = fmean(len(set(found) - {None}) for found in scenes)
         result[str(r)] = [distinct, fmean(found.count(None) for found in scenes) / seeds]
@@ -161,11 +172,11 @@ def variety(args, prompts=20, seeds=8):
 
 
 def by_steps(args):
-    """{Euler steps: [share of text -> image that is right, seconds a picture]}."""
+    """{Euler steps: [text-to-image score, seconds a picture]}."""
     engine, result = DreamEngine.load(SD3, LMM, args.checkpoint, args.device), {}
     for steps in STEPS:
-        start, what = time.perf_counter(), f"{steps} steps"
-        exact = score(engine.generate, "t2i", args.num, STREAM, what, steps=steps)["exact"]
+        start, title = time.perf_counter(), f"{steps} steps"
+        exact = score(engine.generate, "t2i", args.num, STREAM, title, steps=steps)
         result[str(steps)] = [share(exact), round((time.perf_counter() - start) / len(exact), 4)]
     return result
 
@@ -177,21 +188,25 @@ MEASURES = {"variety": variety, "steps": by_steps, **unified.MEASURES}
 
 
 def best_guidance(generate, rows, n):
-    """The guidance at which n cases of each row, of a stream of their own, are drawn best."""
+    """Find the guidance with the best mean score, on n cases of each row from a stream of their own."""
     means = {}
     for guidance in GUIDANCES:
         what, settings = f"guidance {guidance:g}", {"guidance": guidance}
         found = [score(generate, row, n, "guidance", f"{row}, {what}", **settings) for row in rows]
-        means[guidance] = fmean(share(checks["exact"]) for checks in found)
-    print(markdown_table(["guidance", "score"], [[f"{g:g}", f"{m:.3f}"] for g, m in means.items()]))
+        means[guidance] = fmean(map(share, found))
+    print(
+        files.markdown_table(
+            ["guidance", "score"], [[f"{g:g}", f"{m:.3f}"] for g, m in means.items()]
+        )
+    )
     return max(means, key=means.get)
 
 
 def store_guidance(file, n, device=None):
-    """Find it for a checkpoint, and write it there: the default of sample.py."""
+    """Find the best guidance of a checkpoint, and write it there as the default for drawing."""
     if file.is_dir():
         engine = UniAlignment.load(file, device=device)
-        guidance = best_guidance(unified.Artist(engine).generate, ("t2i", "edits"), n)
+        guidance = best_guidance(unified.without_task(engine.generate), ("t2i", "edits"), n)
         engine.sampling = replace(engine.sampling, guidance=guidance)
         engine.half().save(MINI / "transformer")
         return engine.save_frozen(MINI)
@@ -200,7 +215,7 @@ def store_guidance(file, n, device=None):
     rows = ("t2i", "copies") if config.get("stage") == 1 else ("t2i", "copies", "edits", "objects")
     config["guidance"] = best_guidance(engine.generate, rows, n)
     tensors = {name: tensor.clone() for name, tensor in read_tensors(file).items()}
-    with whole(file) as partial_file:
+    with files.whole(file) as partial_file:
         save_file(tensors, partial_file, {"config": json.dumps(config)})
 
 
@@ -208,66 +223,57 @@ def store_guidance(file, n, device=None):
 
 
 def line(name, checks, ratio=""):
-    low, high = interval(checks["exact"])
+    low, high = cases.interval(checks["exact"])
     cells = [f"{share(checks['exact']):.3f}", f"{low:.3f} - {high:.3f}", ratio]
     cells += [f"{share(checks[control]):.3f}" if control in checks else "" for control in CONTROLS]
     return [name, len(checks["exact"]), *cells]
 
 
 def totals(rows):
-    """{row: {check: bits}}, all groups of a row together."""
+    """{row: {check: bits}}: the groups of each row joined."""
 
     def joined(groups):
-        return {name: "".join(group[name] for group in groups) for name in groups[0]}
+        return {check: "".join(group[check] for group in groups) for check in groups[0]}
 
     return {row: joined(list(groups.values())) for row, groups in rows.items()}
 
 
+def ratio(row, total):
+    """A score as a share of its reference, the row of trained pairs or the base; "" without one."""
+    of_base = row in ("stage 1", "t2i", "UniAlignment, t2i", ALONE)
+    reference = row.removesuffix(HELD) if row.endswith(HELD) else "base" if of_base else None
+    beside = share(total[reference]["exact"]) if reference in total else 0
+    return f"{share(total[row]['exact']) / beside:.2f}" if beside else ""
+
+
 def report(scores):
-    """Scores as Markdown tables."""
+    """Format scores as Markdown tables."""
     total, lines = totals(scores["rows"]), []
     for row, groups in scores["rows"].items():
-        beside = row.removesuffix(HELD) if row.endswith(HELD) else "base"
-        ratio = ""
-        if row.endswith(HELD) or row in ("stage 1", "t2i", "UniAlignment, t2i", ALONE):
-            whole_share = share(total[beside]["exact"]) if beside in total else 0
-            ratio = f"{share(total[row]['exact']) / whole_share:.2f}" if whole_share else ""
-        lines.append(line(f"**{row}**", total[row], ratio))
+        lines.append(line(f"**{row}**", total[row], ratio(row, total)))
         lines += [line(name, part) for name, part in groups.items() if len(groups) > 1]
-    parts = ["**Right pictures** (`card`)"]
-    parts += [markdown_table(["", "n", "score", "95 %", "ratio", *CONTROLS.values()], lines)]
-    settings = [f"{k} {v}" for k, v in scores["settings"].items()]
-    parts.append(f"({', '.join(settings)})")
-    for name, title, columns in (
-        ("variety", "**Variety** (`variety`): two pictures, their places left open, 8 seeds each",
-         ["r", "distinct readings", "share unclear"]),
-        ("steps", "**Euler steps** (`steps`): text -> image", ["steps", "score", "seconds a picture"]),
-        ("reading", "**Reading** (`reading`): captions", ["", "exact", "F1 of objects"]),
-        ("questions", "**Questions** (`questions`)", ["kind", "right", "most frequent answer"]),
-        ("edges", "**Edges** (`edges`)", ["pictures", "F1"]),
-        ("own", "**Its own drawings** (`own`)", ["", "caption fits picture", "does not"]),
-        ("cost", "**Cost** (`cost`), 16 at a time",
-         ["", "million parameters", "seconds a picture", "seconds a caption"]),
-        ("parts", "**From nothing** (`parts`)", ["part", "minutes", "score"]),
-    ):  # fmt: skip
+    columns = ["", "cases", "score", "95 % interval", "ratio", *CONTROLS.values()]
+    settings = ", ".join(f"{k} {v}" for k, v in scores["settings"].items())
+    parts = ["**Scores** (`scores`): the share of right pictures"]
+    parts += [files.markdown_table(columns, lines), f"({settings})"]
+    for measure, (title, columns) in TABLES.items():
         rows = [
             [key, *("" if x is None else f"{x:.3g}" for x in values)]
-            for key, values in scores.get(name, {}).items()
+            for key, values in scores.get(measure, {}).items()
         ]
-        parts += [title, markdown_table(columns, rows)] if rows else []
+        parts += [title, files.markdown_table(columns, rows)] if rows else []
     return "\n\n".join(parts) + "\n"
 
 
 def parts_of(run, total):
-    """{part: [minutes, score or None]} of a folder of speedrun.sh; what was resumed adds up."""
+    """{part: [minutes, score or None]} of a folder of speedrun.sh; minutes of resumed parts add up."""
     rows = {"vae": ["VAE"], "decoder": ["VAE"], "lmm": ["captions"], "base": ["base"],
             "stage1": ["stage 1"], "stage2": ["t2i", "copies", "edits", "objects"],
             UNI: ["UniAlignment, t2i", "UniAlignment, edits"]}  # fmt: skip
     result = {}
-    for text in Path(run, "minutes.txt").read_text().splitlines():
-        name, minutes = text.split()
+    for name, minutes in map(str.split, Path(run, "minutes.txt").read_text().splitlines()):
         shares = [share(total[row]["exact"]) for row in rows.get(name, []) if row in total]
-        if name == "t5":  # has no picture of its own: the share of masked words that it knows
+        if name == "t5":  # draws nothing: its score is the accuracy on masked words
             last = Path(run, "t5.jsonl").read_text().splitlines()[-1]
             shares = [json.loads(last)["masked"]]
         earlier = result.get(name, [0])[0]
@@ -280,21 +286,21 @@ def main(arguments=None):
     expected = ", ".join((*ROWS, *MEASURES))
     add = parser.add_argument
     add("rows", nargs="*", metavar="row", help=f"of {expected}; default: all; or: guidance")
-    add("--num", type=whole_number(6, 10_000), default=300, help="cases a row")
-    add("--checkpoint", default=STAGE2, type=Path)
-    add("--unialignment", default=MINI, type=Path, help="its folder")
+    add("--num", type=whole_number(6, 10_000), default=300, help="cases a row; default: 300")
+    add("--checkpoint", default=STAGE2, type=Path, help="of Dream Engine; default: stage 2")
+    add("--unialignment", default=MINI, type=Path, help="folder; default: the miniature's")
     add("--guidance", type=number(-1000, 1000), help="default: each checkpoint's own")
-    add("--blend", type=number(0, 1), default=0.0, help="r")
-    add("--out", default="runs/evaluate", type=Path, help="folder of scores and pictures")
-    add("--run", help="folder of speedrun.sh, whose minutes stand in the report")
-    add("--device")
+    add("--blend", type=number(0, 1), default=0.0, help="weight r of the ViT features; default: 0")
+    add("--out", default="runs/evaluate", type=Path, help="folder for scores and pictures")
+    add("--run", help="folder of speedrun.sh; the report will show its training times")
+    add("--device", help="cpu, cuda, ...")
     args = parser.parse_args(arguments)
     if args.rows == ["guidance"]:
         return store_guidance(args.checkpoint, args.num, args.device)
     if unknown := set(args.rows) - {*ROWS, *MEASURES}:
         raise UserError(f"unknown row {unknown.pop()!r}: expected some of {expected}, or guidance")
     if args.run and not Path(args.run, "minutes.txt").is_file():
-        raise UserError(f"--run {args.run}: expected a folder of speedrun.sh, with its minutes.txt")
+        raise UserError(f"--run {args.run}: expected a folder of speedrun.sh, with a minutes.txt")
     args.out.mkdir(parents=True, exist_ok=True)
     guidance = "each checkpoint's own" if args.guidance is None else args.guidance
     settings = {"checkpoint": args.checkpoint.name, "guidance": guidance, "r": args.blend}
@@ -310,8 +316,8 @@ def main(arguments=None):
     if args.run:
         scores["parts"] = parts_of(args.run, totals(scores["rows"]))
     text = report(scores)
-    write_json(args.out / "scores.json", scores)
-    write_text(args.out / "scores.md", text)
+    files.write_json(args.out / "scores.json", scores)
+    files.write_text(args.out / "scores.md", text)
     print(text)
 
 

@@ -1,4 +1,8 @@
-"""One loop for every part of the pre-training: resumable, logged, a function of (seed, step)."""
+"""The training loop of the pre-training, shared by all its parts.
+
+A run resumes from its last saved state. Every batch is a function of (seed, step), so that an
+interrupted run ends with the same weights as an uninterrupted one.
+"""
 
 import json
 import random
@@ -12,14 +16,15 @@ from support.cli import UserError, reading
 from support.files import whole
 
 SEED = 0
-EARLIER = "what an earlier run of this part wrote"
+EARLIER = "a file that an earlier run of `python -m mini.pretrain` wrote"
 
 
 def fit(name, modules, loss_of, steps, lr, args, preview=None, decay=0.3, every=250):
-    """Minimise loss_of(step, rng, generator) over the parameters of modules by AdamW, resumably.
+    """Minimise loss_of(step, rng, generator) over the trainable parameters of modules with AdamW.
 
-    lr: the peak of a rate that warms up, stays, and falls to zero over the last `decay` of the steps.
-    preview(step) returns scores, which are logged beside the loss.
+    lr: the peak learning rate, after a warm-up of 200 steps. decay: the share of steps, at the end,
+    over which the rate falls to zero. preview(step): returns scores to log with the loss.
+    every: steps between saves to args.out/NAME.pt, from which the next call resumes.
     """
     file = Path(args.out, f"{name}.pt")
     params = [p for p in modules.parameters() if p.requires_grad]
@@ -60,10 +65,10 @@ def fit(name, modules, loss_of, steps, lr, args, preview=None, decay=0.3, every=
 
 
 def trained(name, modules, args):
-    """Put the result of an earlier part into modules, frozen."""
+    """Load the weights of a trained part into modules, and freeze them."""
     file = Path(args.out, f"{name}.pt")
     if not file.exists():
-        raise UserError(f"{file} is missing: first run `python -m mini.pretrain {name}`")
+        raise UserError(f"{file}: no such file; first run `python -m mini.pretrain {name}`")
     with reading(file, EARLIER):
         state = torch.load(file, map_location=args.device, weights_only=True)["modules"]
         modules.load_state_dict(state)

@@ -1,7 +1,7 @@
-"""What the miniature's autoencoder learns from: more than the world it will serve.
+"""The training set of the miniature's VAE: random pictures, about half of them rendered scenes.
 
-An autoencoder that met only the world's own six colours would remember them. So half of its pictures
-are something else: shapes in any colours, outlines, stripes, blobs with the spectrum of photographs.
+A VAE trained on the world's six colours alone would memorise them. The other half therefore shows
+shapes in any colours, outlines, stripes, gradients, blobs and noise that resembles photographs.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from mini.scenes import PAIRS, SIZE
 
 
 def sample(rng):
-    """A random 48x48 picture. Its scene, where it shows one, is none of the reserved eighth."""
+    """Draw a random 48x48 picture. It never shows a scene that is reserved for the test set."""
     kinds = (drawn_scene, any_colors, outlines, stripes, gradient, blobs, noise)
     (kind,) = rng.choices(kinds, (52, 34, 5, 2, 2, 4, 1))
     return scenes.picture(np.asarray(kind(rng)))
@@ -25,8 +25,8 @@ def drawn_scene(rng):
 
 
 def any_colors(rng):
-    """Shapes of any colour on any paper, up to nine of them: flat, or on a gradient."""
-    if rng.random() < 0.5:  # near the world's own, but not they: colours stay told apart finely
+    """A scene in nearly its own colours, or up to nine shapes of any colour on any background."""
+    if rng.random() < 0.5:  # teaches the VAE to distinguish similar colours
         scene = scenes.sample_scene("scene", rng, PAIRS)
         shapes = [(o.place, o.shape, near(scenes.COLORS[o.color], rng)) for o in scene.objects]
         return scenes.paint(near(scenes.BACKGROUNDS[scene.background], rng), shapes)
@@ -40,7 +40,7 @@ def outlines(rng):
 
 
 def stripes(rng):
-    """Two colours in waves of any direction and width."""
+    """Waves between two colours, of any direction and width."""
     wave = np.sin(slope(rng) * rng.uniform(2, 25) + rng.uniform(0, 7))
     return mixed((wave * rng.uniform(1, 6)).clip(-1, 1) / 2 + 0.5, rng)
 
@@ -50,14 +50,14 @@ def gradient(rng):
 
 
 def blobs(rng):
-    """Ellipses and polygons over each other, large and small, as things stand in photographs."""
+    """Overlapping ellipses and polygons of many sizes, with noise, like objects in a photograph."""
     image = scenes.picture(gradient(rng))
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randint(4, 30)):
         x, y, r = rng.uniform(0, SIZE), rng.uniform(0, SIZE), 2 + 18 * rng.random() ** 3
         if rng.random() < 0.5:
-            flat = r * rng.uniform(0.4, 1)
-            draw.ellipse((x - r, y - flat, x + r, y + flat), fill=color(rng))
+            height = r * rng.uniform(0.4, 1)
+            draw.ellipse((x - r, y - height, x + r, y + height), fill=color(rng))
         else:
             corners = [(x + rng.uniform(-r, r), y + rng.uniform(-r, r)) for _ in range(4)]
             draw.polygon(corners, fill=color(rng))
@@ -66,14 +66,14 @@ def blobs(rng):
 
 
 def noise(rng):
-    """Noise whose power falls with frequency, as in photographs."""
+    """Noise whose power falls with frequency, as it does in photographs."""
     random = np.random.default_rng(rng.getrandbits(64))
     fy, fx = np.fft.fftfreq(SIZE)[:, None, None], np.fft.rfftfreq(SIZE)[None, :, None]
     amplitude = (np.hypot(fy, fx) + 0.5 / SIZE) ** -rng.uniform(1, 2)
     spectrum = random.standard_normal((2, SIZE, SIZE // 2 + 1, 3))
     waves = np.fft.irfft2((spectrum[0] + 1j * spectrum[1]) * amplitude, (SIZE, SIZE), axes=(0, 1))
     gray = waves.mean(2, keepdims=True)
-    waves = gray + (waves - gray) * rng.uniform(0, 1)  # photographs are greyer than chance
+    waves = gray + (waves - gray) * rng.uniform(0, 1)  # photographs have correlated colour channels
     waves = (waves - waves.mean()) / waves.std()
     return np.array(color(rng)) + waves * rng.uniform(15, 60)
 
@@ -82,17 +82,17 @@ def color(rng):
     return tuple(rng.randint(0, 255) for _ in range(3))
 
 
-def near(rgb, rng, far=50):
-    return tuple(min(255, max(0, x + rng.randint(-far, far))) for x in rgb)
+def near(rgb, rng, distance=50):
+    return tuple(min(255, max(0, x + rng.randint(-distance, distance))) for x in rgb)
 
 
 def slope(rng):
-    """(48, 48, 1), rising evenly along a random direction, from about -1.4 to 1.4."""
+    """A linear ramp (48, 48, 1) in a random direction, within about -1.4 to 1.4."""
     angle = rng.uniform(0, 2 * np.pi)
     line = np.linspace(-1, 1, SIZE, dtype=np.float32)
     return np.cos(angle) * line[None, :, None] + np.sin(angle) * line[:, None, None]
 
 
 def mixed(share, rng):
-    """(48, 48, 3): two random colours, by their share (48, 48, 1)."""
+    """Mix two random colours: share (48, 48, 1) in [0, 1] -> pixels (48, 48, 3)."""
     return share * np.array(color(rng)) + (1 - share) * np.array(color(rng))

@@ -1,14 +1,14 @@
-"""Make the miniature SD3.5, its T5 and its Qwen2-VL from nothing.
+"""Train the miniature SD3.5, its T5 and its Qwen2-VL from scratch.
 
-    python -m mini.pretrain vae       # the autoencoder, on pictures of all kinds
-    python -m mini.pretrain t5        # the base's text encoder, on all that can be said
-    python -m mini.pretrain base      # the MM-DiT, on captions and latents
+    python -m mini.pretrain vae       # the VAE, on pictures of many kinds
+    python -m mini.pretrain t5        # the text encoder of SD3.5, on texts of many kinds
+    python -m mini.pretrain base      # the base MM-DiT, on captions and latents
     python -m mini.pretrain lmm       # Qwen2-VL, on captions, instructions, questions and pictures
-    python -m mini.pretrain decoder   # the autoencoder's decoder again, for drawn latents
-    python -m mini.pretrain export    # weights/mini/, in the published layouts
+    python -m mini.pretrain decoder   # the VAE's decoder again, on noisy latents
+    python -m mini.pretrain export    # writes weights/mini/ in the published layouts
 
-`bash mini/speedrun.sh` runs all of them and what follows. Parts write to runs/pretrain/ and can be
-stopped and started again at any time: every batch is a function of (seed, step).
+The published weights are too large to train on a CPU. `bash mini/speedrun.sh` runs all these
+commands, then trains both systems. A command that was stopped resumes when it is started again.
 """
 
 import random
@@ -35,13 +35,13 @@ from vae import SCALE, SHIFT, VAE, VAEConfig
 
 T5 = MINI / "t5-mini"
 
-# ---- the autoencoder ----------------------------------------------------------------------------
+# ---- the VAE ------------------------------------------------------------------------------------
 
 VAE_CONFIG = VAEConfig(latent_channels=8, base=16, blocks=1, groups=4)
 
 
 def train_vae(args, steps):
-    """Pixel loss, a small KL, and a pull of the latents to the mean and scale SD3.5's have."""
+    """Train the VAE: pixel loss, a small KL, and a pull to the moments of SD3.5's latents."""
     torch.manual_seed(SEED)
     model = VAE(VAE_CONFIG).to(args.device, memory_format=torch.channels_last)
     nn.init.constant_(model.encoder.conv_out.bias[VAE_CONFIG.latent_channels :], -4.0)
@@ -60,7 +60,7 @@ def train_vae(args, steps):
 
 
 def train_decoder(args, steps):
-    """The decoder alone goes on learning, from latents that are a little off, as drawn ones are."""
+    """Train the decoder further, on slightly noisy latents: drawn latents are inexact, too."""
     model = trained("vae", VAE(VAE_CONFIG), args).to(memory_format=torch.channels_last)
     model.decoder.requires_grad_(True).train()
 
@@ -69,15 +69,15 @@ def train_decoder(args, steps):
         with torch.no_grad():
             z, _ = model.posterior(image)
         share = torch.rand(len(z), 1, 1, 1, generator=generator)
-        off = 0.15 / SCALE * share * torch.randn(z.shape, generator=generator)
-        return pixel_loss(model.decoder(z + off.to(args.device)), image)
+        noise = 0.15 / SCALE * share * torch.randn(z.shape, generator=generator)
+        return pixel_loss(model.decoder(z + noise.to(args.device)), image)
 
     preview = partial(preview_vae, model, args, "decoder.png")
     return fit("decoder", model.decoder, loss_of, steps, 1.5e-3, args, preview, decay=0.7)
 
 
 def trained_vae(args):
-    """The autoencoder, with the better decoder once there is one."""
+    """The trained VAE, with the decoder of `train_decoder` if that was trained."""
     model = trained("vae", VAE(VAE_CONFIG), args).to(memory_format=torch.channels_last)
     if Path(args.out, "decoder.pt").exists():
         trained("decoder", model.decoder, args)
@@ -91,26 +91,29 @@ def pixel_loss(copy, image):
 
 @torch.no_grad()
 def preview_vae(model, args, file, step):
-    """The share of the world's pictures that are read exactly, decibels of all kinds; their copies."""
+    """Reconstruct 200 test scenes and 100 other pictures; write a sheet of some to file.
+
+    right: the share of scenes that the detector recovers. db: the mean PSNR of all pictures.
+    """
     rng = random.Random("preview")
-    drawn = [scenes.sample_scene("scene", rng, scenes.PAIRS, exam=True) for _ in range(200)]
-    images = [*map(scenes.render, drawn), *(pictures.sample(rng) for _ in range(100))]
+    cases = [scenes.sample_scene("scene", rng, scenes.PAIRS, exam=True) for _ in range(200)]
+    images = [*map(scenes.render, cases), *(pictures.sample(rng) for _ in range(100))]
     batch = to_tensor(images).to(args.device)
     copies = model.decode(model.encode(batch))
     errors = (copies - batch).square().mean((1, 2, 3)) / 4
     copies, shown = to_images(copies), slice(190, 210)
     sheet([images[shown], copies[shown]], 96).save(Path(args.out, file))
-    right = fmean(scenes.detect(copy) == scene for copy, scene in zip(copies, drawn))
+    right = fmean(scenes.detect(copy) == scene for copy, scene in zip(copies, cases))
     return {"right": right, "db": round(-10 * errors.log10().mean().item(), 2)}
 
 
-# ---- the base: SD3.5 in miniature ---------------------------------------------------------------
+# ---- the base MM-DiT: SD3.5 in miniature --------------------------------------------------------
 
 BASE_CONFIG = MMDiTConfig(
     6, 128, head_dim=32, channels=8, positions=16, context_dim=128, pooled_dim=128
 )
 POOL = {"single": 3_000, "two": 14_000, "counting": 9_000, "scene": 14_000}  # scenes of each kind
-SHORT = {  # captions: of which kind of scenes, and their shares at first and later
+SHORT = {  # task of short captions: kind of scenes in POOL, share early in training, share later
     "single": ("single", 2, 2),
     "colors": ("single", 2, 1),
     "two": ("two", 4, 6),
@@ -121,30 +124,30 @@ SHORT = {  # captions: of which kind of scenes, and their shares at first and la
 
 
 def latent_pool(vae, args):
-    """{kind: (scenes, latents)}: encoded once, captioned anew at every use."""
+    """The training set {kind: (scenes, latents)}, cached; its captions are random every time."""
     file, pool = Path(args.out, "latents.pt"), {}
     for kind, size in POOL.items():
         rng = random.Random(f"{SEED} pool {kind}")
         pool[kind] = [scenes.sample_scene(kind, rng, scenes.PAIRS) for _ in range(size)]
     if not file.exists():
         with whole(file) as partial:
-            torch.save({kind: encoded(vae, drawn, args) for kind, drawn in pool.items()}, partial)
+            torch.save({kind: encoded(vae, rows, args) for kind, rows in pool.items()}, partial)
     with reading(file, EARLIER):
         latents = torch.load(file, weights_only=True)
-        return {kind: (drawn, latents[kind]) for kind, drawn in pool.items()}
+        return {kind: (rows, latents[kind]) for kind, rows in pool.items()}
 
 
 @torch.no_grad()
-def encoded(vae, drawn, args):
+def encoded(vae, rows, args):
     parts = []
-    for i in tqdm(range(0, len(drawn), 100), desc="latents"):
-        image = to_tensor(list(map(scenes.render, drawn[i : i + 100])))
+    for i in tqdm(range(0, len(rows), 100), desc="latents"):
+        image = to_tensor(list(map(scenes.render, rows[i : i + 100])))
         parts.append(vae.encode(image.to(args.device)).cpu())
     return torch.cat(parts)
 
 
 class TextCondition:
-    """What SD3 itself is conditioned on: its own (miniature) T5, and the mean of its states."""
+    """The conditioning of SD3 itself: the states of its T5 as txt, and their mean as vec."""
 
     def __init__(self, model, t5, tokenizer):
         self.model, self.t5, self.tokenizer = model, t5, tokenizer
@@ -152,8 +155,8 @@ class TextCondition:
     def __call__(self, texts, pads=None, pooled=None):
         """Texts -> Condition.
 
-        pads: so many more than needed, and all attended, as UniAlignment does; default: none is.
-        pooled: for each text, 1 or 0 for a vector of zeros; default: 1.
+        pads: add so many pads and attend to all pads, as UniAlignment does; None: attend to none.
+        pooled (n,): 0 replaces the pooled vector of a text by zeros; default: all 1.
         """
         device = self.model.pos_embed.device
         ids, mask = (x.to(device) for x in tokenize(self.tokenizer, texts, pads or 0))
@@ -169,7 +172,7 @@ class TextCondition:
 
 
 def initialise(model):
-    """As DiT is: gates and output start at zero, so that every block starts as the identity."""
+    """Initialise as DiT: gates and output are zero, so that every block starts as the identity."""
     for name, parameter in model.named_parameters():
         if "adaLN_modulation" in name or "final_layer" in name:
             nn.init.zeros_(parameter)
@@ -180,28 +183,30 @@ def initialise(model):
 
 
 def base_batch(pool, step, steps, rng):
-    """64 texts and their latents: full captions, which teach drawing, or short ones.
+    """Draw 64 texts and their latents (64, 8, 6, 6).
 
-    What is learnt last, counting above all, is asked more often later.
+    A batch has only full captions, which teach drawing, or only short ones. Tasks that are learnt
+    late, above all counting, are more frequent later. The null prompt replaces captions that are
+    reserved for the test set, and one in ten of the others.
     """
     full = rng.random() < (0.35 if step < 0.21 * steps else 0.1)
     shares = [early if step < 0.43 * steps else late for _, early, late in SHORT.values()]
     texts, latents = [], []
     for _ in range(64):
         task = "scene" if full else rng.choices(list(SHORT), shares)[0]
-        drawn, encoded = pool["scene" if full else SHORT[task][0]]
-        i = rng.randrange(len(drawn))
-        prompt = scenes.caption(drawn[i], task, rng)
-        latents.append(encoded[i])
+        pool_scenes, pool_latents = pool["scene" if full else SHORT[task][0]]
+        i = rng.randrange(len(pool_scenes))
+        prompt = scenes.caption(pool_scenes[i], task, rng)
+        latents.append(pool_latents[i])
         texts.append("" if rng.random() < 0.1 or scenes.is_exam(prompt) else prompt.text)
     return texts, torch.stack(latents)
 
 
 def train_base(args, steps):
-    """The MM-DiT, by flow matching on pairs of caption and latent, some captions left empty.
+    """Train the MM-DiT by flow matching on captions and latents.
 
-    In half of the batches the pads are attended, and in half of the examples the pooled vector is
-    zero, so that UniAlignment, which does the one and lacks the other, can start from it.
+    UniAlignment starts from this model, attends to padding and has no pooled vector. Half of the
+    batches therefore attend to padding, and half of the examples have a pooled vector of zeros.
     """
     torch.manual_seed(SEED)
     vae, (tokenizer, t5) = trained_vae(args), trained_t5(args)
@@ -230,9 +235,9 @@ def train_base(args, steps):
 
 @torch.no_grad()
 def draw(vae, condition_of, texts, steps, guidance, seed=0, alone=False):
-    """A picture for each text, by a TextCondition and the model that it is made for.
+    """Draw a picture for each text with the model of a TextCondition.
 
-    alone: without the pooled vector, and with pads attended, as UniAlignment starts.
+    alone: use no pooled vector, and attend to padding, as UniAlignment does when it starts.
     """
     model, texts = condition_of.model, [*texts, *[""] * len(texts)]
     condition = condition_of(texts, *((4, torch.zeros(len(texts))) if alone else ()))
@@ -242,9 +247,12 @@ def draw(vae, condition_of, texts, steps, guidance, seed=0, alone=False):
 
 
 def preview_base(vae, condition_of, file, n=16):
-    """Shares of the six tasks that are drawn right, as SD3 draws and as UniAlignment will."""
-    asked = scenes.benchmark(n, seed="preview", pairs=scenes.PAIRS).values()
-    prompts, scores = [prompt for pairs in asked for _, prompt in pairs], {}
+    """Score n test prompts for each of the six tasks: the share of right pictures.
+
+    mean: drawn as SD3 draws. time_alone: without the pooled vector, as UniAlignment draws.
+    """
+    cases = scenes.benchmark(n, seed="preview", pairs=scenes.PAIRS).values()
+    prompts, scores = [prompt for pairs in cases for _, prompt in pairs], {}
     for name, alone in (("time_alone", True), ("mean", False)):
         images = draw(vae, condition_of, [p.text for p in prompts], 12, 2.5, alone=alone)
         right = [scenes.matches(p, scenes.detect(image)) for p, image in zip(prompts, images)]
@@ -253,15 +261,15 @@ def preview_base(vae, condition_of, file, n=16):
     return scores
 
 
-# ---- the published layouts ----------------------------------------------------------------------
+# ---- files and command line ---------------------------------------------------------------------
 
 
 def export(args):
-    """Write what the parts above have learnt to weights/mini/, in half precision."""
+    """Write all trained parts to weights/mini/ in the published layouts, in half precision."""
     MINI.mkdir(parents=True, exist_ok=True)
     model = trained("base", MMDiT(BASE_CONFIG), args)
     tensors = {f"model.diffusion_model.{k}": v for k, v in model.state_dict().items()}
-    # It has seen one size only: the middle of the table, which larger pictures would run past.
+    # Training used one size, so only the middle of the table is trained.
     side = scenes.SIZE // 16
     tensors["model.diffusion_model.pos_embed"] = model.positions(side, side)
     tensors |= {f"first_stage_model.{k}": v for k, v in trained_vae(args).state_dict().items()}
@@ -278,7 +286,7 @@ def export(args):
     print(MINI)
 
 
-PARTS = {  # and their steps at scale 1
+PARTS = {  # part: training function, steps at --scale 1
     "vae": (train_vae, 4_000),
     "t5": (train_t5, 3_000),
     "base": (train_base, 8_500),
@@ -291,9 +299,9 @@ def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=(*PARTS, "export"))
     parser.add_argument("--scale", type=number(0, 1000, exclude_low=True), default=1.0,
-                        help="how long: 2 trains twice the steps; default: 1")  # fmt: skip
-    parser.add_argument("--out", default="runs/pretrain")
-    parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
+                        help="multiplies the number of training steps; default: 1")  # fmt: skip
+    parser.add_argument("--out", default="runs/pretrain", help="folder of checkpoints and logs")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if available")
     args = parser.parse_args()
     args.device = usable_device(args.device)
     Path(args.out).mkdir(parents=True, exist_ok=True)

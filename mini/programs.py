@@ -1,7 +1,7 @@
-"""What can be said and asked of a scene: references, long and semantic prompts, questions.
+"""Texts about scenes beyond captions: prompts with pictures, long and semantic prompts, questions.
 
-Each is text, and what a scene must be to satisfy it, so that a picture can be judged by what the
-detector reads; a Question has one answer for a scene. Instructions stand in `mini.edits`.
+Every prompt comes with its meaning, so that the detected scene of a picture decides whether the
+picture is right. Every question has exactly one answer for a scene. `mini.edits` has instructions.
 """
 
 import random
@@ -13,7 +13,7 @@ from mini.edits import name_of
 from mini.scenes import COLORS, SEEN, Mention, Object, Prompt, Scene, as_mention, holding, phrase
 
 NUMBERS = ("zero", "one", "two", "three", "four")
-ANSWERS = {  # to each kind of question, as they are drawn: each as often as any other
+ANSWERS = {  # the answers to each kind of question; `sample_question` draws them equally often
     "total": NUMBERS[1:],
     "count": NUMBERS[:4],
     "color": tuple(COLORS),
@@ -24,7 +24,7 @@ ANSWERS = {  # to each kind of question, as they are drawn: each as often as any
     "background": tuple(scenes.BACKGROUNDS),
 }
 QUESTIONS = tuple(ANSWERS)
-LONG = (  # sentences of long prompts, and what stands between them
+LONG = (  # long prompts: template of a sentence, separator
     ("a {o.color} {o.shape} is at the {place}", ", "),
     ("at the {place} there is a {o.color} {o.shape}", ". "),
     ("the {o.shape} at the {place} is {o.color}", ", "),
@@ -33,19 +33,19 @@ LONG = (  # sentences of long prompts, and what stands between them
 
 @dataclass(frozen=True)
 class Reference:
-    """A scene told in words and in pictures of its objects."""
+    """A scene described by words and by pictures of its objects."""
 
     scene: Scene
-    segments: tuple[tuple[str, Object | None], ...]  # words, and the object pictured after them
+    segments: tuple[tuple[str, Object | None], ...]  # words, then the picture of an object
     objects: tuple[Object, ...]  # in order of mention
-    prompt: Prompt  # what is claimed in all, an <image> for each picture
+    prompt: Prompt  # the whole text, with <image> for each picture, and its meaning
 
 
 @dataclass(frozen=True)
 class Claim:
-    """So many objects fit a mention; or the one that does stands so to the one that fits another."""
+    """A claim that `what.count` objects fit `what`, or that `what` has a relation to `other`."""
 
-    what: Mention  # its count is the claim
+    what: Mention
     relation: str | None = None
     other: Mention | None = None
 
@@ -59,11 +59,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Semantic:
-    """A prompt that counts, relates and denies; what it does not deny or mention must not be there."""
+    """A prompt that counts, relates or excludes objects. A right picture has no further objects."""
 
     text: str
     claims: tuple[Claim, ...]
-    told: tuple[Mention, ...]  # each noun of the text
+    told: tuple[Mention, ...]  # the nouns of the text, in order
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Question:
 
 
 def satisfies(semantic, scene):
-    """Does a detected scene (or None) satisfy all claims?"""
+    """Does a detected scene (or None) satisfy all claims of a Semantic?"""
     return scene is not None and all(claim.holds(scene) for claim in semantic.claims)
 
 
@@ -84,45 +84,46 @@ def satisfies(semantic, scene):
 
 
 def sample_reference(rng, pairs=SEEN, exam=False):
-    """A random Reference: one to three objects, at least one of them shown and its color not said."""
-    while scenes.is_exam((made := _any_reference(rng, pairs, exam)).prompt) != exam:
+    """Draw a Reference of one to three objects, at least one of them as a picture."""
+    while scenes.is_exam((reference := _any_reference(rng, pairs, exam)).prompt) != exam:
         pass
-    return made
+    return reference
 
 
 def _any_reference(rng, pairs, exam):
     task = rng.choice(("single", "two", "position", "scene"))
     while len((scene := scenes.sample_scene(task, rng, pairs, exam)).objects) > 3:
         pass
-    said = scenes.caption(scene, task, rng)
-    objects, segments, rest = [], [], said.text
-    shown = rng.sample(range(len(said.mentions)), rng.randint(1, len(said.mentions)))
-    for i, m in enumerate(said.mentions):
-        (obj,) = filter(m.fits, scene.objects)
+    caption = scenes.caption(scene, task, rng)
+    objects, segments, rest = [], [], caption.text
+    n = len(caption.mentions)
+    pictured = rng.sample(range(n), rng.randint(1, n))
+    for i, mention in enumerate(caption.mentions):
+        (obj,) = filter(mention.fits, scene.objects)
+        objects.append(obj)
         article = "" if task == "scene" else "a "
-        words = f"{m.color} {m.shape}" if task == "scene" else phrase(m)
+        words = f"{mention.color} {mention.shape}" if task == "scene" else phrase(mention)
         before, _, rest = rest.partition(words)
         name = article + obj.shape
-        if said.text != words:  # else no word would be left
+        if caption.text != words:  # the prompt has other words, so the name may be left out
             name = rng.choice(("", name))
-        told = (name, obj) if i in shown else (article + " ".join(obj.pair), None)
-        segments += [(before, None), told]
-        objects.append(obj)
+        noun = (name, obj) if i in pictured else (article + " ".join(obj.pair), None)
+        segments += [(before, None), noun]
     segments = tuple(s for s in (*segments, (rest, None)) if s != ("", None))
-    text = "".join(words + "<image>" * (shown is not None) for words, shown in segments)
+    text = "".join(words + "<image>" if obj else words for words, obj in segments)
     mentions = tuple(as_mention(o, place=task == "scene") for o in objects)
-    prompt = Prompt(text, mentions, said.relation, said.background)
+    prompt = Prompt(text, mentions, caption.relation, caption.background)
     return Reference(scene, segments, tuple(objects), prompt)
 
 
 def reference_record(reference):
-    """A Reference as a training example of task objects."""
+    """A Reference as a dataset example of task objects."""
     segments = [(text, [scenes.box(obj)] if obj else []) for text, obj in reference.segments]
     return {"task": "objects", "segments": segments, "target": scenes.render(reference.scene)}
 
 
 def sample_long(rng, pairs=SEEN, exam=False):
-    """A Scene of four objects, and a Prompt of sentences that tell all of it."""
+    """Draw a Scene of four objects and a Prompt of sentences that describe all of it."""
     while True:
         scene = scenes.sample_scene("scene", rng, pairs, exam)
         if len(scene.objects) < 4:
@@ -138,7 +139,7 @@ def sample_long(rng, pairs=SEEN, exam=False):
 
 
 def sample_semantic(rng, pairs=SEEN, exam=False):
-    """A Scene, and a Semantic prompt that is true of it."""
+    """Draw a Scene and a Semantic that is true of it."""
     while True:
         scene = scenes.sample_scene("scene", rng, pairs, exam)
         prompt = rng.choice((counted, denied, shared, related))(scene, rng)
@@ -147,31 +148,30 @@ def sample_semantic(rng, pairs=SEEN, exam=False):
 
 
 def is_plain(prompt):
-    """Could its words be a caption of `scenes.caption`, which may be a reserved one?"""
+    """Could `scenes.caption` write the same text, as a caption that may be reserved?"""
     single = all(mention.count == 1 for mention in prompt.told)
     only_counts = len(prompt.claims) == 1 + len(prompt.told)
     return only_counts and "objects" not in prompt.text and len(prompt.told) <= 1 + single
 
 
-def semantic(scene, text, told, *claims):
-    """The Semantic of a scene whose words tell all of it, and make further claims."""
+def semantic(scene, text, mentions, *claims):
+    """The Semantic that claims the total of objects, every mention and further claims."""
     total = Claim(Mention(None, count=len(scene.objects)))
-    return Semantic(text, (total, *map(Claim, told), *claims), told)
+    return Semantic(text, (total, *map(Claim, mentions), *claims), mentions)
 
 
 def counted(scene, rng):
     """'two circles, a star and a ring'"""
     counts = Counter(o.shape for o in rng.sample(scene.objects, len(scene.objects)))
-    told = tuple(Mention(shape, None, n) for shape, n in counts.items())
-    *first, last = map(phrase, told)
-    text = " and ".join(filter(None, (", ".join(first), last)))
-    return semantic(scene, text, told)
+    mentions = tuple(Mention(shape, None, n) for shape, n in counts.items())
+    *first, last = map(phrase, mentions)
+    text = f"{', '.join(first)} and {last}" if first else last
+    return semantic(scene, text, mentions)
 
 
 def denied(scene, rng):
     """'two circles and a star, nothing red' or 'a star that is not red'"""
-    absent = [c for c in COLORS if c not in {o.color for o in scene.objects}]
-    color = rng.choice(absent)
+    color = rng.choice([c for c in COLORS if c not in {o.color for o in scene.objects}])
     base = counted(scene, rng)
     ending = f", nothing {color}"
     if len(scene.objects) == 1:
@@ -180,7 +180,7 @@ def denied(scene, rng):
 
 
 def shared(scene, rng):
-    """'four objects, two of them circles' or 'three objects, none of them red'"""
+    """'four objects, two of them circles' or 'three objects, none of them red'; or None."""
     n = len(scene.objects)
     if n < 2:
         return None
@@ -197,23 +197,24 @@ def shared(scene, rng):
 
 
 def related(scene, rng):
-    """'a red circle left of a blue star and above a green ring'"""
+    """'a red circle left of a blue star and above a green ring'; None without three shapes."""
     objects = rng.sample(scene.objects, len(scene.objects))
     if len(objects) != 3 or len({o.shape for o in objects}) < 3:
         return None
-    told = tuple(as_mention(o, color=rng.random() < 0.7) for o in objects)
+    mentions = tuple(as_mention(o, color=rng.random() < 0.7) for o in objects)
     relations = [rng.choice(holding(objects[0], other)) for other in objects[1:]]
-    ways = [rng.choice(scenes.RELATIONS[relation]) for relation in relations]
-    text = f"{phrase(told[0])} {ways[0]} {phrase(told[1])} and {ways[1]} {phrase(told[2])}"
-    claims = [Claim(told[0], relation, other) for relation, other in zip(relations, told[1:])]
-    return semantic(scene, text, told, *claims)
+    words = [rng.choice(scenes.RELATIONS[relation]) for relation in relations]
+    first, second, third = map(phrase, mentions)
+    text = f"{first} {words[0]} {second} and {words[1]} {third}"
+    claims = [Claim(mentions[0], *pair) for pair in zip(relations, mentions[1:])]
+    return semantic(scene, text, mentions, *claims)
 
 
 # ---- questions ----------------------------------------------------------------------------------
 
 
 def answer(question, scene):
-    """The one answer of a scene to a Question."""
+    """The answer to a Question about a scene."""
     kind, what = question.kind, question.what
     if kind == "background":
         return scene.background
@@ -226,22 +227,24 @@ def answer(question, scene):
         return "yes" if fitting else "no"
     if kind == "at":
         return f"a {' '.join(fitting[0].pair)}" if fitting else "nothing"
-    (obj,) = fitting  # there is one, or it would not be asked
+    (obj,) = fitting  # `sample_question` asks for a color or place only if one object fits
     return obj.color if kind == "color" else scenes.PLACES[obj.place]
 
 
 def sample_question(kind, rng, pairs=SEEN, exam=False):
-    """A random Scene and a Question to it, of answers as even as the kind allows."""
+    """Draw a Scene and a Question about it, with an answer drawn evenly from ANSWERS[kind]."""
     wanted = rng.choice(ANSWERS[kind])
     while True:
         scene = scenes.sample_scene(rng.choice(("scene", "counting", "two")), rng, pairs, exam)
-        for question in filter(None, (_any_question(kind, scene, rng) for _ in range(20))):
-            if wanted in (found := answer(question, scene), "something" * (found != "nothing")):
-                return scene, question
+        for _ in range(20):
+            if question := _any_question(kind, scene, rng):
+                found = answer(question, scene)
+                if found == wanted or (wanted == "something" and found != "nothing"):
+                    return scene, question
 
 
 def _any_question(kind, scene, rng):
-    """A Question about a random object, color, shape or place; None where they make no sense."""
+    """A Question about random objects or words, or None if its answer would not be clear."""
     place, obj = rng.randrange(9), rng.choice(scene.objects)
     shape, color = rng.choice(scenes.SHAPES), rng.choice(list(COLORS))
     if kind == "background":
@@ -251,8 +254,8 @@ def _any_question(kind, scene, rng):
     if kind == "at":
         return Question(kind, f"what is at the {scenes.PLACES[place]}?", Mention(None, place=place))
     if kind in ("count", "exists"):
-        near = rng.choice(((obj.color, shape), (color, obj.shape), obj.pair))
-        what = rng.choice((Mention(near[1]), Mention(near[1], near[0]), Mention(None, near[0])))
+        color, shape = rng.choice(((obj.color, shape), (color, obj.shape), obj.pair))
+        what = rng.choice((Mention(shape), Mention(shape, color), Mention(None, color)))
         noun = what.shape or "object"
         if kind == "exists":
             return Question(kind, f"is there {phrase(Mention(noun, what.color))}?", what)
@@ -277,7 +280,7 @@ def _any_question(kind, scene, rng):
 
 
 def majority(kind, n=2000):
-    """The share of the most frequent answer among n questions of a kind: what blind guessing gets."""
+    """The score of always giving the most frequent answer, over n questions of a kind."""
     rng = random.Random(f"majority {kind}")
     answers = Counter(answer(q, s) for s, q in (sample_question(kind, rng) for _ in range(n)))
     return answers.most_common(1)[0][1] / n

@@ -1,13 +1,12 @@
-"""Scenes: 48x48 pictures of one to four coloured shapes on a grid of 3x3 cells, and their captions.
+"""Scenes of one to four coloured shapes: their pictures, their captions and an exact detector.
 
-Every caption is true of its picture by construction, and `detect` reads a picture back into the
-scene that drew it, or refuses. A cell is 16 pixels wide, one token of the MM-DiT (8 of the VAE times
-a patch of 2) and of the LMM: an object is a token, and no token holds two. Captions cover the six
-tasks of GenEval (arXiv 2310.11513); what else can be said or asked stands in `mini.programs`.
+A picture has 48x48 pixels and a grid of 3x3 cells. A cell of 16 pixels is one token of the MM-DiT
+and of the LMM, so an object fills one token. Captions cover the six tasks of GenEval (arXiv
+2310.11513). `detect` recovers the scene from a picture, so that scores need no judgement.
 
-Who has seen what: an eighth of all scenes and prompts (`is_exam`) is kept from every training. The
-text encoders, the base and the VAE meet all pairs of colour and shape; the four in HELD_OUT are kept
-from Dream Engine's and UniAlignment's own training, so that drawing them is no memory of it.
+One eighth of all scenes and prompts is reserved for the test set (`is_exam`). Dream Engine and
+UniAlignment are trained on the pairs of colour and shape in SEEN; those in HELD_OUT are held out.
+The VAE, the text encoders and the base MM-DiT are trained on all pairs.
 """
 
 import itertools
@@ -30,7 +29,7 @@ COLORS = {
 }
 ANGLES, RADII = np.pi * (np.arange(10) / 5 - 0.5), 56 * np.where(np.arange(10) % 2, 0.45, 1.08)
 STAR = 63.5 + RADII[:, None] * np.stack([np.cos(ANGLES), np.sin(ANGLES)], 1)
-OUTLINES = {  # what is drawn on a cell of 128 x 128, eight times its size: method, points, opacity
+OUTLINES = {  # drawing steps on a cell enlarged to 128 x 128: method of ImageDraw, points, opacity
     "circle": [("ellipse", (8, 8, 119, 119), 255)],
     "square": [("rectangle", (8, 8, 119, 119), 255)],
     "triangle": [("polygon", (63.5, 8, 119, 111, 8, 111), 255)],
@@ -52,8 +51,8 @@ RELATIONS = {
 PAIRS = tuple(itertools.product(COLORS, SHAPES))
 HELD_OUT = (("green", "star"), ("purple", "square"), ("blue", "ring"), ("yellow", "cross"))
 SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
-LABELS = dict(zip(SHAPES, ("red", "yellow", "green", "purple", "blue", "cyan")))  # of `segment`
-TOLERANCE = 0.10  # of `detect`: rms error in [0, 1] over the area of a shape
+LABELS = dict(zip(SHAPES, ("red", "yellow", "green", "purple", "blue", "cyan")))  # for `segment`
+TOLERANCE = 0.10  # for `detect`: largest rms error, of values in [0, 1], over the area of a shape
 
 
 @dataclass(frozen=True)
@@ -75,22 +74,22 @@ class Scene:
 
 @dataclass(frozen=True)
 class Reading:
-    """What can be read of a picture, clear or not."""
+    """The detector's result for every cell of a picture."""
 
     background: str
-    objects: tuple[Object, ...]  # the clear ones, in order of place
-    unclear: tuple[int, ...]  # places that hold neither one drawing nor bare background
+    objects: tuple[Object, ...]  # recognised objects, in order of place
+    unclear: tuple[int, ...]  # places that match neither an object nor the background
 
     @property
     def scene(self):
-        """All of it as a Scene, or None where any part is not clear, or nothing is there."""
-        whole = self.objects and not self.unclear
-        return Scene(self.background, self.objects) if whole else None
+        """The Scene, or None if a cell is unclear or the picture has no object."""
+        complete = self.objects and not self.unclear
+        return Scene(self.background, self.objects) if complete else None
 
 
 @dataclass(frozen=True)
 class Mention:
-    """What a caption says of one noun; None is 'not said'."""
+    """What a caption says about one noun; None if the caption does not say it."""
 
     shape: str | None
     color: str | None = None
@@ -104,20 +103,20 @@ class Mention:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption together with what it claims, so that `matches` can judge a picture."""
+    """A caption and its meaning, which `matches` compares with a scene."""
 
     text: str
     mentions: tuple[Mention, ...]
-    relation: str | None = None  # of the first mention to the second
+    relation: str | None = None  # the first mention is this (left, above, ...) of the second
     background: str | None = None
 
 
-# ---- drawing and reading ------------------------------------------------------------------------
+# ---- drawing and detecting ----------------------------------------------------------------------
 
 
 @cache
 def opacity(shape):
-    """(16, 16) coverage in [0, 1] of a shape in its cell, antialiased by drawing it 8 times larger."""
+    """Opacity (16, 16) in [0, 1] of a shape in its cell, antialiased by drawing it 8x larger."""
     mask = Image.new("L", (8 * CELL, 8 * CELL))
     for method, points, fill in OUTLINES[shape]:
         getattr(ImageDraw.Draw(mask), method)(points, fill=fill)
@@ -130,10 +129,10 @@ def cell(place):
     return slice(row * CELL, (row + 1) * CELL), slice(col * CELL, (col + 1) * CELL)
 
 
-def paint(paper, shapes):
-    """(48, 48, 3) pixels in [0, 255] of [(place, shape, RGB)] on a paper: RGB, or so many pixels."""
+def paint(background, shapes):
+    """Pixels (48, 48, 3) in [0, 255] of [(place, shape, RGB)] on a background (RGB or pixels)."""
     pixels = np.empty((SIZE, SIZE, 3), dtype=np.float32)
-    pixels[:] = paper
+    pixels[:] = background
     for place, shape, rgb in shapes:
         alpha = opacity(shape)[..., None]
         pixels[cell(place)] += alpha * (np.array(rgb, dtype=np.float32) - pixels[cell(place)])
@@ -151,25 +150,25 @@ def render(scene):
 
 
 def portrait(obj, background="white"):
-    """The 16x16 picture of an object alone, as it stands in any scene."""
+    """Draw one object alone: its cell, a 16x16 picture."""
     rows, cols = cell(obj.place)
     whole = render(Scene(background, (obj,)))
     return whole.crop((cols.start, rows.start, cols.stop, rows.stop))
 
 
 def box(obj):
-    """Where an object is drawn: its cell's left, top, right and bottom in thousandths of the side."""
+    """The box of an object's cell: left, top, right, bottom in thousandths of the image."""
     rows, cols = cell(obj.place)
     return [1000 * x / SIZE for x in (cols.start, rows.start, cols.stop, rows.stop)]
 
 
 def segment(scene):
-    """The segmentation of a scene: every shape in its one colour of LABELS, on black."""
+    """The segmentation of a scene, as a Scene: every shape in its colour of LABELS, on black."""
     return Scene("black", tuple(Object(LABELS[o.shape], o.shape, o.place) for o in scene.objects))
 
 
 def edges(scene):
-    """A picture of the outlines of a scene: white on black."""
+    """Draw the outlines of a scene, white on black."""
     area = paint((0, 0, 0), [(o.place, o.shape, (255, 255, 255)) for o in scene.objects])
     inner = np.pad(area, ((1, 1), (1, 1), (0, 0)))
     sides = inner[:-2, 1:-1], inner[2:, 1:-1], inner[1:-1, :-2], inner[1:-1, 2:]
@@ -178,36 +177,37 @@ def edges(scene):
 
 @cache
 def _templates(background):
-    """All that a cell can hold: pictures (37, 768) in [0, 1], areas (37,), pairs or None."""
-    paper = np.array(BACKGROUNDS[background], dtype=np.float32)
-    pictures, areas = [np.broadcast_to(paper, (CELL, CELL, 3))], [CELL * CELL / 4]
+    """Every content of a cell: pictures (37, 768) in [0, 1], areas (37,), pairs (None: empty)."""
+    rgb = np.array(BACKGROUNDS[background], dtype=np.float32)
+    pictures, areas = [np.broadcast_to(rgb, (CELL, CELL, 3))], [CELL * CELL / 4]
     for color, shape in PAIRS:
-        pictures.append(paint(paper, [(0, shape, COLORS[color])])[cell(0)])
+        pictures.append(paint(rgb, [(0, shape, COLORS[color])])[cell(0)])
         areas.append(opacity(shape).sum())
     pictures = np.stack(pictures).astype(np.float64).reshape(len(areas), -1) / 255
     return pictures, np.array(areas), (None, *PAIRS)
 
 
 def read(image):
-    """Read a picture cell by cell: the Reading on the background that leaves the least error."""
+    """Match each cell of a 48x48 picture with its nearest template: the Reading of least error."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
     cells = pixels.reshape(3, CELL, 3, CELL, 3).swapaxes(1, 2).reshape(9, -1)
     readings = []
     for background in BACKGROUNDS:
         pictures, areas, pairs = _templates(background)
-        squares = (cells**2).sum(1)[:, None] - 2 * cells @ pictures.T + (pictures**2).sum(1)
-        best = squares.argmin(axis=1)
-        least = squares[np.arange(9), best].clip(0) / 3
+        # |cell - template|^2 for all cells and templates: (9, 37)
+        errors = (cells**2).sum(1)[:, None] - 2 * cells @ pictures.T + (pictures**2).sum(1)
+        best = errors.argmin(axis=1)
+        least = errors[np.arange(9), best].clip(0) / 3
         clear = np.sqrt(least / areas[best]) <= TOLERANCE
-        found = [(pairs[i], place) for place, i in enumerate(best) if clear[place] and i]
-        objects = tuple(Object(*pair, place) for pair, place in found)
+        recognised = [place for place in range(9) if clear[place] and best[place]]
+        objects = tuple(Object(*pairs[best[place]], place) for place in recognised)
         unclear = tuple(place for place in range(9) if not clear[place])
         readings.append((least.sum(), Reading(background, objects, unclear)))
     return min(readings, key=lambda pair: pair[0])[1]
 
 
 def detect(image):
-    """Read a picture back into its Scene, or None where a cell lies beyond TOLERANCE of any drawing."""
+    """Recover the Scene of a picture; None: not 48x48 pixels, an unclear cell, or no object."""
     return read(image).scene if image.size == (SIZE, SIZE) else None
 
 
@@ -215,14 +215,18 @@ def detect(image):
 
 
 def is_exam(thing):
-    """Is a Scene or Prompt one of the eighth that training never draws, and evaluation alone does?"""
+    """Is a Scene, Prompt or Semantic in the eighth that is reserved for the test set?
+
+    Its repr is hashed: another name of a class or field here would change the test set.
+    """
     return zlib.crc32(repr(thing).encode()) % 8 == 0
 
 
 def sample_scene(task, rng, pairs=SEEN, exam=False):
-    """A random scene that a caption of `task` (one of TASKS, or "scene": one to four) can describe.
+    """Draw a random scene for a task: one of TASKS, or "scene" for one to four objects.
 
-    Every object is one of pairs: SEEN, HELD_OUT, or the PAIRS of both.
+    pairs: the allowed pairs of color and shape (SEEN, HELD_OUT or PAIRS).
+    exam: draw from the scenes that are reserved for the test set; default: from all others.
     """
     while is_exam(scene := _any_scene(task, rng, pairs)) != exam:
         pass
@@ -238,7 +242,7 @@ def _any_scene(task, rng, pairs):
         chosen = rng.choices(pairs, k=count) if rng.random() < 0.5 else [rng.choice(pairs)] * count
     else:
         chosen = rng.choices(pairs, k=count)
-        if count == 2 and task != "scene":  # both differ, so that "which is which" has one answer
+        if count == 2 and task != "scene":  # two colors, two shapes: each noun means one object
             while chosen[0][0] == chosen[1][0] or chosen[0][1] == chosen[1][1]:
                 chosen = rng.choices(pairs, k=count)
     places = sorted(rng.sample(range(9), count))
@@ -247,7 +251,7 @@ def _any_scene(task, rng, pairs):
 
 
 def as_mention(obj, count=1, color=True, place=False):
-    """An object as a noun that says its shape and, if so wished, its color and place."""
+    """A Mention of an object: its shape, optionally its color and place."""
     return Mention(obj.shape, obj.color if color else None, count, obj.place if place else None)
 
 
@@ -256,27 +260,27 @@ def plural(shape):
 
 
 def phrase(mention):
-    """'a red circle', 'two circles', ..."""
+    """A mention in words: 'a red circle', 'two circles', ..."""
     number = ("a", "two", "three", "four")[mention.count - 1]
     noun = plural(mention.shape) if mention.count > 1 else mention.shape
     return " ".join(filter(None, (number, mention.color, noun)))
 
 
 def describe(scene):
-    """The one full caption of a scene: every object in order of place, then the background."""
+    """The full caption of a scene: every object in order of place, then the background."""
     parts = [f"{PLACES[o.place]} {o.color} {o.shape}" for o in scene.objects]
     return ", ".join([*parts, f"{scene.background} background"])
 
 
 def holding(first, second):
-    """Which of RELATIONS hold of one object to another."""
+    """List the RELATIONS that hold between two objects: the first is left of the second, ..."""
     (row1, col1), (row2, col2) = divmod(first.place, 3), divmod(second.place, 3)
     true = (col1 < col2, col1 > col2, row1 < row2, row1 > row2)
     return list(itertools.compress(RELATIONS, true))
 
 
 def caption(scene, task, rng):
-    """A true Prompt for a scene from `sample_scene(task)`, in varied wording and detail."""
+    """A Prompt that is true of a scene from `sample_scene(task)`. Wording and detail are random."""
     objects = list(scene.objects)
     rng.shuffle(objects)
     if task == "scene":
@@ -300,7 +304,7 @@ def caption(scene, task, rng):
 
 
 def sample_caption(task, rng, pairs=SEEN, exam=False):
-    """A random Scene of one of TASKS (or "scene") and a Prompt for it."""
+    """Draw a Scene and a Prompt, both reserved or neither; arguments as of `sample_scene`."""
     while True:
         scene = sample_scene(task, rng, pairs, exam)
         prompt = caption(scene, task, rng)
@@ -309,21 +313,20 @@ def sample_caption(task, rng, pairs=SEEN, exam=False):
 
 
 def matches(prompt, scene):
-    """Is a detected scene (or None) exactly what the prompt asks for: no object more, none less?"""
+    """Does a detected scene (or None) show exactly the objects of the prompt, and no others?"""
     if scene is None or prompt.background not in (None, scene.background):
         return False
-    wanted = [m for m in prompt.mentions for _ in range(m.count)]
-    if len(wanted) != len(scene.objects):
+    mentions = [m for m in prompt.mentions for _ in range(m.count)]
+    if len(mentions) != len(scene.objects):
         return False
-
-    def right(order):
-        related = prompt.relation is None or prompt.relation in holding(*order[:2])
-        return related and all(mention.fits(obj) for mention, obj in zip(wanted, order))
-
-    return any(map(right, itertools.permutations(scene.objects)))
+    for objects in itertools.permutations(scene.objects):
+        related = prompt.relation is None or prompt.relation in holding(*objects[:2])
+        if related and all(mention.fits(obj) for mention, obj in zip(mentions, objects)):
+            return True
+    return False
 
 
 def benchmark(n, seed=0, pairs=SEEN):
-    """{task: [(Scene, Prompt), ...]}, n of each task, of those that no training draws."""
+    """Test cases {task: [(Scene, Prompt), ...]}: n for each of TASKS, reserved for the test set."""
     rng = random.Random(f"benchmark {seed}")
     return {t: [sample_caption(t, rng, pairs, exam=True) for _ in range(n)] for t in TASKS}

@@ -1,6 +1,7 @@
-"""What UniAlignment makes of pictures: reading, perceiving, and what it says of its own drawings.
+"""Measure UniAlignment's reading, perception and cost.
 
-Measures of `mini.evaluate`: functions of its options that return tables, {row: [number, ...]}.
+Each measure takes the options of `mini.evaluate` and returns a table, {row: [number, ...]}. Reading is
+captions and answers, scored word for word; perception is edges, scored pixel by pixel.
 """
 
 import random
@@ -14,12 +15,10 @@ import numpy as np
 
 from dream_engine import LMM, SD3, DreamEngine
 from mini import cases, programs, world
-from mini.cases import STREAM
+from mini.cases import PAIR_SETS, STREAM, random_scenes
 from mini.encoders import CAPTION, continued
-from mini.world import HELD_OUT, SEEN
 from unialignment import UniAlignment
 
-GROUPS = {"": SEEN, ", held-out pairs": HELD_OUT}
 OBJECTS = {f"{place} {' '.join(pair)}" for place in world.PLACES for pair in world.PAIRS}
 
 
@@ -27,34 +26,24 @@ def load(args):
     return UniAlignment.load(args.unialignment, device=args.device)
 
 
-class Artist:
-    """UniAlignment drawing as `DreamEngine.generate` does; it knows no tasks."""
-
-    def __init__(self, engine):
-        self.engine, self.vae = engine, engine.vae
-
-    def generate(self, prompts, *, task=None, **settings):
-        return self.engine.generate(prompts, **settings)
+def without_task(generate):
+    """Wrap `UniAlignment.generate`, which has no tasks, to be called as `DreamEngine.generate` is."""
+    return lambda prompts, *, task=None, **settings: generate(prompts, **settings)
 
 
-def random_scenes(what, n, pairs=SEEN):
-    rng = random.Random(f"{what} {STREAM}")
-    return [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(n)]
-
-
-def objects_of(text):
-    """The objects, a set, that a caption in the words of `world.describe` names."""
-    return OBJECTS & set(text.split(", "))
+def objects_of(caption):
+    """The set of objects that a caption in the words of `world.describe` names."""
+    return OBJECTS & set(caption.split(", "))
 
 
 def f1(found, true):
-    """2 hits / (found + true) of lists of sets, all of them together."""
+    """The F1 score, 2 hits / (found + true), summed over two lists of sets."""
     found = list(found)
     return 2 * sum(len(a & b) for a, b in zip(found, true)) / sum(map(len, (*found, *true)))
 
 
 def lmm_captions(lmm, images):
-    """What the LMM says of pictures, its likeliest words."""
+    """Caption pictures with the LMM, greedily."""
     words = lmm.language_model.embed_tokens.weight
     prompts = [[CAPTION, image] for image in images]
     texts = continued(lmm, lambda states: states @ words.T, prompts, 26)
@@ -62,83 +51,80 @@ def lmm_captions(lmm, images):
 
 
 def reading(args):
-    """{pairs: [share of captions that are right word for word, F1 of the objects named]}."""
+    """{captions: [share that is right word for word, F1 of the objects named]}."""
     engine, result = load(args), {}
-    for name, pairs in GROUPS.items():
-        scenes = random_scenes(f"captions{name}", args.num, pairs)
+    for suffix, pairs in PAIR_SETS.items():
+        scenes = random_scenes(f"captions{suffix}", args.num, pairs)
         true = list(map(world.describe, scenes))
         texts = engine.answer(list(map(world.render, scenes)))
         found, named = (list(map(objects_of, captions)) for captions in (texts, true))
-        result[f"captions{name}"] = [fmean(map(eq, texts, true)), f1(found, named)]
+        result[f"captions{suffix}"] = [fmean(map(eq, texts, true)), f1(found, named)]
     return result
 
 
 def questions(args):
-    """{kind: [share of answers that are right, of the most frequent answer]}."""
+    """{kind of question: [accuracy, accuracy of the most frequent answer]}."""
     engine, result = load(args), {}
     for kind in programs.QUESTIONS:
         rng = random.Random(f"questions {kind} {STREAM}")
-        asked = [programs.sample_question(kind, rng, exam=True) for _ in range(args.num // 3)]
-        texts = engine.answer([world.render(s) for s, _ in asked], [q.text for _, q in asked])
-        right = fmean(text == programs.answer(q, s) for text, (s, q) in zip(texts, asked))
+        sampled = [programs.sample_question(kind, rng, exam=True) for _ in range(args.num // 3)]
+        texts = engine.answer([world.render(s) for s, _ in sampled], [q.text for _, q in sampled])
+        right = fmean(text == programs.answer(q, s) for text, (s, q) in zip(texts, sampled))
         result[kind] = [right, programs.majority(kind)]
     return result | {"mean": np.mean(list(result.values()), axis=0).tolist()}
 
 
 def edges(args):
-    """{pictures: [F1 of the bright pixels]}: drawn edges, the VAE's copies of true ones, the sources."""
+    """{pictures: [F1 of bright pixels]} of drawn edges, reconstructed true ones and the sources."""
     engine, scenes = load(args), random_scenes("edges", args.num)
     sources, true = ([make(scene) for scene in scenes] for make in (world.render, world.edges))
     drawn = engine.generate([world.EDGES] * len(scenes), [[image] for image in sources])
-    shown = {"drawn": drawn, "VAE copies of true ones": cases.copies_of(engine.vae, true)}
+    shown = {"drawn": drawn, "VAE copies of true ones": cases.reconstruct(engine.vae, true)}
     shown["unedited"] = sources
-    lines = [lit(image) for image in true]
-    return {name: [f1(map(lit, images), lines)] for name, images in shown.items()}
+    expected = list(map(bright, true))
+    return {name: [f1(map(bright, images), expected)] for name, images in shown.items()}
 
 
-def lit(image):
-    """The pixels that are bright, a set."""
+def bright(image):
+    """The set of bright pixels."""
     return set(np.flatnonzero(np.asarray(image.convert("L")) > 127).tolist())
 
 
-def fits(engine, images):
-    """Is what it reads in each picture just what the detector reads?"""
-    reads = map(world.detect, images)
+def captions_are_right(engine, images):
+    """For each picture: is UniAlignment's caption exactly what the detector finds?"""
+    scenes = [world.detect(image) for image in images]
     texts = engine.answer(images)
-    return [
-        scene is not None and text == world.describe(scene) for scene, text in zip(reads, texts)
-    ]
+    return [bool(scene) and text == world.describe(scene) for scene, text in zip(scenes, texts)]
 
 
 def own(args):
-    """{picture fits prompt?: [own caption fits picture, does not]}, shares of all drawings."""
+    """{own drawing: [share captioned right, share captioned wrong]}, shares of all drawings."""
     engine = load(args)
-    asked = cases.ask("t2i", args.num, STREAM)
-    images = cases.draw(Artist(engine).generate, asked)
-    right = cases.judge(asked, images)["exact"]
-    counts = Counter(zip(right, fits(engine, images)))
-    rows = {"picture fits prompt": "1", "does not": "0"}
+    sampled = cases.sample("t2i", args.num, STREAM)
+    images = cases.draw(without_task(engine.generate), sampled)
+    counts = Counter(zip(cases.judge(sampled, images), captions_are_right(engine, images)))
     return {
-        k: [counts[flag, fit] / len(asked) for fit in (True, False)] for k, flag in rows.items()
+        row: [counts[verdict, right] / len(sampled) for right in (True, False)]
+        for row, verdict in (("picture fits prompt", "1"), ("does not", "0"))
     }
 
 
 def cost(args, n=16):
     """{system: [million parameters, seconds a picture, seconds a caption]}, n at a time."""
     image, prompt = world.render(random_scenes("cost", 1)[0]), "a red circle left of a blue star"
-    one, other = load(args), DreamEngine.load(SD3, LMM, args.checkpoint, args.device)
+    uni, dream = load(args), DreamEngine.load(SD3, LMM, args.checkpoint, args.device)
 
-    def system(engine, read):
+    def measure(engine, caption):
         parameters = sum(p.numel() for p in engine.parameters())
-        draw = seconds(engine.generate, [[prompt]] * n)
-        return [parameters / 1e6, draw / n, seconds(read, [image] * n) / n]
+        drawing = seconds(engine.generate, [[prompt]] * n)
+        return [parameters / 1e6, drawing / n, seconds(caption, [image] * n) / n]
 
-    lmm = partial(lmm_captions, other.lmm)
-    return {"UniAlignment": system(one, one.answer), "Dream Engine": system(other, lmm)}
+    lmm = partial(lmm_captions, dream.lmm)
+    return {"UniAlignment": measure(uni, uni.answer), "Dream Engine": measure(dream, lmm)}
 
 
 def seconds(work, argument):
-    """Of the second time, the first being a warm-up."""
+    """Time the second of two calls; the first one warms up."""
     work(argument)
     start = time.perf_counter()
     work(argument)

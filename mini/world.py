@@ -1,4 +1,7 @@
-"""The miniature world: all that `mini.scenes` offers, and endless examples of it to train on."""
+"""The miniature world: every name of `mini.scenes`, and an endless dataset of rendered scenes.
+
+Training uses `Examples` if no manifest is given, so that it needs no files.
+"""
 
 import numpy as np
 
@@ -12,13 +15,13 @@ SEGMENT, EDGES = "Segment the image.", "Draw the edges."
 
 
 class Examples:
-    """Endless training examples, with the interface of `data.Manifest`: one row, another each time."""
+    """An endless dataset with the interface of `data.Manifest`; its one row is always random."""
 
     name = identity = "rendered scenes"
     bad_lines, total = {}, 0
 
     def __init__(self, perception=False):
-        """perception: are a third of the edits segmentations and edges?"""
+        """perception: one third of the edits have a segmentation or edges as target."""
         self.perception = perception
 
     def rows(self, task):
@@ -48,7 +51,7 @@ class Examples:
 
 
 def perceived(rng):
-    """An edit that makes of a scene its segmentation or, one in four, its edges."""
+    """An edit example whose target is the edges (one in four) or segmentation of a scene."""
     scene = scenes.sample_scene(rng.choice((*scenes.TASKS, "scene")), rng)
     labels, record = scenes.segment(scene), {"task": "edit", "source": render(scene)}
     if rng.random() < 0.25:

@@ -1,8 +1,8 @@
-"""How every program ends when its user made a mistake: one line and exit code 2, no traceback.
+"""How a program ends after its user's mistake: with one line and exit code 2, without a traceback.
 
-A `UserError` is the user's, and so is whatever goes wrong inside `reading(file)`. An OSError (a missing
-file, a full disk) says itself what is wrong. Any other exception is a bug and keeps its traceback;
-DREAM_ENGINE_TRACEBACK=1 shows the traceback of a UserError, too. Imports nothing slow.
+Such a mistake is a `UserError`, whatever fails inside `reading(file)`, or an OSError (a missing file, a
+full disk). Any other exception is a bug and shows its traceback; DREAM_ENGINE_TRACEBACK=1 shows that
+of a UserError, too. This module imports nothing slow.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """What the user gave cannot be used; the message says what is wrong and what would be right."""
+    """A mistake of the user; the message says what is wrong and what would be right."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(low, high, kind=float, exclude_low=False):
-    """A type of argparse: a number from low to high, both included unless exclude_low."""
+    """A type for argparse: a number from low to high, both included unless exclude_low."""
 
     def parse(text):
         try:
@@ -45,15 +45,15 @@ def number(low, high, kind=float, exclude_low=False):
 
 
 def whole_number(low, high=10**9):
-    """A type of argparse: a whole number from low to high."""
+    """A type for argparse: a whole number from low to high."""
     return number(low, high, int)
 
 
 @contextmanager
 def reading(file, expected=None):
-    """Around what parses a user's file or builds a module from it: any fault becomes a UserError.
+    """Run code that parses a user's file or builds a module from it; any fault becomes a UserError.
 
-    The line names the file, the cause and, if given, what was expected ("a JSON object").
+    Its message names the file, the cause and, if given, what was expected ("a JSON object").
     """
     try:
         yield
@@ -68,7 +68,7 @@ def reading(file, expected=None):
 
 @contextmanager
 def one_line_errors():
-    """End a program whose user made a mistake with one line on stderr and exit code 2."""
+    """Run a program; after a user's mistake, print one line on stderr and exit with code 2."""
     try:
         if hasattr(sys.stdout, "reconfigure"):  # names of files are not always UTF-8
             sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,7 +1,7 @@
-"""What a machine wants and no equation says: the same numbers sooner, or in less memory.
+"""Optimisations that leave results unchanged: less time, or less memory.
 
-`prepared` computes what no latent changes once for many steps; `save_memory` keeps little on the
-device; `compile_blocks` hands the blocks to torch.compile.
+`prepared` computes once what does not depend on the latent; `save_memory` leaves little on the device;
+`compile_blocks` applies torch.compile to the blocks.
 """
 
 import os
@@ -16,7 +16,7 @@ from support.cli import UserError
 
 
 def usable_device(name=None):
-    """A device by name, checked; default: the process's own GPU, or else the CPU."""
+    """A device by name, checked; None: this process's own GPU, or the CPU if there is none."""
     name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -28,85 +28,100 @@ def usable_device(name=None):
 
 
 def device_and_dtype(device=None, dtype=None):
-    """A usable device, and the dtype of models there: fp32 on a CPU, else bf16, unless one is named."""
+    """A usable device, and the dtype of the frozen models: by default fp32 on a CPU, else bf16."""
     device = usable_device(device)
     return device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
 # ---- once for many steps ------------------------------------------------------------------------
 
-CHUNK = 32  # steps whose tables lie in memory at once
+CHUNK = 32  # steps whose results lie in memory at once
 
 
-class Table(nn.Module):
-    """Stands where a layer stood, and answers with what the layer made of the present step."""
+class Precomputed(nn.Module):
+    """Replaces a layer for a while, and returns what the layer computes at the current step."""
 
     def __init__(self, layer):
         super().__init__()
-        self.layer = [layer]  # in a list: the model keeps one owner of its weights
-        self.rows, self.row = [], None  # of the steps of a chunk; of the present one
+        self.layer = [layer]  # in a list, so that its weights are not registered twice
+        self.steps, self.current = [], None  # outputs at the steps of a chunk; at one of them
 
     def forward(self, _):
-        return self.row
+        return self.current
 
 
 @contextmanager
 def prepared(transformer, times, vec=None):
-    """Within, all that depends on t and vec alone is looked up and not computed at every step.
+    """Compute once all that depends on t and vec alone, not at every step of a sampler.
 
     That is `t_embedder` and every `adaLN_modulation`, a third of an MMDiT's parameters. times: the
-    sampler's values of t, in order; vec (B, D), default: zero. Yields a function to be called with t before each
-    forward at that t. Sharded transformers (FSDP) are left alone: their layers are whole in their own
-    forward only.
+    values of t, in order; vec (B, D), default: zero. Yields a function that wraps velocity(z, t), so
+    that each call uses the results for its t; without it, those for times[0] are used. Sharded
+    transformers (FSDP) are left alone, because their layers are whole in their own forward only.
     """
     if hasattr(transformer, "reshard"):
-        yield lambda t: None
+        yield lambda velocity: velocity
         return
     if vec is None:
         vec = transformer.pos_embed.new_zeros(1, transformer.config.width)
-    embedder = Table(transformer.t_embedder)
-    sites = {
-        parent: Table(parent.adaLN_modulation)
+    embedder = Precomputed(transformer.t_embedder)
+    modulations = {
+        parent: Precomputed(parent.adaLN_modulation)
         for parent in transformer.modules()
         if hasattr(parent, "adaLN_modulation")
     }
+    layers = embedder, *modulations.values()
     place = {t: divmod(i, CHUNK) for i, t in enumerate(times)}
 
     @lru_cache(maxsize=1)
     def compute(chunk):
         t = torch.tensor(times[chunk * CHUNK : (chunk + 1) * CHUNK], device=vec.device)
         embedded = embedder.layer[0](t)
-        embedder.rows = embedded.split(1)
-        c = (embedded[:, None] + vec).flatten(0, 1)
-        for table in sites.values():
-            by_step = [[x.split(len(vec)) for x in m if x is not None] for m in table.layer[0](c)]
-            table.rows = [[Modulation(*(x[i] for x in m)) for m in by_step] for i in range(len(t))]
+        embedder.steps = embedded.split(1)
+        c = (embedded[:, None] + vec).flatten(0, 1)  # all steps as one batch
+        for layer in modulations.values():
+            by_step = [split(modulation, len(vec)) for modulation in layer.layer[0](c)]
+            layer.steps = list(zip(*by_step))
 
     def go_to(t):
         chunk, i = place[t]
         compute(chunk)
-        for table in (embedder, *sites.values()):
-            table.row = table.rows[i]
+        for layer in layers:
+            layer.current = layer.steps[i]
+
+    def at_each_step(velocity):
+        def wrapped(z, t):
+            go_to(t)
+            return velocity(z, t)
+
+        return wrapped
 
     try:
         transformer.t_embedder = embedder
-        for parent, table in sites.items():
-            parent.adaLN_modulation = table
-        yield go_to
+        for parent, layer in modulations.items():
+            parent.adaLN_modulation = layer
+        go_to(times[0])
+        yield at_each_step
     finally:
         transformer.t_embedder = embedder.layer[0]
-        for parent, table in sites.items():
-            parent.adaLN_modulation = table.layer[0]
+        for parent, layer in modulations.items():
+            parent.adaLN_modulation = layer.layer[0]
+
+
+def split(modulation, rows):
+    """The Modulation of all steps -> a Modulation of so many rows for each step."""
+    parts = [x.split(rows) for x in modulation if x is not None]
+    return [Modulation(*step) for step in zip(*parts)]
 
 
 # ---- less memory --------------------------------------------------------------------------------
 
 
 def save_memory(engine, device):
-    """Put on the device only what every step of the sampler needs; the rest goes there on demand.
+    """Put on the device only what every step of the sampler needs; copy the rest there on demand.
 
-    Of SD3.5-large two thirds stay, as `prepared` needs the other third once a request. Nothing that is
-    drawn changes; what the engine cannot do any more is learn.
+    Two thirds of SD3.5-large stay there: `prepared` needs the other third once a request. Pictures
+    stay the same, but the engine can no longer be trained.
     """
     mmdit = engine.mmdit
     ends = "adaLN_modulation", "t_embedder", "y_embedder", "context_embedder"
@@ -122,7 +137,7 @@ def save_memory(engine, device):
 
 
 def on_demand(module, device):
-    """Leave a module's tensors where they are; each call brings copies to device and drops them."""
+    """Leave a module's tensors where they are; each call copies them to device and drops the copies."""
     home = [(part, _tensors(part)) for part in module.modules()]
 
     def bring(*_):
@@ -138,7 +153,7 @@ def on_demand(module, device):
 
 
 def _tensors(module):
-    """Those of the module itself, not of its parts."""
+    """The parameters and buffers of a module itself, not of its submodules."""
     return dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
 
 
@@ -152,8 +167,8 @@ def _set(module, tensors):
 
 
 def compile_blocks(transformer, **options):
-    """torch.compile the blocks: one program for all of a kind, and for texts of any length."""
-    # A text that happens to have as many tokens as the picture shall not be a special case.
+    """Compile the blocks: one program for all of a kind, and for texts of any length."""
+    # Otherwise a text with as many tokens as the picture would be compiled again
     torch.fx.experimental._config.use_duck_shape = False
     for block in transformer.joint_blocks[:-1]:  # the last is the only one of its kind
         block.compile(dynamic=True, **options)
@@ -161,7 +176,7 @@ def compile_blocks(transformer, **options):
 
 @contextmanager
 def compiling():
-    """Around the first call of what is compiled: a machine without a compiler is no bug."""
+    """Run code that may compile; a machine without a compiler is a UserError, not a bug."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, sheets of pictures, tables."""
+"""Files that are written whole or not at all, sheets of pictures, tables."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 @contextmanager
 def whole(file):
-    """A path beside file to write to; it gets file's name once all of it is written, else it is deleted."""
+    """Yield a path to write to, which is renamed to file at the end, or deleted after an error."""
     file = Path(file)
     partial = file.with_name(f".{file.stem}.partial{file.suffix}")
     try:
@@ -34,7 +34,7 @@ def write_json(file, value):
 
 
 def write_png(file, image, about=()):
-    """Write a PIL image; about: {name: text} for the PNG's own text fields."""
+    """Write a PIL image as PNG; about: {name: text} for its text fields."""
     info = PngInfo()
     for key, value in dict(about).items():
         info.add_itxt(key, str(value))
@@ -49,7 +49,7 @@ def markdown_table(head, rows):
 
 
 def sheet(rows, height=None, gap=4):
-    """Rows of PIL images, or of (images, text), as one picture; height: that images are scaled to."""
+    """One picture of rows, each a list of PIL images or (images, text); scales images to height."""
     rows = [row if isinstance(row, tuple) else (row, "") for row in rows]
     scaled = [[_scale(image, height) for image in images] for images, _ in rows]
     heights = [max(image.height for image in images) + gap for images in scaled]
@@ -69,7 +69,7 @@ def sheet(rows, height=None, gap=4):
 
 
 def grid(images):
-    """Pictures of one size as a square sheet."""
+    """Arrange pictures of one size in a square."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     return sheet(rows, gap=0)
@@ -82,7 +82,7 @@ def _scale(image, height):
 
 
 def prompt_row(task, prompt, target):
-    """What went in (strings and pictures) and what came out, as a row of `sheet`."""
+    """A row of `sheet`: the pictures of a prompt, then the target; and the text of the prompt."""
     pictures = [part for part in prompt if not isinstance(part, str)]
     text = "".join(part if isinstance(part, str) else " [image] " for part in prompt)
     return [*pictures, target], f"{task}: {text.strip()}"

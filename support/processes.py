@@ -1,9 +1,10 @@
-"""Several processes that train together, as torchrun starts them, and the signals that stop one."""
+"""Several processes, as torchrun starts them, and the signals that stop a training."""
 
 import os
 import re
 import signal
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,33 +15,57 @@ from support.cli import UserError
 from support.fast import usable_device
 
 
+class Place(NamedTuple):
+    """Which process this is."""
+
+    rank: int
+    world: int  # number of processes
+    device: torch.device
+
+
+def rank_and_world():
+    """The number of this process, from 0, and how many there are; torchrun says so, else 0 and 1."""
+    found = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
+    if found == [None, None]:
+        return 0, 1
+    if None in found or not all(re.fullmatch("[0-9]{1,6}", x) for x in found):
+        said = "RANK={}, WORLD_SIZE={}".format(*found)
+        raise UserError(f"{said}: torchrun sets both to whole numbers; set them both, or neither")
+    rank, world = map(int, found)
+    if rank >= world:
+        raise UserError(f"RANK={rank} must be below WORLD_SIZE={world}")
+    return rank, world
+
+
 @contextmanager
 def together(name, advice):
-    """Within, this process is one of those that torchrun started: yields rank, their number, device.
+    """Join the processes that torchrun started, if it did; yields the Place of this one.
 
-    Where the others are lost, a UserError says so; advice() is its end.
+    name: of the device. If the other processes are lost, a UserError says so and ends in advice().
     """
-    world, device = int(os.environ.get("WORLD_SIZE", "1")), usable_device(name)
+    (rank, world), device = rank_and_world(), usable_device(name)
     if world == 1:
-        yield 0, 1, device
+        yield Place(rank, world, device)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield dist.get_rank(), world, device
+        yield Place(rank, world, device)
         dist.barrier()  # rank 0 may still be writing
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not re.search("gloo|onnection", str(error)):
             raise
         lost = f"lost the other processes ({str(error).splitlines()[0][:160]})"
-        raise UserError(f"rank {dist.get_rank()}: {lost}; {advice()}") from error
+        raise UserError(f"rank {rank}: {lost}; {advice()}") from error
     dist.destroy_process_group()
 
 
 def distribute(engine, learning, shard, world):
-    """What learns is on every process, its gradients averaged (DDP); so is the frozen rest, unless
-    shard spreads the MM-DiT over the processes (FSDP2), block by block."""
+    """The model to train on this process. Gradients are averaged over the processes (DDP).
+
+    With shard the frozen MM-DiT is spread over the processes, block by block (FSDP2).
+    """
     if world == 1:
         return engine
     if shard:
@@ -55,13 +80,13 @@ def distribute(engine, learning, shard, world):
 
 
 def catch_signals():
-    """A list that gets each SIGTERM and the first Ctrl-C; a second one ends the program at once."""
+    """Collect each SIGTERM and the first Ctrl-C in a list; a second Ctrl-C ends the program at once."""
     caught = []
 
-    def note(signum, _):
+    def handle(signum, _):
         caught.append(signum)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, note)
+        signal.signal(signum, handle)
     return caught

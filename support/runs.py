@@ -1,9 +1,8 @@
 """The folder of a training run: checkpoints, metrics, pictures.
 
-checkpoints/000250/     stageN.safetensors, and state.pt: optimizer, step, settings
-stageN.safetensors      the newest, for `sample.py --checkpoint`
-transformer/            instead of it, of UniAlignment, whose frozen parts lie beside
-metrics.jsonl           a line a step
+checkpoints/000250/     the checkpoint itself, and state.pt: optimizer, step, settings
+stage1.safetensors      the newest checkpoint under its own name (a file or a folder)
+metrics.jsonl           one line for each step
 loss.png, samples-*.png
 """
 
@@ -16,26 +15,30 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 
 from support.cli import UserError, reading
-from support.files import prompt_row, sheet, whole, write_png, write_text
+from support.files import whole, write_png, write_text
 
 BINS = 5  # of t, for the loss
+STATE = "state.pt"
 
 
-def save(engine, optimizer, out, step, settings, keep=2):
-    """Write checkpoints/STEP/ whole or not at all: without a suffix it is complete. Keep a few."""
+def save(engine, optimizer, out, step, settings, *, name, keep=2):
+    """Write checkpoints/STEP/ whole or not at all, then delete all but the newest `keep`.
+
+    name: the file or folder in it that the engine writes. A folder without a suffix is complete.
+    """
     folder = out / "checkpoints" / f"{step:06d}"
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    config = {name: settings[name] for name in ("stage", "rank", "alpha")}
-    uni, name = settings["stage"] == "unialignment", f"stage{settings['stage']}.safetensors"
-    engine.save(partial / ("transformer" if uni else name), **config, step=step)
+    config = {key: settings[key] for key in ("stage", "rank", "alpha") if key in settings}
+    engine.save(partial / name, **config, step=step)
     state = {"step": step, "settings": settings, "optimizer": optimizer.state_dict()}
-    torch.save(state, partial / "state.pt")
+    torch.save(state, partial / STATE)
     for written in filter(Path.is_file, partial.rglob("*")):
         with written.open("rb") as file:
             os.fsync(file.fileno())
@@ -49,20 +52,20 @@ def save(engine, optimizer, out, step, settings, keep=2):
 
 
 def open_folder(out, step, engine=None):
-    """Make the folder of a run, or put it in the state of the step that the run goes on from."""
+    """Make the folder of a run, or put it in the state of the step from which the run goes on."""
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        if not step and hasattr(engine, "save_frozen"):
+        if not step and engine:
             engine.save_frozen(out)
-        kept = [json.dumps(record) for record in read_metrics(out) if record["step"] <= step]
-        write_text(out / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
+        records = [json.dumps(record) for record in read_metrics(out) if record["step"] <= step]
+        write_text(out / "metrics.jsonl", "".join(f"{line}\n" for line in records))
         if step:
             publish(out)  # again: the run may have been killed before it could
 
 
 def publish(out):
-    """Copy the newest checkpoint's stageN.safetensors or transformer/ to the run's own folder."""
-    newest = weights_file(latest(out))
+    """Copy the newest checkpoint, a file or a folder, to the run's own folder."""
+    newest = weights_of(latest(out))
     for file in sorted(newest.glob("*")) if newest.is_dir() else [newest]:
         copy = out / file.relative_to(newest.parent)
         copy.parent.mkdir(exist_ok=True)
@@ -70,12 +73,15 @@ def publish(out):
             shutil.copy(file, partial)
 
 
-def weights_file(folder):
-    """The one stageN.safetensors of a checkpoint, or its transformer/."""
-    files = [*folder.glob("stage?.safetensors"), *folder.glob("transformer")]
-    if len(files) != 1:
-        raise UserError(f"{folder}: holds {len(files)} files stageN.safetensors; expected one")
-    return files[0]
+def weights_of(folder):
+    """What the engine wrote into a checkpoint: all but the training state."""
+    found = [file for file in folder.iterdir() if file.name != STATE]
+    if len(found) != 1:
+        names = ", ".join(sorted(file.name for file in found)) or "nothing"
+        raise UserError(
+            f"{folder}: expected {STATE} and one file or folder of weights, found {names}"
+        )
+    return found[0]
 
 
 def checkpoints(out):
@@ -93,10 +99,10 @@ def advice(out):
 
 
 def restore(out, engine, optimizer, settings):
-    """Put the newest checkpoint, if any, into engine and optimizer; returns its step, or 0."""
+    """Load the newest checkpoint, if any, into engine and optimizer. Returns its step, or 0."""
     if not (folder := latest(out)):
         return 0
-    file = folder / "state.pt"
+    file = folder / STATE
     shapes = [tuple(p.shape) for p in optimizer.param_groups[0]["params"]]
     expected = {i: {"step": (), "exp_avg": x, "exp_avg_sq": x} for i, x in enumerate(shapes)}
     with reading(file, "the state of a run of train.py"):
@@ -109,23 +115,23 @@ def restore(out, engine, optimizer, settings):
         if moments and found != expected:  # none before the first good step
             raise ValueError("moments that are not those of these parameters")
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    engine.restore(weights_file(folder))
+    engine.restore(weights_of(folder))
     return step
 
 
 def check_settings(before, now, out):
     def same(k):
-        a, b = before.get(k), now.get(k)  # fingerprints: another dtype is no other model
+        a, b = before.get(k), now.get(k)  # fingerprints, which rounding changes a little
         return a == b or (k in ("base", "lmm", "t5") and math.isclose(a, b, rel_tol=1e-3))
 
-    if differing := sorted(k for k in before.keys() | now.keys() if not same(k)):
+    if differing := sorted(k for k in now if not same(k)):
         changes = "; ".join(f"{k}: {before.get(k)} then, {now.get(k)} now" for k in differing)
         raise UserError(f"--resume: not the run in {out}: {changes}")
 
 
 @contextmanager
 def writing(out):
-    """Around what writes to the folder: if that fails (a full disk, say), tell what is left."""
+    """Run code that writes to the folder; if it fails (a full disk, say), say what is left."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -138,7 +144,7 @@ def writing(out):
 
 
 def log(out, record):
-    """Add a line to metrics.jsonl: six digits a number, null for what is not finite."""
+    """Add a line to metrics.jsonl: numbers of six digits, null for what is not finite."""
     rules = {"parse_float": lambda x: float(f"{float(x):.6g}"), "parse_constant": lambda _: None}
     record = json.loads(json.dumps(record), **rules)
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -164,6 +170,29 @@ def read_metrics(out):
     return records
 
 
+class Meter:
+    """The losses of one step: their mean, and their means in each fifth of t."""
+
+    def __init__(self, accumulate, world):
+        self.accumulate, self.world = accumulate, world
+        self.mean, self.by_t = 0.0, torch.zeros(2, BINS)  # sums of losses and their numbers
+
+    def add(self, losses, t):
+        """Add a microbatch: losses and t (B,)."""
+        losses = losses.detach().cpu()
+        self.by_t.index_add_(1, (t * BINS).long(), torch.stack([losses, torch.ones(len(t))]))
+        self.mean += losses.mean().item() / self.accumulate / self.world
+
+    def total(self, device, *counts):
+        """Over all processes: the mean loss, the mean losses by t (NaN where none), sums of counts."""
+        sums = torch.tensor([*self.by_t.flatten(), self.mean, *counts])
+        if self.world > 1:
+            dist.all_reduce(sums := sums.to(device))
+        *by_t, mean = sums[: 2 * BINS + 1].tolist()
+        by_t = [x / n if n else math.nan for x, n in zip(by_t, by_t[BINS:])]
+        return mean, by_t, *sums[2 * BINS + 1 :].tolist()
+
+
 class Clock:
     """Examples per second from lap to lap, and the share of the time spent waiting for data."""
 
@@ -185,55 +214,45 @@ class Clock:
 
 # ---- what a person sees -------------------------------------------------------------------------
 
-KEPT = 18  # tensors as wide as its tokens that a block of the MM-DiT keeps for the backward pass
+SAVED = 18  # tensors as wide as its tokens that a block of the MM-DiT saves for the backward pass
 
 
 def memory_plan(engine, args, processes):
-    """What will lie in each process's memory, as text; activations are an estimate."""
-    learning = [p for p in engine.parameters() if p.requires_grad]
-    trained = sum(p.nbytes for p in learning)
+    """What will lie in the memory of each process, as text; activations are an estimate."""
+    trainable = [p for p in engine.parameters() if p.requires_grad]
+    trained = sum(p.nbytes for p in trainable)
     frozen = sum(x.nbytes for x in (*engine.parameters(), *engine.buffers())) - trained
     if args.shard:
         shared = sum(p.nbytes for p in engine.mmdit.parameters() if not p.requires_grad)
         frozen -= shared - shared // processes
-    image, patches = (args.size // 8 // engine.mmdit.config.patch) ** 2, engine.lmm.patches
-    prompt = 40 + patches.max_pixels // (patches.patch * patches.merge) ** 2  # and one picture
-    uni = args.stage == "unialignment"  # both passes of an edit
-    tokens = 3 * image + 2 * engine.sampling.slots if uni else image + prompt
+    picture, prompt = (args.size // 8 // engine.mmdit.config.patch) ** 2, prompt_tokens(engine.lmm)
+    tokens = engine.tokens_of_example(picture, prompt)
     activations = activation_bytes(engine.mmdit, tokens, args.checkpointing)
-    if args.lmm_lora:
-        lmm = engine.lmm.language_model.config
-        kept = lmm.num_hidden_layers * (6 * lmm.hidden_size + 3 * lmm.intermediate_size)
-        activations += prompt * kept * engine.mmdit.pos_embed.element_size()
+    lmm = engine.lmm.language_model
+    if any(p.requires_grad for p in lmm.parameters()):
+        width, inner = lmm.config.hidden_size, lmm.config.intermediate_size
+        layer = prompt * (6 * width + 3 * inner) * engine.mmdit.pos_embed.element_size()
+        activations += lmm.config.num_hidden_layers * layer
+    count = sum(p.numel() for p in trainable)
     rows = [
         (frozen, "frozen weights" + ", here" * args.shard),
-        (4 * trained, f"{sum(p.numel() for p in learning):,} parameters that learn, with AdamW"),
+        (4 * trained, f"{count:,} trainable parameters, their gradients and AdamW"),
         (args.batch * activations, f"activations (estimate): {args.batch} x {tokens} tokens"),
     ]
     rows.append((sum(size for size, _ in rows), "together"))
     return "\n".join(f"{size / 1e9:9.3f} GB  {name}" for size, name in rows)
 
 
+def prompt_tokens(lmm):
+    """An estimate of the tokens of a prompt: a sentence and one picture of the largest size."""
+    return 40 + lmm.patches.max_pixels // (lmm.patches.patch * lmm.patches.merge) ** 2
+
+
 def activation_bytes(mmdit, tokens, checkpointing):
-    """What the MM-DiT keeps of one example of so many tokens for the backward pass, estimated."""
+    """What the MM-DiT saves of one example of so many tokens for the backward pass, estimated."""
     depth = mmdit.config.depth
     one = tokens * mmdit.config.width * mmdit.pos_embed.element_size()
-    return (depth + KEPT if checkpointing else depth * KEPT) * one
-
-
-def preview(engine, examples):
-    """A sheet: what goes in, what the engine draws, what is right; and what UniAlignment reads there."""
-    rows = []
-    for task, prompt, target, *text in examples:
-        options = {} if text else {"task": task}
-        drawn = engine.generate([prompt], size=target.size, **options) if prompt else []
-        question, right = text or (None, None)
-        (*inputs, target), words = prompt_row(task, prompt or [question], target)
-        if text:
-            (read,) = engine.answer([target], question and [question])
-            words += f" / read: {read} / right: {right}"
-        rows.append(([*inputs, *drawn, target], words))
-    return sheet(rows, height=128)
+    return (depth + SAVED if checkpointing else depth * SAVED) * one
 
 
 def write_pictures(out, step, preview):
@@ -242,7 +261,7 @@ def write_pictures(out, step, preview):
 
 
 def loss_curve(out):
-    """The loss over the steps, thick, and that of each fifth of t, averaged over hundredths of the run."""
+    """A plot of the loss (thick) and of the loss in each fifth of t, in means over 1 % of the run."""
     records = [[r["loss"], *r["loss_by_t"]] for r in read_metrics(out)]
     values = torch.tensor([[math.nan if x is None else x for x in row] for row in records])
     means = torch.stack([part.nanmean(0) for part in values.split(max(1, len(values) // 100))])

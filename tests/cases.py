@@ -1,4 +1,4 @@
-"""What is asked of both the reference implementations (make_golden.py) and ours (the tests)."""
+"""Inputs for both the reference implementations (make_golden.py) and ours (the tests)."""
 
 LATENTS = {"square": (8, 8, 5), "tall": (12, 6, 1), "wide": (6, 10, 13)}  # height, width, text
 SCHEDULES = [(shift, steps) for shift in (1.0, 3.0, 5.0) for steps in (1, 2, 4, 12, 28, 40)]

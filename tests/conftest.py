@@ -34,13 +34,13 @@ def names():
 
 @pytest.fixture(scope="session")
 def engine():
-    """The miniature; nobody may change it."""
+    """The miniature; tests must not change it."""
     return DreamEngine.load(device="cpu")
 
 
 @pytest.fixture(scope="session")
 def uni_folder(tmp_path_factory, names):
-    """A tiny random UniAlignment as published; nobody may change it."""
+    """A tiny random UniAlignment in the published layout; tests must not change it."""
     return publish(tmp_path_factory.mktemp("pipelines") / "uni", names["vae/16/diffusers"])
 
 

@@ -404,9 +404,9 @@ def text(model, t5, answers):
         logits = model(latent, t5(x).last_hidden_state, torch.zeros(2))["logits"]
         logits[..., -1] -= 1e6
         logits = logits - logits.logsumexp(-1, keepdim=True)
-        told = x != VOCABULARY - 1
-        logits[told] = -1e6
-        logits[told, x[told]] = 0
+        visible = x != VOCABULARY - 1
+        logits[visible] = -1e6
+        logits[visible, x[visible]] = 0
         return logits
 
     times, p = torch.linspace(1, 1e-5, 7), None

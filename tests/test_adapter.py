@@ -1,4 +1,4 @@
-"""The blend, the adapter and LoRA against their formulas."""
+"""Blending, the adapter and LoRA against their formulas."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from mmdit import MMDiT, MMDiTConfig
 
 
 @pytest.mark.parametrize("r", [0.0, 0.3, 1.0, [0.2, 0.9]])
-def test_blend_mixes_image_positions_only(r):
+def test_blending_changes_image_positions_only(r):
     torch.manual_seed(0)
     hidden, vit = torch.randn(2, 5, 4), torch.randn(3, 4)
     mask = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 0, 1, 0]]).bool()
@@ -38,7 +38,7 @@ def test_adapter_is_two_silu_mlps_with_the_official_shapes():
     torch.testing.assert_close(vec, adapter.vec(hidden.mean(1)))
 
 
-def test_lora_on_fused_qkv_is_lora_on_q_k_v_apart():
+def test_lora_on_fused_qkv_equals_lora_on_q_k_and_v():
     torch.manual_seed(0)
     base = nn.Linear(8, 24)
     lora = LoRALinear(base, rank=2, alpha=6, parts=3)
@@ -49,7 +49,7 @@ def test_lora_on_fused_qkv_is_lora_on_q_k_v_apart():
         torch.testing.assert_close(y, x @ weight.T + base.bias[8 * i : 8 * i + 8])
 
 
-def test_lora_starts_as_the_model_trains_alone_and_merges_away():
+def test_lora_starts_without_effect_is_all_that_trains_and_merges():
     torch.manual_seed(0)
     model = MMDiT(MMDiTConfig(2, 64, 32, 4, 2, 8, 16, 16, dual=(0,)))
     args = (
@@ -61,7 +61,7 @@ def test_lora_starts_as_the_model_trains_alone_and_merges_away():
     before, names = model(*args), set(model.state_dict())
     trained = add_lora(model, rank=4)
     torch.testing.assert_close(model(*args), before)
-    # x_block, context_block and attn2, each qkv and proj; the last context block has no proj
+    # qkv and proj of x_block, context_block and attn2; the last context_block has no proj
     assert len(trained) == 2 * (2 * 4 + 2 - 1)
     assert all(name.endswith((".A", ".B")) and p.requires_grad for name, p in trained.items())
     assert sum(p.requires_grad for p in model.parameters()) == len(trained)

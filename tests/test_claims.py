@@ -1,9 +1,10 @@
-"""The table of runs is sound, runs go on where they stopped, and claims are judged with care."""
+"""Every run of the claims can be trained, continued and scored; a difference needs its interval."""
 
 import json
 import shutil
 import signal
 import subprocess
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,14 @@ from mini import claims
 from support.cli import UserError
 
 
-def test_every_run_is_one_that_train_accepts():
-    for study in claims.STUDIES:
-        for name, flags in study.runs.items():
-            args = train.parse(flags.split())
-            assert args.batch in (16, 32) and args.steps <= 3000, name
+@pytest.mark.parametrize("study", claims.STUDIES, ids=lambda study: study.program)
+def test_every_run_has_flags_that_its_program_accepts(study):
+    for name, flags in study.runs.items():
+        args = import_module(study.program).parse(flags.split())
+        assert args.batch in (16, 32) and args.steps <= 3000, name
 
 
-def test_comparisons_are_of_runs_that_are_there_and_rows_that_can_be_asked():
+def test_comparisons_name_existing_runs_and_test_sets():
     for study in claims.STUDIES:
         compared = {n for c in study.comparisons for n in (c.first, c.second)}
         assert compared == study.runs.keys() - {"start"}
@@ -31,26 +32,26 @@ def test_comparisons_are_of_runs_that_are_there_and_rows_that_can_be_asked():
 
 
 @pytest.fixture
-def here(monkeypatch):
-    """Trainings run in this process."""
+def in_process(monkeypatch):
+    """Let trainings run in this process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def in_this_process(command, check):
-        assert Path(command[1]).samefile(train.__file__)
-        train.main(command[2:])
+    def run(command, check):
+        assert command[1:3] == ["-m", "train"]
+        train.main(command[3:])
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(subprocess, "run", in_this_process)
+    monkeypatch.setattr(subprocess, "run", run)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def test_a_run_is_trained_by_its_flags_and_scored(tmp_path, monkeypatch, here):
+def test_a_run_is_trained_with_its_flags_and_scored(tmp_path, monkeypatch, in_process):
     tiny = "--steps 1 --batch 1"
     runs = {"both": f"--stage 1 {tiny}", "on top": f"--stage 2 {tiny} --rank 1 --checkpoint BOTH"}
-    asked = [claims.Comparison("a claim", "?", "both", "on top", "copies, copies at r = 1")]
-    study = claims.Study("Tiny", runs, asked, claims.score_drawing)
+    pair = claims.Comparison("a claim", "?", "both", "on top", "copies, copies at r = 1")
+    study = claims.Study("Tiny", "train", runs, [pair], claims.score_drawing)
     monkeypatch.setattr(claims, "DREAM_ENGINE", study)
     monkeypatch.setattr(claims, "CASES", {"copies": 2})
     scores = claims.run(study, "on top", 5, tmp_path)
@@ -61,21 +62,22 @@ def test_a_run_is_trained_by_its_flags_and_scored(tmp_path, monkeypatch, here):
     assert scores == {row: {"exact": "00"} for row in ("copies", "copies at r = 1")}
 
 
-def test_a_run_with_a_random_lmm_is_drawn_with_it(tmp_path, monkeypatch, here):
+def test_a_run_with_a_random_lmm_also_draws_with_it(tmp_path, monkeypatch, in_process):
     runs = {"random": "--stage 1 --steps 1 --batch 1 --lmm RANDOM-LMM"}
-    asked = [claims.Comparison("a claim", "?", "random", "random", "copies")]
+    pair = claims.Comparison("a claim", "?", "random", "random", "copies")
+    study = claims.Study("", "train", runs, [pair], claims.score_drawing)
     monkeypatch.setattr(claims, "CASES", {"copies": 1})
-    claims.run(claims.Study("", runs, asked, claims.score_drawing), "random", 1, tmp_path)
+    claims.run(study, "random", 1, tmp_path)
     found, again = tmp_path / "random-1" / "lmm", claims.random_lmm(tmp_path / "again", 1)
     files = [folder / "model.safetensors" for folder in (found, again, LMM)]
-    first, second, learnt = (file.read_bytes() for file in files)
-    assert first == second != learnt
-    with pytest.raises(UserError, match="another Qwen2-VL"):  # of which it would be refused
+    first, second, trained = (file.read_bytes() for file in files)
+    assert first == second != trained
+    with pytest.raises(UserError, match="another Qwen2-VL"):  # a checkpoint refuses any other LMM
         claims.DreamEngine.load(claims.SD3, LMM, tmp_path / "random-1")
 
 
 class Copier:
-    """Stands for an engine that was trained in folder: run `two` copies, run `one` draws nothing."""
+    """A stand-in for the engine of a run: of `two` it copies its prompt, of `one` it draws black."""
 
     def __init__(self, folder):
         self.copies = Path(folder).name.startswith("two")
@@ -84,14 +86,11 @@ class Copier:
         return [prompt[0] if self.copies else Image.new("RGB", (48, 48)) for prompt in prompts]
 
 
-def test_a_claim_goes_on_where_it_stopped_and_is_reported(tmp_path, monkeypatch, capsys):
+def test_a_claim_continues_where_it_stopped_and_is_reported(tmp_path, monkeypatch, capsys):
     runs = {"one": "--stage 1", "two": "--stage 1 --layers 1"}
-    asked = [claims.Comparison("adapter", "Do they help?", "one", "two", "copies")]
-    studies = [
-        claims.Study("First", runs, asked, claims.score_drawing),
-        claims.Study("Second", {}, [], None),
-    ]
-    monkeypatch.setattr(claims, "STUDIES", studies)
+    pair = claims.Comparison("adapter", "Do they help?", "one", "two", "copies")
+    study = claims.Study("First", "train", runs, [pair], claims.score_drawing)
+    monkeypatch.setattr(claims, "STUDIES", [study, claims.Study("Second", "train", {}, [], None)])
     monkeypatch.setattr(claims, "CASES", {"copies": 4})
     monkeypatch.setattr(claims.DreamEngine, "load", lambda sd3, lmm, folder: Copier(folder))
     started = []
@@ -100,7 +99,7 @@ def test_a_claim_goes_on_where_it_stopped_and_is_reported(tmp_path, monkeypatch,
         started.append(command)
         if len(started) == 3:
             raise KeyboardInterrupt
-        args = train.options().parse_args(command[2:])
+        args = train.options().parse_args(command[3:])
         assert args.resume
         Path(args.out, "checkpoints").mkdir(parents=True)
         shutil.copy(STAGE1, args.out)
@@ -112,7 +111,7 @@ def test_a_claim_goes_on_where_it_stopped_and_is_reported(tmp_path, monkeypatch,
         claims.main(command)
     claims.main(command)
     claims.main(command)
-    assert len(started) == 7  # six runs, one of them started twice
+    assert len(started) == 7  # six runs; one was started twice
     seeds = [line[line.index("--seed") + 1] for line in started]
     assert seeds == ["0", "1", "2", "2", "0", "1", "2"]
     results = json.loads((tmp_path / "claims.json").read_text())
@@ -147,9 +146,3 @@ def test_a_difference_is_claimed_only_beyond_its_interval(first, second, better)
 def test_mistakes_name_what_would_be_right():
     with pytest.raises(UserError, match="unknown claim 'beauty': expected some of joint, blend"):
         claims.main(["beauty"])
-
-
-def test_the_committed_tables_are_those_of_the_committed_results():
-    folder = Path(claims.__file__).parents[1] / "docs" / "results"
-    results = json.loads((folder / "claims.json").read_text())
-    assert claims.report(results) == (folder / "claims.md").read_text()

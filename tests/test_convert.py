@@ -1,4 +1,4 @@
-"""Public datasets become manifests: small files in their layouts, and all that may be wrong there."""
+"""Conversion of public datasets: small files in their layouts, good ones and faulty ones."""
 
 import importlib
 import io
@@ -20,7 +20,7 @@ from tools import convert
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    (tmp_path / "work").mkdir()  # hostile names find something to escape to
+    (tmp_path / "work").mkdir()  # a malicious name could write to its parent
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path
 
@@ -47,19 +47,19 @@ def write_tar(name, members):
 
 
 def sample(key, image, caption, suffix="jpg", **columns):
-    """The members that img2dataset writes for an image, with some of its columns in the JSON."""
+    """The members that img2dataset writes for one image; columns: further ones of its JSON."""
     about = json.dumps({**columns, "caption": caption, "key": key, "exif": "{}"}).encode()
     return [(f"{key}.{suffix}", image), (f"{key}.txt", caption.encode()), (f"{key}.json", about)]
 
 
 def run(arguments):
-    """Run the program -> the lines of the manifest, the last argument."""
+    """Run the program; return the lines of the manifest, whose name is the last argument."""
     convert.main(arguments.split())
     return [json.loads(line) for line in Path(arguments.split()[-1]).read_bytes().splitlines()]
 
 
 def fails(arguments, capsys):
-    """The one line that the program says before it ends with exit code 2, leaving no new file."""
+    """The last line on stderr of a run that ends with exit code 2 and leaves no new file."""
     before = sorted(Path.cwd().rglob("*"))
     with pytest.raises(SystemExit) as end, one_line_errors():
         convert.main(arguments.split())
@@ -105,7 +105,7 @@ def test_journeydb(capsys):
     assert first == json.dumps(expected[0])  # the order of the keys, too
 
 
-def test_faulty_annotations_are_skipped_and_counted(capsys):
+def test_journeydb_skips_and_counts_faulty_annotations(capsys):
     good = "./000/a-1.jpg"
     write_journeydb(
         '{"img_path": ',
@@ -126,19 +126,19 @@ def test_faulty_annotations_are_skipped_and_counted(capsys):
     lines = run("journeydb anno.jsonl --images imgs --out j.jsonl")
     assert [line["prompt"] for line in lines] == ["a gold tikka, --ar 5:3", "über\nall", "p"]
     report = said(capsys)
-    assert report.startswith("j.jsonl: 3 lines written, 12 records skipped; anno.jsonl:3 record: ")
+    assert report.startswith("j.jsonl: 3 lines written, 12 records skipped; anno.jsonl:3: record: ")
     assert report.count("expected a JSON object (") == 3 and report.endswith("; ...")
 
 
 def test_cc12m(capsys):
     exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side
+    exif[0x0112] = 6  # rotated by 90 degrees
     cases = [  # key, image, caption, suffix; name and size of the copy
         ("000", picture(0), "a cat", "jpg", "0/000000000.jpg", [12, 8]),
         ("001", picture(1, (5, 9)), "ein Käfer\nim Gras", "jpg", "0/000000001.jpg", [5, 9]),
         ("003", picture(2, kind="PNG"), "a PNG in a .jpg", "jpg", "0/000000002.png", [12, 8]),
         ("100", picture(3, kind="WEBP"), "webp", "webp", "1/000000000.webp", [12, 8]),
-        ("101", picture(4, exif=exif), "lying", "jpg", "1/000000001.jpg", [8, 12]),
+        ("101", picture(4, exif=exif), "rotated", "jpg", "1/000000001.jpg", [8, 12]),
     ]
     write_tar("shards/0.tar", [m for case in cases[:3] for m in sample(*case[:4])])
     write_tar("shards/1.tar", [m for case in cases[3:] for m in sample(*case[:4])])
@@ -152,7 +152,7 @@ def test_cc12m(capsys):
     assert run("cc12m shards/1.tar --out one.jsonl")[0]["prompt"] == "webp"
 
 
-def test_images_already_there_are_not_written_again():
+def test_existing_images_are_not_written_again():
     write_tar("00000.tar", [*sample("0", picture(0), "a"), *sample("1", picture(1), "b")])
     before = run("cc12m 00000.tar --out c.jsonl")
     first, second = (Path(f"c/00000/00000000{n}.jpg") for n in (0, 1))
@@ -162,7 +162,7 @@ def test_images_already_there_are_not_written_again():
     assert first.stat().st_mtime == 1 and second.read_bytes() == picture(1)
 
 
-def test_faulty_samples_are_skipped_and_counted(folder, capsys):
+def test_cc12m_skips_and_counts_faulty_samples(folder, capsys):
     members = [
         *sample("0", picture(0), "no image")[1:],
         *sample("1", picture(0), " "),
@@ -170,7 +170,7 @@ def test_faulty_samples_are_skipped_and_counted(folder, capsys):
         *(("3.jpg", b"no image"), ("3.txt", b"a cat")),
         *(("4.jpg", picture(0)), ("4.txt", b"\xff\xfe")),
         *(("5.jpg", None), ("5.txt", b"a link")),
-        *(("6.seg.jpg", picture(3)), ("6.txt", b"only a mask")),  # two samples, neither whole
+        *(("6.seg.jpg", picture(3)), ("6.txt", b"only a mask")),  # two samples, both incomplete
         *(("7.jpg", picture(4)), ("7.txt", b"too long" * 200_000)),
         *sample("9", picture(0), "good"),
     ]
@@ -180,15 +180,15 @@ def test_faulty_samples_are_skipped_and_counted(folder, capsys):
     Path("shards/00002.tar").write_bytes(whole[: whole.index(b"no image\0") + 3])
     assert [line["prompt"] for line in run("cc12m shards --out c.jsonl")] == ["good"]
     assert said(capsys) == (
-        "c.jsonl: 1 lines written, 11 records skipped; 00000.tar:0 no image; "
-        "00000.tar:1 no txt; 00000.tar:2 no txt; ..."
+        "c.jsonl: 1 lines written, 11 records skipped; 00000.tar:0: no image; "
+        "00000.tar:1: 'txt' must hold text; 00000.tar:2: 'txt' must hold text; ..."
     )
 
 
 @pytest.mark.parametrize(
     "name", ["../../x", "/ROOT/x", "..\\x", "C:\\x", "..", "a/", "\x1b[2J\n", "\udcff", "x" * 300]
 )
-def test_names_in_a_shard_do_not_matter(name, folder, capsys):
+def test_names_in_a_shard_are_not_used_as_paths(name, folder, capsys):
     name = name.replace("/ROOT", str(folder))
     write_tar("00000.tar", sample(name, b"", "no image") + sample("b", picture(0), "a cat"))
     run("cc12m 00000.tar --out c.jsonl")
@@ -240,27 +240,27 @@ def test_grit(capsys):
     assert Path("g/00000/000000000.jpg").read_bytes() == picture(0)
     assert said(capsys) == (
         "g.jsonl: 1 lines written, 6 records skipped; "
-        "00000.tar:1 noun chunk from 19 to 32, beyond the caption; "
-        "00000.tar:2 no noun chunk with a box; 00000.tar:3 no image; ..."
+        "00000.tar:1: noun chunk 19 to 32 must lie inside the caption; "
+        "00000.tar:2: no noun chunk has a box; 00000.tar:3: no image; ..."
     )
 
 
 @pytest.mark.parametrize(
     "chunks, segments",
     [
-        (  # the higher score stays
+        (  # the highest score stays
             [[0, 5, 0, 0, 0.5, 0.5, 0.6], [2, 10, 0, 0, 1, 1, 0.7]],
             [["a ", []], ["dog on a", [[0, 0, 1000, 1000]]], [" hill", []]],
         ),
-        (  # a span with two boxes, of which none gives way to the other
+        (  # one span keeps both of its boxes
             [[0, 5, 0, 0, 0.5, 0.5, 0.6], [0, 5, 0.25, 0, 1, 1, 0.7], [4, 6, 0, 0, 1, 1, 0.65]],
             [["a dog", [[250, 0, 1000, 1000], [0, 0, 500, 500]]], [" on a hill", []]],
         ),
-        (  # neighbours do not overlap; boxes end at the image
+        (  # adjacent spans do not overlap; boxes are clipped to the image
             [[0, 6, -0.1, 0, 0.5, 1.2, 0.6], [6, 15, 0, 0, 1, 1, 0.5]],
             [["a dog ", [[0, 0, 500, 1000]]], ["on a hill", [[0, 0, 1000, 1000]]]],
         ),
-        (  # boxes without area give way, whatever their score
+        (  # boxes without area are dropped, whatever their score
             [[0, 5, 0.5, 0, 0.5, 1, 0.9], [0, 9, 0.7, 0, 0.2, 1, 0.8], [2, 5, 0, 0, 1, 0.5, 0.1]],
             [["a ", []], ["dog", [[0, 0, 1000, 500]]], [" on a hill", []]],
         ),
@@ -283,14 +283,13 @@ def test_segments_join_to_the_caption():
 
 
 BROKEN = [None, [], "a dog", {"a": 1}, [3], [[0, 5, 0, 0, 1, 1]], [[0, 5, 0, 0, 1, 1, 0.5, 0]]]
-BROKEN += [
-    [[0, 5, 0, 0, *x]] for x in ((1, 1, None), ("1", 1, 1), (math.nan, 1, 1), (0.0001, 1, 1))
-]
+ENDS = (1, 1, None), ("1", 1, 1), (math.nan, 1, 1), (0.0001, 1, 1)
 SPANS = (0, math.inf), (0, 10**400), (5, 5), (-1, 5), (0, 99)
+BROKEN += [[[0, 5, 0, 0, *end]] for end in ENDS] + [[[*s, 0, 0, 1, 1, 0.5]] for s in SPANS]
 
 
-@pytest.mark.parametrize("chunks", BROKEN + [[[*span, 0, 0, 1, 1, 0.5]] for span in SPANS])
-def test_broken_noun_chunks_are_refused(chunks):
+@pytest.mark.parametrize("chunks", BROKEN)
+def test_malformed_noun_chunks_are_a_user_error(chunks):
     with pytest.raises(UserError, match="noun"):
         convert.split_caption("a dog on a hill", chunks)
 
@@ -301,7 +300,7 @@ def write_parquet(name, columns):
 
 
 def write_ultraedit(name, rows):
-    """Rows (source, edited, instruction) in UltraEdit's columns; images as the datasets library's."""
+    """Write rows (source, edited, instruction) in UltraEdit's columns, images as {bytes, path}."""
     before, after, prompts = zip(*rows)
     columns = {"clip_sim_source": [0.3] * len(rows), "edit_prompt": prompts}
     for column, images in (("source_image", before), ("edited_image", after)):
@@ -322,12 +321,12 @@ def test_ultraedit(capsys):
     assert second == {"task": "edit", "instruction": "no dog", "size": [12, 8]} | paths
     assert [Path(file).read_bytes() for file in images] == [before, after]
     assert said(capsys) == (
-        "u.jsonl: 2 lines written, 3 records skipped; Free-0.parquet:1 no image; "
-        "Free-0.parquet:2 no image; Free-0.parquet:3 no edit_prompt"
+        "u.jsonl: 2 lines written, 3 records skipped; Free-0.parquet:1: no image; "
+        "Free-0.parquet:2: no image; Free-0.parquet:3: 'edit_prompt' must hold text"
     )
 
 
-def test_damaged_parquet_files_and_wrong_types_are_counted(capsys):
+def test_ultraedit_counts_damaged_files_and_wrong_types(capsys):
     write_ultraedit("a.parquet", [(picture(0), picture(1), "add a dog")])
     data = Path("a.parquet").read_bytes()
     Path("b.parquet").write_bytes(data.replace(b"add a dog", b"add \xff dog"))
@@ -339,10 +338,10 @@ def test_damaged_parquet_files_and_wrong_types_are_counted(capsys):
     assert "1 lines written, 4 records skipped; b.parquet: expected a " in said(capsys)
 
 
-def test_mistakes_with_parquet_files_get_one_line(capsys, monkeypatch):
+def test_user_errors_with_parquet_files_are_one_line(capsys, monkeypatch):
     write_parquet("b.parquet", {"image": ["x"], "edit_prompt": ["y"]})
     line = fails("ultraedit b.parquet --out u.jsonl", capsys)
-    assert line.endswith("no usable record; b.parquet:0 no image")
+    assert line.endswith("no record is good; b.parquet:0: no image")
     Path("c.parquet").write_bytes(b"no parquet")
     line = fails("ultraedit c.parquet --out u.jsonl", capsys)
     assert "; c.parquet: expected a parquet file, and" in line
@@ -350,14 +349,14 @@ def test_mistakes_with_parquet_files_get_one_line(capsys, monkeypatch):
     assert "(pip install pyarrow)" in fails("ultraedit b.parquet --out u.jsonl", capsys)
 
 
-def test_an_interrupted_conversion_leaves_whole_files_only(monkeypatch, capsys):
+def test_an_interrupted_conversion_leaves_only_complete_files(monkeypatch, capsys):
     write_tar("00000.tar", [m for i in range(4) for m in sample(f"{i}", picture(i), "a cat")])
     Path("c.jsonl").write_text("an earlier manifest")
-    measure, seen = convert.measure, []
+    measure, opened = convert.measure, []
 
     def stop_at_third(file):
-        seen.append(file)
-        if len(seen) == 3:
+        opened.append(file)
+        if len(opened) == 3:
             raise KeyboardInterrupt
         return measure(file)
 
@@ -372,7 +371,7 @@ def test_an_interrupted_conversion_leaves_whole_files_only(monkeypatch, capsys):
     assert len(run("cc12m 00000.tar --out c.jsonl")) == 4
 
 
-def test_a_full_disk_leaves_no_half_image(monkeypatch, capsys):
+def test_a_full_disk_leaves_no_partial_image(monkeypatch, capsys):
     write_tar("00000.tar", sample("0", picture(0), "a cat"))
 
     def full(source, target):
@@ -389,27 +388,21 @@ def test_a_full_disk_leaves_no_half_image(monkeypatch, capsys):
     "arguments, reason",
     [
         ("laion 00000.tar --out c.jsonl", "invalid choice: 'laion'"),
-        ("cc12m none --out c.jsonl", "none: no .tar file and no folder of them"),
-        ("cc12m empty --out c.jsonl", "empty: no .tar file and no folder of them"),
-        ("journeydb /dev/zero --images empty --out c.jsonl", "/dev/zero: no .jsonl file"),
+        ("cc12m none --out c.jsonl", "none: expected a .tar file or a folder of .tar files"),
+        ("cc12m empty --out c.jsonl", "empty: expected a .tar file or a folder of .tar files"),
+        ("journeydb /dev/zero --images empty --out c.jsonl", "/dev/zero: expected a .jsonl file"),
         ("cc12m 00000.tar 00000.tar --out c.jsonl", "several files have the same name"),
-        ("cc12m 00000.tar --out c", "--out must be a file that ends in .jsonl"),
-        ("cc12m 00000.tar --out folder.jsonl", "--out must be a file that ends in .jsonl"),
+        ("cc12m 00000.tar --out c", "--out c: expected a file name that ends in .jsonl"),
+        ("cc12m 00000.tar --out folder.jsonl", "folder.jsonl: expected a file name"),
         ("cc12m 00000.tar --out 00000.tar/c.jsonl", "00000.tar"),
-        ("cc12m a.jsonl --out c.jsonl", "no usable record; a.jsonl: expected a .tar file"),
-        (
-            "grit 00000.tar --out c.jsonl",
-            "no usable record; 00000.tar:0 noun_chunks: expected [start",
-        ),
-        ("journeydb a.jsonl --images none --out c.jsonl", "--images must be the folder"),
+        ("cc12m a.jsonl --out c.jsonl", "no record is good; a.jsonl: expected a .tar file"),
+        ("grit 00000.tar --out c.jsonl", "00000.tar:0: 'noun_chunks': expected a list of [start"),
+        ("journeydb a.jsonl --images none --out c.jsonl", "--images: expected the folder of the"),
         ("journeydb a.jsonl --images empty --out a.jsonl", "would overwrite the dataset"),
-        (
-            "journeydb a.jsonl --images empty --out c.jsonl",
-            "no usable record; a.jsonl:1 no usable JPEG",
-        ),
+        ("journeydb a.jsonl --images empty --out c.jsonl", "is good; a.jsonl:1: expected a JPEG"),
     ],
 )
-def test_mistakes_get_one_line(arguments, reason, capsys):
+def test_user_errors_are_one_line(arguments, reason, capsys):
     for name in ("empty", "folder.jsonl"):
         Path(name).mkdir()
     write_tar("00000.tar", sample("0", picture(0), "a cat"))

@@ -90,7 +90,10 @@ def same(a, b):
         ('{"task": "objects", "target": "a", "segments": [["a", [[0, 0, 1e999, 4]]]]}', "x1"),
         ('{"task": "objects", "target": "a", "segments": [["\\udc00", []]]}', "text of segments"),
         ('{"task": "t2i", "prompt": "\\ud83d", "target": "a.png"}', '"prompt" must be a text'),
-        ('{"task": "t2i", "prompt": "' + "a" * 5000 + '", "target": "a.png"}', "1 to 4000 letters"),
+        (
+            '{"task": "t2i", "prompt": "' + "a" * 5000 + '", "target": "a.png"}',
+            "1 to 4000 characters",
+        ),
         ("[" * 100_000, "not JSON"),
         ('{"task": "t2i", "prompt": "__import__(\'os\')", "target": NaNa}', "not JSON"),
     ],
@@ -245,10 +248,10 @@ def test_at_most_three_objects_each_at_most_half():
 
 
 def test_boxes_outside_the_crop_are_dropped():
-    size = 200, 100  # its middle 100 x 100 is kept
+    size = 200, 100  # its middle 100 x 100 remains
     boxes = [[0, 0, 240, 500], [250, 0, 500, 500], [200, 0, 320, 500]]
-    kept = [data.visible_box(box, size, (100, 100)) for box in boxes]
-    assert kept == [None, (0, 0, 50, 50), (0, 0, 14, 50)]
+    visible = [data.visible_box(box, size, (100, 100)) for box in boxes]
+    assert visible == [None, (0, 0, 50, 50), (0, 0, 14, 50)]
     assert data.visible_box([0, 0, 1000, 4], (2000, 2000), (2000, 2000)) is None  # 1 : 250
 
 

@@ -1,4 +1,4 @@
-"""What README.md and docs/ say and show is what the programs wrote, and leads somewhere."""
+"""What the documents say and show is what the programs wrote, and every link leads somewhere."""
 
 import importlib
 import json
@@ -10,32 +10,43 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import sample
 from mini import claims, evaluate
+from support.cli import UserError
+from support.files import markdown_table
 from tools import bench
 from unialignment import UniAlignment
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = {f: f.read_text() for f in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
-README, TUTORIAL, RESULTS = (
-    DOCUMENTS[ROOT / name] for name in ("README.md", "docs/tutorial.md", "docs/results.md")
-)
+FILES = sorted(f for part in ("", "docs", "unialignment") for f in (ROOT / part).glob("*.md"))
+DOCUMENTS = {str(file.relative_to(ROOT)): file.read_text() for file in FILES}
+README, RESULTS = DOCUMENTS["README.md"], DOCUMENTS["docs/results.md"]
+GALLERY = ROOT / "docs/images/gallery"
 REPORTS = {"scores": evaluate.report, "claims": claims.report, "bench": bench.report}
 REPORTS["alignment"] = claims.report
-GENERATED = r"<!-- begin results/(\w+)\.md -->\n\n(.*?)\n\n<!-- end -->"
-FENCED = r"^```\w*\n(.*?)^```"
+FOREIGN = ("venv", "pytest", "pip")  # modules of other people
+FENCED = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS)
 
 
 def commands(text):
-    """The words of every command in the fenced blocks of a document; comments are dropped."""
-    for lines in re.findall(FENCED, text, re.MULTILINE | re.DOTALL):
-        for line in lines.replace("\\\n", " ").splitlines():
-            if re.match(r"(python|torchrun) ", line):
-                yield shlex.split(line, comments=True)
+    """(program, its arguments, the words) of every command in a document that starts a program of ours."""
+    quoted = "".join(FENCED.findall(text)).replace("\\\n", " ").splitlines()
+    quoted += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", FENCED.sub("", text))]
+    for line in quoted:
+        for part in line.split(" && "):
+            if re.match(r"(\S*/)?(python3?|torchrun) ", part):
+                words = shlex.split(part, comments=True)
+                i = next(
+                    i for i, w in enumerate(words) if w.endswith(".py") or words[i - 1] == "-m"
+                )
+                if words[i] not in FOREIGN:
+                    program = words[i].removesuffix(".py").replace(".", "/") + ".py"
+                    yield program, words[i + 1 :], words
 
 
-def section(text, heading):
-    return text[text.index(f"\n## {heading}\n") :].split("\n## ")[1]
+def module_of(file):
+    return importlib.import_module(file.removesuffix(".py").replace("/", "."))
 
 
 def anchor(heading):
@@ -46,190 +57,203 @@ def anchor(heading):
 # ---- links, commands, functions -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+@each_document
 def test_every_link_and_picture_leads_somewhere(document):
-    text = DOCUMENTS[document]
-    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
-    assert len(links) > 5
-    for link in links:
+    text, file = DOCUMENTS[document], ROOT / document
+    for link in re.findall(r'\]\(([^)\s]+)\)|src="([^"]+)"', text):
+        link = "".join(link)
         if re.match(r"https?:", link):
             continue
         name, _, part = link.partition("#")
-        target = (document.parent / name).resolve() if name else document
+        target = (file.parent / name).resolve() if name else file
         assert target.exists(), link
         if part:
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             assert part in map(anchor, headings), link
 
 
-def test_every_document_can_be_reached_from_the_readme():
-    for file in ROOT.glob("docs/*.md"):
-        assert f"]({file.relative_to(ROOT)})" in README
+def test_every_document_and_module_can_be_reached_from_the_readme():
+    for name in [*DOCUMENTS, *(file.name for file in ROOT.glob("*.py"))]:
+        assert f"]({name})" in README or name == "README.md", name
 
 
-def test_the_readme_lists_every_module_that_a_student_reads():
-    for file in ROOT.glob("*.py"):
-        assert f"]({file.name})" in README
+def test_two_commands_start_and_the_documents_stay_short():
+    start = README.split("\n## Start\n")[1].split("\n## ")[0]
+    assert len(re.findall(r"^python3 ", start, re.MULTILINE)) == 2
+    assert len(README.splitlines()) <= 180
+    assert len(RESULTS.splitlines()) <= 250
 
 
-def test_two_commands_start_and_the_readme_stays_short():
-    assert len(re.findall(r"^python3 ", section(README, "Start"), re.MULTILINE)) == 2
-    assert len(README.splitlines()) <= 200
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
-def test_commands_name_programs_and_options_that_exist(document):
-    for words in commands(DOCUMENTS[document]):
-        program = next((w for w in words if w.endswith(".py")), None)
-        file = program or words[words.index("-m") + 1].replace(".", "/") + ".py"
-        assert (ROOT / file).is_file(), file
-        sources = "".join(f.read_text() for f in {ROOT / file, *(ROOT / file).parent.glob("*.py")})
-        for option in words[words.index(program) if program else words.index("-m") + 1 :]:
-            if option.startswith("--"):
-                assert f'"{option}"' in sources, f"{file} {option}"
-
-
-def exists(file, name):
-    module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
-    return reduce(lambda x, part: getattr(x, part, None), name.split("."), module) is not None
+@each_document
+def test_commands_are_understood_by_their_programs(document, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where no earlier run lies in runs/
+    for program, arguments, words in commands(DOCUMENTS[document]):
+        assert (ROOT / program).is_file(), program
+        module = module_of(program)
+        if arguments[-1:] == ["..."]:
+            del arguments[-1]
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "8")) if words[0] == "torchrun" else ():
+            monkeypatch.setenv(name, value)
+        try:
+            if "--help" in arguments:
+                pass
+            elif hasattr(module, "parse"):
+                module.parse(arguments)
+            elif hasattr(module, "options"):
+                module.options().parse_args(arguments)
+            else:
+                sources = "".join(f.read_text() for f in (ROOT / program).parent.glob("*.py"))
+                unknown = [w for w in arguments if w.startswith("--") and f'"{w}"' not in sources]
+                assert not unknown, program
+        except UserError as error:
+            pytest.fail(f"{shlex.join(words)}: {error}")
+        monkeypatch.delenv("RANK", raising=False)
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
 def test_functions_that_the_documents_name_exist():
-    rows = "\n".join(line for line in TUTORIAL.splitlines() if line.startswith("|"))
-    cells = re.findall(r"`([\w/]+\.py)` ((?:`[\w.]+`(?:, )?)+)", rows)
-    named = [(file, name) for file, names in cells for name in re.findall(r"`([\w.]+)`", names)]
-    assert len(named) > 40
-    for text in DOCUMENTS.values():  # "`train` of [train.py](train.py)"
+    named = []
+    for document in ("docs/paper.md", "unialignment/README.md"):
+        rows = "\n".join(re.findall(r"^\|.*", DOCUMENTS[document], re.MULTILINE))
+        cells = re.findall(r"`([\w/]+\.py)` ((?:`[\w.]+`(?:, )?)+)", rows)
+        assert len(cells) > 20, document
+        named += [
+            (file, name) for file, names in cells for name in re.findall(r"`([\w.]+)`", names)
+        ]
+    for text in DOCUMENTS.values():  # "`portrait` of [mini/world.py](../mini/world.py)"
         named += [(file, n) for n, file in re.findall(r"`(\w+)` (?:of|in)\s\[([\w/]+\.py)\]", text)]
     for file, name in named:
-        assert exists(file, name), f"{file}: {name}"
+        found = reduce(lambda x, part: getattr(x, part, None), name.split("."), module_of(file))
+        assert found is not None, f"{file}: {name}"
 
 
 # ---- pictures -----------------------------------------------------------------------------------
 
+SETTINGS = {
+    "sample.py": ("image", "task", "blend", "steps", "guidance", "size"),
+    "unialignment/sample.py": ("image", "steps", "guidance", "size", "negative"),
+}
+
+
+def drawn_in(document):
+    """The pictures of the gallery that a document's commands draw, each checked against its PNG."""
+    for program, arguments, _ in commands(DOCUMENTS[document]):
+        if program not in SETTINGS or "--help" in arguments:
+            continue
+        args = module_of(program).parse(arguments)
+        name = Path(args.out).name
+        if args.task in ("caption", "answer") or not (GALLERY / name).is_file():
+            continue
+        about = Image.open(GALLERY / name).text
+        assert about["prompt"] == "".join(args.prompt) and about["seed"] == str(args.seed)
+        settings = json.loads(about["settings"])
+        for field in SETTINGS[program]:
+            wanted = getattr(args, field)
+            if field not in ("guidance", "steps", "size") or wanted is not None:
+                assert settings[field] == wanted, (name, field)
+        assert f'images/gallery/{name}"' in DOCUMENTS[document], f"{name} is drawn, but not shown"
+        yield name
+
 
 def test_pictures_were_drawn_by_the_commands_beside_them():
-    sections = [("docs/", section(README, "Three more to try"))]
-    sections += [("docs/", section(README, "One network that draws, edits, perceives and reads"))]
-    sections += [("", section(RESULTS, "Gallery"))]
-    for folder, text in sections:
-        shown = set(re.findall(rf'src="{folder}(images/gallery/[^"]+)"', text))
-        drawn = {}
-        for words in commands(text):
-            args = sample.parse(words[2:])
-            if args.task in ("caption", "answer"):
-                continue
-            name = f"images/gallery/{Path(args.out).name}"
-            drawn[name] = about = Image.open(ROOT / "docs" / name).text
-            assert about["prompt"] == "".join(args.prompt) and about["seed"] == str(args.seed)
-            settings = json.loads(about["settings"])
-            for field in ("image", "task", "blend", "steps", "guidance", "size"):
-                asked = getattr(args, field)
-                if field not in ("guidance", "steps", "size") or asked is not None:  # else its own
-                    assert settings[field] == asked, (name, field)
-        assert len(drawn) == (3 if folder else 11) and drawn.keys() <= shown
-        others = shown - drawn.keys() - {"images/gallery/generate.png"}
-        for name in others:  # portraits, not drawn by the model
-            assert Image.open(ROOT / "docs" / name).size == (16, 16)
+    drawn = {document: set(drawn_in(document)) for document in DOCUMENTS}
+    portraits = {f.name for f in GALLERY.glob("*.png") if Image.open(f).size == (16, 16)}
+    assert drawn["docs/results.md"] == {f.name for f in GALLERY.glob("*.png")} - portraits
+    assert len(drawn["README.md"]) >= 3 and len(drawn["unialignment/README.md"]) == 3
 
 
 def test_the_miniature_reads_what_the_documents_quote():
-    engine, gallery = UniAlignment.load(device="cpu"), ROOT / "docs/images/gallery"
-    images = [Image.open(gallery / f"{name}.png") for name in ("uni-edit", "generate")]
+    engine = UniAlignment.load(device="cpu")
+    images = [Image.open(GALLERY / f"{name}.png") for name in ("uni-edit", "generate")]
     (quoted,) = engine.answer(images[:1])
     (answer,) = engine.answer(images[:1], ["where is the ring?"])
-    assert f'It read "{quoted}", and answered "{answer}".' in README
+    prose = " ".join(" ".join(DOCUMENTS.values()).split())
+    assert f'It read "{quoted}", and answered "{answer}".' in prose
     (text,) = engine.answer(images[1:], steps=8)
-    assert text.replace(",", " ,") in TUTORIAL
+    assert text.replace(",", " ,") in DOCUMENTS["docs/tutorial.md"]
 
 
-# ---- tables and what is said of them ------------------------------------------------------------
+# ---- tables -------------------------------------------------------------------------------------
 
 
-def test_generated_tables_are_those_of_the_committed_results():
-    tables = dict(re.findall(GENERATED, RESULTS, re.DOTALL))
-    assert tables.keys() == REPORTS.keys()
+def results(name):
+    return json.loads((ROOT / f"docs/results/{name}.json").read_text())
+
+
+def tables(text):
+    """Every Markdown table in a text, a list of rows of cells; the first row is its head."""
+    for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+        rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in block.splitlines()]
+        yield [rows[0], *rows[2:]]
+
+
+def labelled(table):
+    """{label: row}: a label is the bold row above, and the cells of the row that hold words."""
+    part, result = "", {}
+    for row in table[1:]:
+        part = row[0] if row[0].startswith("**") else part
+        words = (cell for cell in row if re.search("[a-z]", cell) and "difference" not in cell)
+        result[part, *words] = row
+    return result
+
+
+def shortened(whole, shown):
+    """The tables `shown` with new contents: the same rows and the first columns of a table of `whole`.
+
+    It is the first table of `whole` that has all these rows.
+    """
+    result = []
+    for table in tables(shown):
+        wanted, columns = labelled(table), len(table[0])
+        known = [[row[:columns] for row in other] for other in tables(whole)]
+        fitting = [other for other in known if wanted.keys() <= labelled(other).keys()]
+        assert fitting, f"no generated table has all rows of {list(wanted)}"
+        rows = labelled(fitting[0])
+        result.append(markdown_table(fitting[0][0], [rows[label] for label in wanted]))
+    return "\n\n".join(result)
+
+
+def generated(text):
+    """A document whose marked tables are made again from docs/results/*.json."""
+
+    def rows(match):
+        begin, name, shown, end = match.groups()
+        return begin + shortened(REPORTS[name](results(name)), shown) + end
+
+    def scores(match):
+        return match[1] + evaluate.readme_table(results("scores")).strip() + match[3]
+
+    end = r"(.*?)(\n+<!-- end -->)"
+    text = re.sub(rf"(?s)(<!-- begin rows of results/(\w+)\.md -->\n+){end}", rows, text)
+    return re.sub(rf"(?s)(<!-- begin scores -->\n+){end}", scores, text)
+
+
+def test_whole_tables_are_those_of_the_committed_results():
     for name, report in REPORTS.items():
-        text = report(json.loads((ROOT / f"docs/results/{name}.json").read_text())).strip()
+        text = report(results(name)).strip()
         assert text == (ROOT / f"docs/results/{name}.md").read_text().strip()
-        assert text == tables[name]
 
 
-def plain(text):
-    return re.sub(r"[`*]", "", text).lower()
+@pytest.mark.parametrize("document", ("README.md", "docs/results.md"))
+def test_tables_in_the_documents_are_generated(document):
+    text = DOCUMENTS[document]
+    assert text.count("<!-- begin ") == text.count("<!-- end -->") >= 1
+    assert generated(text) == text, "python -m tests.test_docs writes the tables anew"
 
 
-def read_tables(text):
-    """Markdown tables as [(names, row)]; a row is {column: cell}.
-
-    names: of its table, the bold title above it and what stands there in code; and the row's own code.
-    """
-    rows, names, columns = [], set(), None
-    for line in text.splitlines():
-        if title := re.match(r"\*\*(.+?)\*\*", line):
-            names = {plain(title[1]), *re.findall(r"`(\w[\w-]*)`", line)}
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if not line.startswith("|"):
-            columns = None
-        elif columns is None:
-            columns = [name or f"label {i}" for i, name in enumerate(cells)]
-        elif set(cells[0]) != {"-"}:
-            own = re.findall(r"\(`([\w-]+)`\)", line)
-            rows.append((names | set(own), dict(zip(columns, cells))))
-    return rows
+def test_the_results_show_rows_of_every_whole_table():
+    assert set(re.findall(r"begin rows of results/(\w+)\.md", RESULTS)) == REPORTS.keys()
 
 
-def is_named(row, sentence):
-    """Does the sentence name this row: one of A and B, and all other labels?"""
-
-    def says(cell):
-        return all(part in plain(sentence) for part in plain(cell).split(", "))
-
-    labels = {k: v for k, v in row.items() if re.search("[a-z]", v) and "better" != k != "question"}
-    pair = [labels.pop(k) for k in ("A", "B") if k in labels]
-    return (not pair or any(map(says, pair))) and all(map(says, labels.values()))
+def test_a_changed_number_would_be_found():
+    whole = "| | n | score |\n|---|---|---|\n| **a** | 1 | 0.5 |\n| b | 2 | 0.7 |\n| **c** | 3 | 0.9 |\n"
+    head, rows = "|  | n |\n| --- | --- |\n", "| **a** | 1 |\n| b | 2 |"
+    assert shortened(whole, head + rows) == head + rows
+    assert shortened(whole, head + rows.replace("2", "4")) == head + rows
+    with pytest.raises(AssertionError, match="no generated table"):
+        shortened(whole, head + "| **c** | 3 |\n| b | 2 |")
 
 
-def unfounded(text, tables):
-    """The numbers of prose that do not stand in the rows that their sentence names.
-
-    A paragraph names its tables, or some rows of one, by a bold title or in code; a sentence of it
-    names the row.
-    """
-    faults, rows = [], read_tables(tables)
-    for paragraph in re.split(r"\n(?=\n|- )", text):
-        names = {plain(name) for name in re.findall(r"\*\*(.+?)\*\*", paragraph)}
-        names |= set(re.findall(r"`([\w-]+)`", paragraph))
-        about = [row for known, row in rows if known & names]
-        for sentence in re.split(r"(?<=[.;])\s", re.sub(r"`[^`]*[=.][^`]*`", "", paragraph)):
-            sentence = " ".join(sentence.split())
-            for number in re.findall(r"(?<![\w.,-])\d+\.\d+(?![\d-])", sentence):
-                said = (" ".join(row.values()) for row in about if is_named(row, sentence))
-                if number not in re.findall(r"\d+\.\d+", " ".join(said)):
-                    faults.append(f"{number} in: {sentence}")
-    return faults
-
-
-def prose():
-    """results.md from the scores on, up to how it was made, without its tables and commands."""
-    text = RESULTS[RESULTS.index("\n## Scores") : RESULTS.index("\n## From nothing")]
-    tables = "\n\n".join(table for _, table in re.findall(GENERATED, text, re.DOTALL))
-    for pattern in (GENERATED, FENCED):
-        text = re.sub(pattern, "", text, flags=re.MULTILINE | re.DOTALL)
-    return text, tables
-
-
-def test_numbers_in_words_stand_in_the_rows_they_speak_of():
-    text, tables = prose()
-    assert len(re.findall(r"\d+\.\d\d+", text)) > 12
-    assert unfounded(text, tables) == []
-
-
-def test_a_wrong_number_would_be_found():
-    tables = "**Speed** (`step`): a title\n\n|  | ms | ratio |\n| --- | --- | --- |\n"
-    tables += "| theirs | 2.5 | 1.0 |\n| ours, plain | 2.0 | 0.8 |\n"
-    assert unfounded("- A step (`step`): ours, when plain, takes 0.8.", tables) == []
-    assert unfounded("- **Speed**: ours is plain (0.8), theirs 1.0.", tables) == []
-    for wrong in ("ours, when plain, takes 0.9", "theirs takes 0.8", "ours takes 0.8"):
-        assert len(unfounded(f"- A step (`step`): {wrong}.", tables)) == 1
-    assert len(unfounded("- Another (`growth`): ours, when plain, takes 0.8.", tables)) == 1
+if __name__ == "__main__":
+    for document in ("README.md", "docs/results.md"):
+        (ROOT / document).write_text(generated(DOCUMENTS[document]))

@@ -46,12 +46,12 @@ def test_tables_equal_the_plain_forward(family, lora, names, monkeypatch):
     mask, times = torch.arange(7) < torch.tensor([[7], [4]]), [1.0, 0.8, 0.6, 0.3, 0.05]
     plain = [model(latent, t, txt, vec, mask) for t in times]
     before = dict(model.named_modules())
-    with fast.prepared(model, times, vec) as go_to:
+    with fast.prepared(model, times, vec) as prepared:
+        velocity = prepared(lambda z, t: model(z, t, txt, vec, mask))
         for t, expected in zip(times, plain):
-            go_to(t)
-            assert relative(model(latent, t, txt, vec, mask), expected) < 1e-5
+            assert relative(velocity(latent, t), expected) < 1e-5
     assert dict(model.named_modules()) == before
-    assert relative(plain[0], plain[1]) > 1e-3  # else a table of one row would do
+    assert relative(plain[0], plain[1]) > 1e-3  # else the results of one step would do
     assert torch.equal(model(latent, 0.6, txt, vec, mask), plain[2])
 
 
@@ -74,7 +74,7 @@ def test_sampling_equals_a_plain_loop(guidance, engine):
     assert abs(np.subtract(plain, drawn)).max() <= 1
 
 
-def test_tables_are_taken_away_after_an_error(engine):
+def test_layers_are_put_back_after_an_error(engine):
     before = dict(engine.mmdit.named_modules())
     with pytest.raises(ZeroDivisionError), fast.prepared(engine.mmdit, [1.0], torch.zeros(1, 128)):
         raise ZeroDivisionError
@@ -82,14 +82,14 @@ def test_tables_are_taken_away_after_an_error(engine):
 
 
 @torch.no_grad()
-def test_tables_hold_a_chunk_of_steps_and_never_all(engine):
+def test_only_a_chunk_of_steps_is_held_in_memory(engine):
     vec, times = torch.zeros(2, 128), torch.linspace(1, 0.01, 5000).tolist()
     largest = 0
-    with fast.prepared(engine.mmdit, times, vec) as go_to:
+    with fast.prepared(engine.mmdit, times, vec) as prepared:
         for t in times[::50]:
-            go_to(t)
-            tables = [m for m in engine.mmdit.modules() if isinstance(m, fast.Table)]
-            largest = max(largest, max(len(table.rows) for table in tables))
+            prepared(lambda z, t: None)(None, t)
+            layers = [m for m in engine.mmdit.modules() if isinstance(m, fast.Precomputed)]
+            largest = max(largest, max(len(layer.steps) for layer in layers))
     assert largest == fast.CHUNK < 100
 
 
@@ -104,7 +104,7 @@ def test_lora_learns_and_merges_alike(family, names):
     apart = model(latent, 0.6, txt, vec)
     apart.sum().backward()
     last = model.joint_blocks[-1].context_block.attn.qkv
-    assert last.B.grad[0].abs().max() == 0  # nobody reads its queries
+    assert last.B.grad[0].abs().max() == 0  # its queries are not used
     assert min(last.B.grad[1:].abs().amax((1, 2))) > 0
     assert relative(merge_lora(model)(latent, 0.6, txt, vec), apart.detach()) < 1e-5
 

@@ -1,4 +1,4 @@
-"""Rectified flow: the schedule and sampler of diffusers; training against closed forms."""
+"""Rectified flow: schedule and sampler against diffusers, training against closed forms."""
 
 import pytest
 import torch
@@ -21,22 +21,22 @@ def test_trajectory_equals_diffusers(answers):
         torch.testing.assert_close(z, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_constant_velocity_is_integrated_exactly():
+def test_euler_integrates_a_constant_velocity_exactly():
     noise, x0 = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
     z = flow.euler(lambda z, t: noise - x0, noise, flow.sigma_schedule(7))
     torch.testing.assert_close(z, x0, rtol=1e-5, atol=1e-5)
 
 
-def test_a_point_is_reached_from_any_noise():
-    """All data at x0: the true velocity is (z - x0) / t, and Euler lands on x0 exactly."""
+def test_euler_reaches_a_single_data_point_from_any_noise():
+    """If all data is x0, the true velocity is (z - x0) / t and Euler ends at x0 exactly."""
     x0 = torch.randn(1, 2, 4, 4)
     z = flow.euler(lambda z, t: (z - x0) / t, torch.randn(3, 2, 4, 4), flow.sigma_schedule(5))
     torch.testing.assert_close(z, x0.expand_as(z), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [0, -3])
-def test_fewer_than_one_step_is_refused(steps):
-    with pytest.raises(ValueError, match="at least 1"):
+def test_a_schedule_needs_at_least_one_step(steps):
+    with pytest.raises(ValueError, match=f"steps must be at least 1, got {steps}"):
         flow.sigma_schedule(steps)
 
 
@@ -50,7 +50,7 @@ def test_training_sigmas_are_a_shifted_logit_normal(shift):
         assert abs(sigmas.quantile(quantile) - expected) < 0.005
 
 
-def test_noising_and_loss():
+def test_noising_and_loss_equal_their_formulas():
     x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     t = torch.tensor([0.2, 0.7])
     z = flow.add_noise(x0, noise, t)
@@ -59,7 +59,7 @@ def test_noising_and_loss():
     velocity = torch.randn(2, 3, 4, 4)
     expected = (velocity - noise + x0).pow(2).mean((1, 2, 3))
     torch.testing.assert_close(flow.velocity_loss(velocity, x0, noise), expected)
-    # The official loss compares the x0 implied by the velocity.
+    # The official loss compares x0 with the x0 that the velocity implies.
     implied = z - t.view(2, 1, 1, 1) * velocity
     expected = (implied - x0).pow(2).mean((1, 2, 3))
     torch.testing.assert_close(flow.velocity_loss(velocity, x0, noise, t), expected)
@@ -70,7 +70,7 @@ def test_guidance_extrapolates_from_null_to_cond():
     assert [flow.guide(cond, null, g).item() for g in (0, 1, 4)] == [1, 3, 9]
 
 
-def test_noise_of_a_row_depends_on_its_seed_alone():
+def test_the_noise_of_a_row_depends_only_on_its_seed():
     three = flow.noise(3, (2, 4, 4), seed=7)
     assert torch.equal(three[2:], flow.noise(1, (2, 4, 4), seed=9))
     assert not torch.equal(three[0], three[1])

@@ -1,4 +1,4 @@
-"""Qwen2-VL: prepared and computed as transformers does it; loading is strict and loud."""
+"""Qwen2-VL: inputs and states equal transformers'; loading is strict."""
 
 import json
 import shutil
@@ -80,7 +80,7 @@ def test_special_tokens_in_text_are_plain_text(tokenizer):
     assert not batch.image_mask.any()
 
 
-def test_rows_are_the_official_string_tokenized(tokenizer):
+def test_tokens_are_those_of_the_official_string(tokenizer):
     wide = random_image(32, 16)
     batch = collate([["Edit image ", wide, " following:", "make it red"]], tokenizer, SMALL)
     vision = "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
@@ -107,7 +107,7 @@ def test_plain_positions_count_every_token(tokenizer):
 
 
 @torch.no_grad()
-def test_states_equal_transformers_own_forward(engine):
+def test_states_equal_those_of_transformers(engine):
     reference = Qwen2VLModel.from_pretrained(LMM, dtype=torch.float32).eval()
     for prompt in PROMPTS:
         batch = engine.lmm.collate([prompt])
@@ -124,7 +124,7 @@ def test_states_equal_transformers_own_forward(engine):
         assert relative(hidden, expected) < 1e-5
 
 
-def test_prompts_longer_than_the_model_reads_are_refused(engine):
+def test_prompts_longer_than_the_context_are_refused(engine):
     assert engine.lmm.collate([["a ring " * 250]]).ids.shape[1] <= 512
     with pytest.raises(UserError, match="a prompt of 1601 tokens: the LMM reads 512 at most"):
         engine.lmm.collate([["a ring"], ["a ring " * 800]])
@@ -135,7 +135,7 @@ def test_prompts_longer_than_the_model_reads_are_refused(engine):
 
 @pytest.fixture
 def copy(tmp_path):
-    """copy(change=None): a copy of the miniature's folder, its tensors changed -> its path."""
+    """copy(change=None): copy the miniature's folder, with its tensors changed -> its path."""
 
     def copy(change=None):
         folder = tmp_path / "lmm"
@@ -165,7 +165,7 @@ def bare(weights):
 
 
 def only_head(weights):
-    """safetensors keeps one name of two tied tensors, and it may be this one."""
+    """safetensors stores one name of two tied tensors, perhaps this one."""
     weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
 
 
@@ -207,7 +207,7 @@ def test_the_flat_configuration_of_the_published_folder_loads(copy):
     assert model.patches == PatchConfig(14, 2)
 
 
-def test_missing_and_unknown_tensors_are_named_as_the_file_names_them(copy):
+def test_missing_and_unknown_tensors_have_the_names_of_the_file(copy):
     name = "model.layers.2.mlp.up_proj.weight"
     with pytest.raises(UserError, match=f"missing {name}"):
         load_lmm(copy(lambda w: w.pop(name)))
@@ -246,7 +246,7 @@ def test_an_incomplete_folder_is_named(copy, file):
         ("vision_config", "in_channels", 4),
     ],
 )
-def test_a_wrong_config_is_one_line(part, name, value, copy):
+def test_a_wrong_config_is_a_user_error(part, name, value, copy):
     folder = copy()
     config = json.loads((folder / "config.json").read_text())
     config[part][name] = value
@@ -267,7 +267,7 @@ def test_wrong_image_sizes_are_refused(content, copy):
         load_lmm(folder)
 
 
-def test_image_sizes_are_read_in_both_spellings_and_without_the_file(copy):
+def test_image_sizes_have_two_spellings_and_defaults(copy):
     folder, expected = copy(), PatchConfig(8, 2, 256, 2304)
     assert load_lmm(folder).patches == expected
     sizes = {"size": {"shortest_edge": 256, "longest_edge": 2304}, "min_pixels": None}
@@ -282,5 +282,5 @@ def test_more_tokens_than_embeddings_are_refused(copy):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"word{i}" for i in range(1000)])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(UserError, match=r"a tokenizer of \d+ entries, embeddings of \d+"):
+    with pytest.raises(UserError, match=r"tokenizer has \d+ entries, but the LMM \d+ embeddings"):
         load_lmm(folder)

@@ -1,4 +1,4 @@
-"""Masked diffusion: what masking, loss and sampler promise, whatever the network says."""
+"""Masked diffusion: masking, loss and sampler, with any network."""
 
 import math
 
@@ -95,7 +95,7 @@ def test_nothing_hidden_costs_nothing_and_mask_is_no_answer():
 
 
 class Network:
-    """Logits that depend on the row's own visible tokens; counts how often it is asked."""
+    """Logits that depend on the row's own visible tokens; counts its calls."""
 
     def __init__(self, mask_id=MASK):
         self.calls, self.mask_id = [], mask_id
@@ -118,8 +118,10 @@ def test_all_slots_are_filled_and_prompts_stay(steps, order):
     assert (ids == MASK).sum() == B * L - 2  # the prompts themselves are left alone
     assert len(network.calls) <= min(steps, B * L) + 1
     for before, after in zip(network.calls, [*network.calls[1:], out]):
-        told = before != MASK
-        assert torch.equal(after[told], before[told]) and (after != MASK).sum() > told.sum()
+        visible = before != MASK
+        assert (
+            torch.equal(after[visible], before[visible]) and (after != MASK).sum() > visible.sum()
+        )
     if order == "confident":  # half of six in each of two steps, and so on
         counts = [(x[0] != MASK).sum().item() for x in network.calls]
         assert (

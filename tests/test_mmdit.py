@@ -1,4 +1,4 @@
-"""MM-DiT: equal to diffusers for three families and two layouts."""
+"""MM-DiT: equal to diffusers for three model families in two file layouts."""
 
 import math
 
@@ -35,7 +35,7 @@ def test_velocity_equals_diffusers(family, layout, case, names, answers):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_configuration_is_read_off_the_tensors(family, names):
+def test_the_configuration_is_inferred_from_shapes(family, names):
     config = build_mmdit(tensors(names[f"mmdit/{family}/single"]), "tiny").config
     dual = (0, 1) if family == "sd3.5-medium" else ()
     qk_norm = family != "sd3-medium"
@@ -43,7 +43,7 @@ def test_the_configuration_is_read_off_the_tensors(family, names):
 
 
 @torch.no_grad()
-def test_padding_changes_nothing(names):
+def test_padding_has_no_effect(names):
     model = build_mmdit(tensors(names["mmdit/sd3.5-medium/single"]), "tiny")
     latent, context, pooled = inputs("wide")
     txt, vec = model.embed_text(context, pooled)
@@ -63,7 +63,7 @@ def test_padding_changes_nothing(names):
         ("SD3.5-large", 923, 8_056_627_520, 89_653_248),
     ],
 )
-def test_full_sizes_have_the_published_numbers(family, keys, parameters, positions):
+def test_full_sizes_have_the_published_parameter_counts(family, keys, parameters, positions):
     with torch.device("meta"):
         model = mmdit.MMDiT(mmdit.FAMILIES[family])
     assert len(model.state_dict()) == keys
@@ -71,7 +71,7 @@ def test_full_sizes_have_the_published_numbers(family, keys, parameters, positio
     assert model.pos_embed.numel() == positions
 
 
-def test_the_position_table_counts_columns_in_its_first_half():
+def test_the_position_table_encodes_columns_in_its_first_half():
     table = mmdit.position_table(5, 16).reshape(5, 5, 16)
     assert torch.equal(table[0, :, :8], table[4, :, :8])
     assert torch.equal(table[:, 0, 8:], table[:, 4, 8:])
@@ -79,22 +79,24 @@ def test_the_position_table_counts_columns_in_its_first_half():
     torch.testing.assert_close(table[2, 3, [0, 1, 4, 5]], expected)
 
 
-def test_latents_larger_than_the_position_table_are_refused(names):
+def test_latents_that_do_not_fit_are_refused(names):
     model = build_mmdit(tensors(names["mmdit/sd3.5-large/single"]), "tiny")
     txt, vec = model.embed_text(torch.zeros(1, 1, 48), torch.zeros(1, 40))
-    for h, w in ((50, 8), (8, 50)):
-        with pytest.raises(ValueError, match="larger than the table"):
+    for h, w, message in (
+        (50, 8, "25x4 patches exceeds the position table, 24x24"),
+        (8, 50, "4x25 patches exceeds the position table, 24x24"),
+        (9, 8, "multiples of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
             model(torch.zeros(1, 16, h, w), 0.5, txt, vec)
-    with pytest.raises(ValueError, match="multiples of 2"):
-        model(torch.zeros(1, 16, 9, 8), 0.5, txt, vec)
 
 
-def test_a_hook_on_any_layer_fires(names):
-    """What is drawn goes through the modules a reader finds, so that hooks and LoRA reach them."""
+def test_the_forward_calls_every_module(names):
+    """So hooks fire and LoRA takes effect."""
     model, called = build_mmdit(tensors(names["mmdit/sd3.5-medium/single"]), "tiny"), set()
-    leaves = {name: m for name, m in model.named_modules() if not list(m.children())}
-    for name, module in leaves.items():
+    layers = {name: m for name, m in model.named_modules() if not list(m.children())}
+    for name, module in layers.items():
         module.register_forward_hook(lambda *_, name=name: called.add(name))
     latent, context, pooled = inputs("square")
     model(latent, T, *model.embed_text(context, pooled))
-    assert called == leaves.keys()
+    assert called == layers.keys()

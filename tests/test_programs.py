@@ -1,8 +1,9 @@
-"""Programs: instructions, prompts and questions, each against a reading of its words alone."""
+"""Instructions, prompts and questions mean what a second interpreter reads in their words alone."""
 
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -17,31 +18,31 @@ def triples(scene):
 
 
 def named(words, objects):
-    """The one object of {(color, shape, place)} that "the red circle" or "the circle" means."""
+    """The only object of {(color, shape, place)} that "the red circle" or "the circle" names."""
     names = set(words.split()) - {"the"}
-    (meant,) = [o for o in objects if names <= set(o[:2])]
-    return meant
+    (found,) = [o for o in objects if names <= set(o[:2])]
+    return found
 
 
-def stands(first, second):
+def relations(first, second):
     """The relations of one place to another, from their numbers."""
     (row1, col1), (row2, col2) = divmod(first, 3), divmod(second, 3)
     pairs = {"left": col1 < col2, "right": col1 > col2, "above": row1 < row2, "below": row1 > row2}
     return {name for name, holds in pairs.items() if holds}
 
 
-def meant_by(words, objects):
-    """Of "the red circle" or "the object left of the star"."""
+def related(words, objects):
+    """The object that "the red circle" or "the object left of the star" names."""
     if not words.startswith("the object "):
         return named(words, objects)
     way, _, anchor = words.removeprefix("the object ").rpartition(" the ")
     anchor = named(anchor, objects)
-    (meant,) = [o for o in objects if o != anchor and WAYS[way] in stands(o[2], anchor[2])]
-    return meant
+    (found,) = [o for o in objects if o != anchor and WAYS[way] in relations(o[2], anchor[2])]
+    return found
 
 
 def follow(text, background, objects):
-    """Do what an instruction says, read from its words alone: background, {(color, shape, place)}."""
+    """Apply an instruction, from its words alone: the new background, {(color, shape, place)}."""
     last = text.split(" to the ")[-1]
     place = world.PLACES.index(last) if last in world.PLACES else None
     if "the background" in text:
@@ -58,13 +59,13 @@ def follow(text, background, objects):
         return background, objects - {a, b} | new
     verb, rest = text.split(" ", 1)
     if verb == "move":
-        meant = named(rest.split(" to the ")[0], objects)
-        return background, objects - {meant} | {(*meant[:2], place)}
+        before = named(rest.split(" to the ")[0], objects)
+        return background, objects - {before} | {(*before[:2], place)}
     if verb == "remove":
-        return background, objects - {meant_by(rest, objects)}
-    words, color = rest.removesuffix(" to").rsplit(" ", 1)
-    meant = meant_by(words.removesuffix(" to"), objects)
-    return background, objects - {meant} | {(color, *meant[1:])}
+        return background, objects - {related(rest, objects)}
+    words, color = rest.rsplit(" ", 1)
+    before = related(words.removesuffix(" to"), objects)
+    return background, objects - {before} | {(color, *before[1:])}
 
 
 @pytest.mark.parametrize("kind", edits.MAKERS)
@@ -86,7 +87,7 @@ def test_an_instruction_leads_from_source_to_target(kind):
 
 
 @pytest.mark.parametrize("kind", ["recolor", "add"])
-def test_what_a_held_out_edit_makes_is_a_held_out_pair(kind):
+def test_an_edit_with_held_out_pairs_changes_a_seen_source(kind):
     rng = random.Random(kind)
     for _ in range(100):
         edit = edits.sample_edit(kind, rng, HELD_OUT, exam=True)
@@ -94,24 +95,23 @@ def test_what_a_held_out_edit_makes_is_a_held_out_pair(kind):
         assert all(o.pair in SEEN for o in edit.source.objects)
 
 
-def test_a_reference_describes_its_scene_and_no_other():
+def test_a_reference_matches_its_scene_and_not_a_recolored_one():
     rng = random.Random(0)
     for _ in range(500):
         reference = programs.sample_reference(rng)
         assert world.matches(reference.prompt, reference.scene)
-        shown, text = [o for _, o in reference.segments if o], reference.prompt.text
-        assert 1 <= len(shown) <= 3 and text.count("<image>") == len(shown)
+        pictured, text = [o for _, o in reference.segments if o], reference.prompt.text
+        assert 1 <= len(pictured) <= 3 and text.count("<image>") == len(pictured)
         assert "".join(words for words, _ in reference.segments) == text.replace("<image>", "")
-        for words, o in reference.segments:  # the words leave the color to the picture
+        for words, o in reference.segments:  # only the picture of an object shows its color
             assert not o or not set(words.split()) & world.COLORS.keys()
-        changed = shown[0]
-        color = next(c for c in world.COLORS if c != changed.color)
-        repainted = Object(color, changed.shape, changed.place)
-        objects = tuple(repainted if o == changed else o for o in reference.scene.objects)
+        color = next(c for c in world.COLORS if c != pictured[0].color)
+        recolored = replace(pictured[0], color=color)
+        objects = tuple(recolored if o == pictured[0] else o for o in reference.scene.objects)
         assert not world.matches(reference.prompt, world.Scene(reference.scene.background, objects))
 
 
-def test_a_long_prompt_tells_all_of_four_objects():
+def test_a_long_prompt_describes_four_objects_completely():
     rng = random.Random(0)
     for _ in range(100):
         scene, prompt = programs.sample_long(rng, PAIRS)
@@ -123,12 +123,10 @@ def test_a_long_prompt_tells_all_of_four_objects():
         assert world.matches(prompt, other) == (other == scene)
 
 
-def claimed(text, scene):
-    """What a semantic prompt says, read from its words: True if the scene is so."""
-    shapes, colors = (
-        Counter(o.shape for o in scene.objects),
-        Counter(o.color for o in scene.objects),
-    )
+def holds(text, scene):
+    """Is a semantic prompt true of a scene? From its words alone, without relations."""
+    shapes = Counter(o.shape for o in scene.objects)
+    colors = Counter(o.color for o in scene.objects)
     numbers = dict(zip(("a", "one", "two", "three", "four", "none"), (1, 1, 2, 3, 4, 0)))
     if found := re.fullmatch("(\\w+) objects, (\\w+) of them (?:a )?(\\w+)", text):
         noun = found[3] if found[3] in world.SHAPES or found[3] in world.COLORS else found[3][:-1]
@@ -139,44 +137,40 @@ def claimed(text, scene):
     text, _, other = text.partition(" that is not ")
     if colors[denied] or colors[other]:
         return False
-    told = Counter()
-    for number, noun in re.findall(
-        "(a|two|three|four) (?:{} )?(\\w+)".format(" |".join(world.COLORS)), text
-    ):
+    counts = Counter()
+    pattern = f"(a|two|three|four) (?:{' |'.join(world.COLORS)} )?(\\w+)"
+    for number, noun in re.findall(pattern, text):
         shape = next(s for s in world.SHAPES if noun in (s, world.plural(s)))
-        told[shape] += numbers[number]
-    return told == shapes
+        counts[shape] += numbers[number]
+    return counts == shapes
 
 
-def test_a_semantic_prompt_is_true_where_its_words_are():
-    rng, lies = random.Random(0), 0
+def test_a_semantic_prompt_is_satisfied_exactly_if_its_words_are_true():
+    rng, unsatisfied = random.Random(0), 0
     for _ in range(600):
         scene, prompt = programs.sample_semantic(rng, PAIRS)
         assert programs.satisfies(prompt, scene) and not programs.satisfies(prompt, None)
-        assert claimed(prompt.text, scene)
+        assert holds(prompt.text, scene)
         other = world.sample_scene("scene", rng, PAIRS)
         if not any(claim.relation for claim in prompt.claims):
-            assert programs.satisfies(prompt, other) == claimed(prompt.text, other)
+            assert programs.satisfies(prompt, other) == holds(prompt.text, other)
         else:
-            mirrored = world.Scene(
-                scene.background,
-                tuple(Object(*o.pair, 8 - o.place) for o in reversed(scene.objects)),
-            )
-            assert not programs.satisfies(prompt, mirrored)
-        lies += not programs.satisfies(prompt, other)
-    assert lies > 400
+            mirrored = tuple(Object(*o.pair, 8 - o.place) for o in reversed(scene.objects))
+            assert not programs.satisfies(prompt, replace(scene, objects=mirrored))
+        unsatisfied += not programs.satisfies(prompt, other)
+    assert unsatisfied > 400
 
 
 @pytest.mark.parametrize("kind", programs.QUESTIONS)
-def test_questions_have_the_answer_that_their_words_ask_for(kind):
+def test_answers_agree_with_the_words_of_the_question(kind):
     rng, answers = random.Random(kind), Counter()
     for _ in range(400):
         scene, question = programs.sample_question(kind, rng, PAIRS)
         found, text = programs.answer(question, scene), question.text
         answers[found] += 1
-        names = [w for w in re.findall(r"\w+", text)]
         singular = {world.plural(s): s for s in world.SHAPES}
-        names = {singular.get(w, w) for w in names} & {*world.COLORS, *world.SHAPES}
+        words = {singular.get(word, word) for word in re.findall(r"\w+", text)}
+        names = words & {*world.COLORS, *world.SHAPES}
         fitting = [o for o in scene.objects if names <= {o.color, o.shape}]
         if kind in ("total", "count"):
             assert found == programs.NUMBERS[len(fitting)]
@@ -186,15 +180,13 @@ def test_questions_have_the_answer_that_their_words_ask_for(kind):
             assert found == scene.background
         elif kind == "at":
             place = world.PLACES.index(text.removeprefix("what is at the ").removesuffix("?"))
-            there = [f"a {o.color} {o.shape}" for o in scene.objects if o.place == place]
-            assert found == (there or ["nothing"])[0]
+            objects = [f"a {o.color} {o.shape}" for o in scene.objects if o.place == place]
+            assert found == (objects or ["nothing"])[0]
         elif kind == "relation":
-            first, rest = re.split(
-                f" (?={'|'.join(map(re.escape, sorted(WAYS, key=len)))})", text[7:-1], maxsplit=1
-            )
-            way, second = rest.split(" the ")[:-1], rest.split(" the ")[-1]
+            pattern = f"is the (.*?) ({'|'.join(WAYS)}) the (.*)\\?"
+            first, way, second = re.fullmatch(pattern, text).groups()
             a, b = named(first, triples(scene)), named(second, triples(scene))
-            assert (found == "yes") == (WAYS[" the ".join(way)] in stands(a[2], b[2]))
+            assert (found == "yes") == (WAYS[way] in relations(a[2], b[2]))
         else:
             (o,) = fitting
             assert found == (o.color if kind == "color" else world.PLACES[o.place])

@@ -1,4 +1,4 @@
-"""The command line as its users meet it: pictures, and one clear line for every mistake."""
+"""The command lines that draw and read: pictures, and one clear line for every mistake."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from checkpoints import metadata, read_tensors
 from dream_engine import LMM, SD3, STAGE1
 from support import fast
 from support.cli import one_line_errors
+from unialignment import sample as unialignment_sample
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--steps", "2", "--device", "cpu"]
@@ -32,7 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def fails(main, arguments, capsys):
-    """The one line that a program says before it ends with exit code 2."""
+    """The one line that a program prints before it ends with exit code 2."""
     before = sorted(Path.cwd().rglob("*"))
     with pytest.raises(SystemExit) as end, one_line_errors():
         main([str(a) for a in arguments])
@@ -197,17 +198,17 @@ def test_bad_checkpoints_get_one_line(kind, said, capsys):
 
 
 def test_unialignment_draws_and_edits(uni_folder, capsys):
-    uni = ["--engine", "unialignment", "--checkpoint", str(uni_folder), *FAST]
     drawn = {}
     for name, arguments in {
         "drawn": ["--prompt", "a red circle", "--size", "48x32"],
-        "edited": ["--prompt", "make it red", "--task", "edit", "--image", "dog.png"],
+        "edited": ["--prompt", "make it red", "--image", "dog.png"],
         "same": ["--prompt", "<image> make it red", "--image", "dog.png"],
         "else": ["--prompt", "make it red", "--image", "dog.png", "--negative", "a circle"],
         "composed": ["--prompt", "make a ring", *["--image", "dog.png"] * 3],
         "low": ["--prompt", "make it red", "--image", "dog.png", "--low-memory"],
     }.items():
-        sample.main([*uni, *arguments, "--out", f"{name}.png"])
+        out = ["--checkpoint", str(uni_folder), *FAST, "--out", f"{name}.png"]
+        unialignment_sample.main([*arguments, *out])
         drawn[name] = Image.open(f"{name}.png")
     assert drawn["drawn"].size == (48, 32) and drawn["composed"].size == (32, 32)
     assert drawn["edited"].tobytes() == drawn["same"].tobytes() == drawn["low"].tobytes()
@@ -223,14 +224,12 @@ def test_unialignment_reads(uni_folder, capsys):
         ["--task", "caption"],
         ["--task", "caption", "--num", "2", "--order", "confident"],
         ["--task", "answer", "--prompt", "how many", "--prompt", "how many red"],
+        ["--task", "caption"],
     ):
-        sample.main([*common, *arguments])
+        unialignment_sample.main([*common, *arguments])
         said.append(capsys.readouterr().out.splitlines())
-    assert [len(lines) for lines in said] == [1, 2, 2] and all(
-        x.strip() for lines in said for x in lines
-    )
-    sample.main([*common, "--task", "caption"])
-    assert capsys.readouterr().out.splitlines() == said[0]
+    assert [len(lines) for lines in said] == [1, 2, 2, 1] and said[0] == said[3]
+    assert all(x.strip() for lines in said for x in lines)
     assert os.listdir() == ["dog.png"]
 
 
@@ -242,29 +241,33 @@ def test_unialignment_reads(uni_folder, capsys):
         (["--task", "answer", "--image", "dog.png"], "a prompt for each, but 1 images and 0 prompts"),
         (["--task", "answer", "--image", "dog.png", "--prompt", "a " * 12], "leaves no room"),
         (["--task", "answer", "--image", "dog.png", "--prompt", " "], "empty question"),
-        (["--task", "caption", "--engine", "dream-engine"], "needs --engine unialignment"),
-        (["--task", "caption", "--image", "dog.png", "--out", "a.png"], "--out has no effect with read"),
+        (["--task", "caption", "--image", "dog.png", "--out", "a.png"], "--out has no effect with --task caption"),
         (["--task", "caption", "--image", "dog.png", "--sd3", "x", "--checkpoint", "x"], "x: no such"),
-        (["--task", "i2i", "--image", "dog.png"], "knows no task i2i"),
-        (["--prompt", "a", "--blend", "0.5"], "--blend has no effect with unialignment"),
-        (["--prompt", "a", "--order", "confident"], "--order has no effect with drawing"),
+        (["--task", "i2i", "--image", "dog.png"], "invalid choice: 'i2i'"),
+        (["--prompt", "a", "--blend", "0.5"], "unrecognized arguments: --blend"),
+        (["--prompt", "a", "--order", "confident"], "--order has no effect with --task draw"),
         (["--prompt", " "], "empty prompt"),
-        (["--task", "edit", "--prompt", "a"], "task edit takes one image"),
+        ([], "empty prompt"),
+        (["--prompt", "a <image>"], "1 <image> placeholders, but 0 images"),
         (["--prompt", "a", "--size", "40"], "multiples of 16 up to 384"),
         (["--prompt", "a", "--checkpoint", "dog.png"], "dog.png"),
     ],
 )  # fmt: skip
 def test_mistakes_with_unialignment_get_one_line(arguments, said, uni_folder, capsys):
-    engine = [] if "--task" in arguments else ["--engine", "unialignment"]
-    if "i2i" in arguments or "edit" in arguments:
-        engine = ["--engine", "unialignment"]
-    found = fails(sample.main, [*engine, "--checkpoint", uni_folder, *FAST, *arguments], capsys)
-    assert said in found
+    main = unialignment_sample.main
+    assert said in fails(main, ["--checkpoint", uni_folder, *FAST, *arguments], capsys)
 
 
-def test_dream_engine_has_no_negative_prompt(capsys):
-    said = fails(sample.main, ["--prompt", "a", "--negative", "b"], capsys)
-    assert said == "error: --negative has no effect with dream-engine"
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--prompt", "a", "--negative", "b"], "unrecognized arguments: --negative b"),
+        (["--task", "caption"], "use python -m unialignment.sample --task caption"),
+        (["--task", "answer"], "use python -m unialignment.sample --task answer"),
+    ],
+)
+def test_options_of_the_other_system_get_one_line(arguments, said, capsys):
+    assert said in fails(sample.main, arguments, capsys)
 
 
 def test_an_unwritable_folder_gets_one_line(monkeypatch, capsys):

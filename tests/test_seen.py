@@ -1,6 +1,7 @@
-"""Who has seen what: the reserved eighth is met by nobody, the held-out pairs only before the stages.
+"""No part of the training draws what is held out from it, over 20,000 examples each.
 
-Over 20,000 examples of each stage. Nothing is rendered: what would be is noted down instead.
+Scenes and prompts are held out from every part, pairs from the stages and UniAlignment. The tests
+render nothing: they record the scenes that would be rendered.
 """
 
 import random
@@ -16,12 +17,12 @@ from mini.scenes import BACKGROUNDS, HELD_OUT, PAIRS, SEEN, Object, Scene
 from train import SHARES
 
 N = 20_000
-is_reserved = scenes.is_exam  # as it is, whatever a test makes of it
+is_held_out = scenes.is_exam  # a test replaces the function itself
 
 
 @pytest.fixture
 def shown(monkeypatch):
-    """All Scenes, and Objects by themselves, that would be drawn in the test."""
+    """Record all Scenes, and all single Objects, that the test would render."""
     shown, blank, crop = [], Image.new("RGB", (48, 48)), Image.new("RGB", (16, 16))
 
     def render(scene):
@@ -33,7 +34,7 @@ def shown(monkeypatch):
         return crop
 
     def paint(paper, shapes):
-        """Of other colors, which may be so near to the world's that it shows a scene, too."""
+        """Record shapes in other colors, too, if the detector takes them for a scene."""
         grounds = BACKGROUNDS.values() if isinstance(paper, tuple) else ()
         near = any(max(abs(a - b) for a, b in zip(paper, ground)) < 30 for ground in grounds)
         if near and (scene := scenes.detect(scenes.picture(original(paper, shapes)))):
@@ -41,7 +42,7 @@ def shown(monkeypatch):
         return nothing
 
     original, nothing = scenes.paint, np.zeros((48, 48, 3), np.float32)
-    scenes.detect(blank)  # makes and keeps its templates, which are painted
+    scenes.detect(blank)  # paints and caches its templates
     for module in (scenes, world):
         monkeypatch.setattr(module, "render", render)
     for function in (portrait, paint):
@@ -52,43 +53,43 @@ def shown(monkeypatch):
 
 @pytest.fixture
 def made(monkeypatch):
-    """{text: Prompt or Semantic} of all that are made in the test; no caption is a Semantic, too."""
+    """Record {text: Prompt or Semantic} of all that the test makes; a Prompt has precedence."""
     made = {}
 
-    def noting(kind, note):
+    def recording(kind, record):
         def make(text, *rest):
             prompt = kind(text, *rest)
-            note(text, prompt)
+            record(text, prompt)
             return prompt
 
         return make
 
-    prompt = noting(scenes.Prompt, made.__setitem__)
+    prompt = recording(scenes.Prompt, made.__setitem__)
     for module in (scenes, programs):
         monkeypatch.setattr(module, "Prompt", prompt)
-    monkeypatch.setattr(programs, "Semantic", noting(programs.Semantic, made.setdefault))
+    monkeypatch.setattr(programs, "Semantic", recording(programs.Semantic, made.setdefault))
     return made
 
 
 def check(shown, pairs):
-    """No scene is reserved, and all objects are of pairs, each of which is there."""
+    """No scene is held out; the objects are of exactly these pairs."""
     whole = [scene for scene in shown if isinstance(scene, Scene)]
-    assert not any(map(is_reserved, whole))
-    met = {o.pair for scene in whole for o in scene.objects}
-    met |= {obj.pair for obj in shown if isinstance(obj, Object)}
-    assert met == set(pairs)
+    assert not any(map(is_held_out, whole))
+    found = {o.pair for scene in whole for o in scene.objects}
+    found |= {obj.pair for obj in shown if isinstance(obj, Object)}
+    assert found == set(pairs)
 
 
 def check_texts(texts, made, share):
-    """No text is of a reserved prompt; so large a share of them is of one that is known here."""
+    """No text is of a held-out prompt; more than this share of the texts was recorded."""
     prompts = [made[text] for text in texts if text in made]
-    assert not any(map(is_reserved, prompts)) and len(prompts) > share * len(texts)
+    assert not any(map(is_held_out, prompts)) and len(prompts) > share * len(texts)
 
 
-# ---- what each part and stage meets -------------------------------------------------------------
+# ---- the data of each part ----------------------------------------------------------------------
 
 
-def see_autoencoder(shown, made, n, folder):
+def check_autoencoder(shown, made, n, folder):
     rng = random.Random(0)
     for _ in range(n):
         pictures.sample(rng)
@@ -96,13 +97,13 @@ def see_autoencoder(shown, made, n, folder):
     check(shown, PAIRS)
 
 
-def see_t5(shown, made, n, folder):
+def check_t5(shown, made, n, folder):
     texts = [text.prompt[0] for text in lessons.sample_texts(n, random.Random(0))]
     check_texts(texts, made, 0.55)
     assert all(any(" ".join(pair) in text for text in texts) for pair in HELD_OUT)
 
 
-def see_base(shown, made, n, folder):
+def check_base(shown, made, n, folder):
     vae = SimpleNamespace(encode=lambda images: torch.zeros(len(images), 1))
     pool = pretrain.latent_pool(vae, SimpleNamespace(out=folder, device="cpu"))
     assert len(shown) == sum(pretrain.POOL.values())
@@ -112,7 +113,7 @@ def see_base(shown, made, n, folder):
     check_texts([text for text in texts if text], made, 0.99)
 
 
-def see_lmm(shown, made, n, folder):
+def check_lmm(shown, made, n, folder):
     rng, texts = random.Random(0), []
     for _ in range(n // 64):
         for lesson in lessons.sample_lessons(64, rng):
@@ -123,8 +124,8 @@ def see_lmm(shown, made, n, folder):
     check(shown, PAIRS)
 
 
-def see_stage(tasks, perception=False):
-    def see(shown, made, n, folder):
+def stage(tasks, perception=False):
+    def check_stage(shown, made, n, folder):
         rng, examples = random.Random(0), world.Examples(perception)
         for task in rng.choices(list(tasks), tasks.values(), k=n):
             record = examples.record(1, task, rng)
@@ -136,37 +137,37 @@ def see_stage(tasks, perception=False):
                 check_texts([record["prompt"]], made, 0.99)
         check(shown, SEEN)
 
-    return see
+    return check_stage
 
 
-STAGES = {
-    "vae": see_autoencoder,
-    "t5": see_t5,
-    "base": see_base,
-    "lmm": see_lmm,
-    "stage 1": see_stage(SHARES[1]),
-    "stage 2": see_stage(SHARES[2]),
-    "unialignment": see_stage({"t2i": 1, "edit": 1.5, "answer": 0.8}, perception=True),
+PARTS = {
+    "vae": check_autoencoder,
+    "t5": check_t5,
+    "base": check_base,
+    "lmm": check_lmm,
+    "stage 1": stage(SHARES[1]),
+    "stage 2": stage(SHARES[2]),
+    "unialignment": stage({"t2i": 1, "edit": 1.5, "answer": 0.8}, perception=True),
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_no_stage_meets_what_is_kept_from_it(stage, shown, made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", PARTS)
+def test_no_part_draws_what_is_held_out_from_it(part, shown, made, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "to_tensor", lambda images: torch.zeros(len(images), 1))
-    STAGES[stage](shown, made, N, tmp_path)
+    PARTS[part](shown, made, N, tmp_path)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_it_would_be_noticed(stage, shown, made, tmp_path, monkeypatch):
-    """Without reservation every stage meets what it must not."""
+@pytest.mark.parametrize("part", PARTS)
+def test_a_leak_would_be_found(part, shown, made, tmp_path, monkeypatch):
+    """Where `is_exam` holds out nothing, the checks fail for every part."""
     monkeypatch.setattr(pretrain, "to_tensor", lambda images: torch.zeros(len(images), 1))
     monkeypatch.setattr(pretrain, "POOL", dict.fromkeys(pretrain.POOL, 100))
     monkeypatch.setattr(scenes, "is_exam", lambda thing: False)
-    with pytest.raises(AssertionError, match="is_reserved"):
-        STAGES[stage](shown, made, 1000, tmp_path)
+    with pytest.raises(AssertionError, match="is_held_out"):
+        PARTS[part](shown, made, 1000, tmp_path)
 
 
-def test_what_is_noted_is_what_is_drawn(request):
+def test_every_scene_in_a_picture_is_recorded(request):
     images = [pictures.sample(random.Random(seed)) for seed in range(300)]
     shown = request.getfixturevalue("shown")
     for seed, image in enumerate(images):

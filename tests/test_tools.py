@@ -1,4 +1,4 @@
-"""Benchmarks' own files in and out, copies measured against closed forms, manifests checked."""
+"""GenEval, SemGen-Bench, reconstruction and the check of manifests: files, resuming, messages."""
 
 import json
 from pathlib import Path
@@ -22,15 +22,16 @@ DRAW = ["--metadata", "metadata.jsonl", "--out"]
 
 
 class Painter:
-    """Stands in for an engine: a picture of one color, of the prompt and the seed."""
+    """An engine that records its calls; its pictures have one color, set by prompt and seed."""
 
-    default_size = 64
+    default_size = 32
 
-    def generate(self, prompts, seed, **options):
-        return [
-            Image.new("RGB", (64, 64), (len(prompt[0]), seed + i, 9))
-            for i, prompt in enumerate(prompts)
-        ]
+    def __init__(self):
+        self.calls = []
+
+    def generate(self, prompts, seed, size=(32, 32), **options):
+        self.calls.append((prompts, options | {"seed": seed, "size": size}))
+        return [Image.new("RGB", size, (len(p[-1]), seed + i, 9)) for i, p in enumerate(prompts)]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,10 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def painter(monkeypatch):
-    monkeypatch.setattr(geneval, "load_engine", lambda args: Painter())
+    painter = Painter()
+    for program in (geneval, semgen):
+        monkeypatch.setattr(program, "load_engine", lambda args: painter)
+    return painter
 
 
 def write_jsonl(file, records):
@@ -53,7 +57,7 @@ def files_in(folder):
 
 
 def fails(main, arguments, capsys):
-    """The one line that a program says before it ends with exit code 2."""
+    """The last line on stderr of a program that ends with exit code 2."""
     with pytest.raises(SystemExit) as end, one_line_errors():
         main(arguments)
     assert end.value.code == 2
@@ -77,22 +81,20 @@ def test_geneval_draws_into_the_public_layout(monkeypatch, engine):
         assert picture.text == {"prompt": "a red circle", "seed": str(7 + k)}
     grid = np.asarray(Image.open("out/00000/grid.png"))  # 2 x 2 without gaps
     assert grid.shape == (96, 96, 3)
-    assert np.array_equal(grid[:48, 48:], pictures[1]) and np.array_equal(
-        grid[48:, :48], pictures[2]
-    )
+    assert np.array_equal(grid[:48, 48:], pictures[1])
+    assert np.array_equal(grid[48:, :48], pictures[2])
 
 
 def test_geneval_draws_with_unialignment(uni_folder):
     write_jsonl("metadata.jsonl", METADATA[:1])
     engine = ["--engine", "unialignment", "--checkpoint", str(uni_folder), "--device", "cpu"]
     geneval.main([*DRAW, "out", "--num", "1", "--steps", "2", "--seed", "7", *engine])
-    expected = UniAlignment.load(uni_folder, device="cpu").generate(
-        ["a red circle"], steps=2, seed=7
-    )
-    assert np.array_equal(Image.open("out/00000/samples/0000.png"), expected[0])
+    uni = UniAlignment.load(uni_folder, device="cpu")
+    (expected,) = uni.generate(["a red circle"], steps=2, seed=7)
+    assert np.array_equal(Image.open("out/00000/samples/0000.png"), expected)
 
 
-def test_geneval_goes_on_where_it_was_stopped(painter, capsys):
+def test_geneval_draws_only_what_is_missing(painter, capsys):
     geneval.main([*DRAW, "out"])
     before = files_in("out")
     assert len(before) == 3 * 6
@@ -101,12 +103,13 @@ def test_geneval_goes_on_where_it_was_stopped(painter, capsys):
     Path("out/00000/samples/0000.png").write_bytes(b"not drawn again")
     geneval.main([*DRAW, "out"])
     assert files_in("out") == before | {"00000/samples/0000.png": b"not drawn again"}
-    assert "holds 4 pictures" in fails(geneval.main, [*DRAW, "out", "--num", "3"], capsys)
+    said = fails(geneval.main, [*DRAW, "out", "--num", "3"], capsys)
+    assert "samples: holds more than 3 pictures; choose another --out" in said
     write_jsonl("metadata.jsonl", METADATA[::-1])
-    assert "pictures of another prompt" in fails(geneval.main, [*DRAW, "out"], capsys)
+    assert "00000: holds pictures of another prompt" in fails(geneval.main, [*DRAW, "out"], capsys)
 
 
-def test_processes_share_the_prompts(painter, monkeypatch):
+def test_geneval_shares_the_prompts_among_processes(painter, monkeypatch):
     geneval.main([*DRAW, "out", "--num", "1"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, folders in ("0", {"00000", "00002"}), ("1", {"00000", "00001", "00002"}):
@@ -137,10 +140,11 @@ GOOD = b'{"prompt": "a", "tag": "b", "exclude": []}\n'
         bytes(3_000_000),
     ],
 )
-def test_a_bad_line_of_a_benchmark_is_named(line, capsys):
+def test_a_bad_line_of_a_benchmark_is_a_user_error(line, capsys):
     Path("bad.jsonl").write_bytes(GOOD + b"\n" + line + b"\n")
     said = fails(geneval.main, ["--metadata", "bad.jsonl"], capsys)
-    assert said.startswith("error: bad.jsonl:3: expected a JSON object with ")
+    expected = "a JSON object with text in the fields prompt, tag ("
+    assert said.startswith(f"error: bad.jsonl:3: expected {expected}")
 
 
 # ---- semgen -------------------------------------------------------------------------------------
@@ -151,7 +155,7 @@ SEMGEN = ["--bench", "bench/semgen_bench.jsonl", "--steps", "2", "--device", "cp
 
 @pytest.fixture
 def bench():
-    """Two rows as published, and their pictures: beside the bench, and where the authors had none."""
+    """Two rows as published; the second has its picture in images/, not at the authors' path."""
     Path("bench/images").mkdir(parents=True)
     rng, rows = np.random.default_rng(0), []
     for n, path in enumerate(("pictures/1.jpg", "/home/author/coco/2.jpg")):
@@ -164,39 +168,17 @@ def bench():
     return rows
 
 
-class Recorder:
-    """Stands in for an engine: white pictures, and a list of what was asked."""
-
-    default_size = 32
-
-    def __init__(self):
-        self.asked = []
-
-    def generate(self, prompts, **options):
-        self.asked.append((prompts, options))
-        return [Image.new("RGB", options["size"])]
-
-
-@pytest.fixture
-def recorder(bench, monkeypatch):
-    recorder = Recorder()
-    monkeypatch.setattr(semgen, "load_engine", lambda args: recorder)
-    return recorder
-
-
-def test_semgen_draws_into_the_layout_of_its_judge(bench, engine, monkeypatch):
+def test_semgen_draws_into_the_published_layout(bench, engine, monkeypatch):
     monkeypatch.setattr(semgen, "load_engine", lambda args: engine)
     semgen.main([*SEMGEN, "out", "--seed", "7"])
     files = {f"fullset/{group}/{n}.png" for group in GROUPS for n in (0, 1)}
     sources = {f"fullset/{group}/{n}_SRCIMG.png" for group in GROUPS[2:] for n in (0, 1)}
     assert files_in("out").keys() == files | sources
-    source = Image.open("bench/images/2.jpg").resize((48, 48), Image.BICUBIC)  # squeezed
+    source = Image.open("bench/images/2.jpg").resize((48, 48), Image.BICUBIC)  # not cropped
     assert np.array_equal(Image.open("out/fullset/edit_multi/1_SRCIMG.png"), source)
     edit = [source, bench[1]["edit_multi"]]
-    for group, prompt, task in (
-        ("t2i_long", [bench[1]["t2i_long"]], None),
-        ("edit_multi", edit, "edit"),
-    ):
+    text = [bench[1]["t2i_long"]]
+    for group, prompt, task in ("t2i_long", text, None), ("edit_multi", edit, "edit"):
         picture = Image.open(f"out/fullset/{group}/1.png")
         (expected,) = engine.generate([prompt], steps=2, seed=7, task=task)
         assert np.array_equal(picture, expected)
@@ -215,56 +197,56 @@ def test_semgen_draws_with_unialignment(bench, uni_folder):
 
 
 @pytest.mark.parametrize("name", ["dream-engine", "unialignment"])
-def test_settings_are_those_of_the_published_script(name, recorder):
+def test_semgen_uses_the_settings_of_the_published_script(name, painter, bench):
     arguments = ["--bench", "bench/semgen_bench.jsonl", "--engine", name, "--out"]
     semgen.main([*arguments, "a"])
-    for group, (_, options) in zip(GROUPS, recorder.asked):
+    for group, (_, options) in zip(GROUPS, painter.calls):
         edits = group.startswith("edit")
         uni, ours = {"guidance": 9.0 if edits else 7.0}, {"task": "edit" if edits else "t2i"}
         given = {"steps": 50, "size": (32, 32), "seed": 0}
         assert options == given | (uni if name == "unialignment" else ours)
     semgen.main([*arguments, "b", "--guidance", "3", "--size", "16", "--steps", "5"])
-    for _, options in recorder.asked[8:]:
+    for _, options in painter.calls[8:]:
         assert (options["guidance"], options["steps"], options["size"]) == (3.0, 5, (16, 16))
 
 
-def test_semgen_goes_on_where_it_was_stopped(recorder, bench, capsys, monkeypatch):
+def test_semgen_draws_only_what_is_missing(painter, bench, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "0", "1":
         monkeypatch.setenv("RANK", rank)
         semgen.main([*SEMGEN, "out"])
-        asked = [prompts[0][-1] for prompts, _ in recorder.asked[-4:]]
-        assert asked == [bench[int(rank)][group] for group in GROUPS]
+        texts = [prompts[0][-1] for prompts, _ in painter.calls[-4:]]
+        assert texts == [bench[int(rank)][group] for group in GROUPS]
     before = files_in("out")
     Path("out/fullset/edit_multi/1.png").unlink()
     semgen.main([*SEMGEN, "out"])
-    assert len(recorder.asked) == 9 and files_in("out") == before
+    assert len(painter.calls) == 9 and files_in("out") == before
     write_jsonl("bench/semgen_bench.jsonl", bench[::-1])
     said = fails(semgen.main, [*SEMGEN, "out"], capsys)
-    assert "1.png: drawn for another prompt; choose another --out" in said
-    assert len(recorder.asked) == 9 and files_in("out") == before
+    assert "1.png: shows another prompt; choose another --out" in said
+    assert len(painter.calls) == 9 and files_in("out") == before
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"image_path": "none/3.jpg"}, "no picture none/3.jpg, nor bench/images/3.jpg"),
-        ({"edit_multi": " "}, "semgen_bench.jsonl:2: expected a JSON object with the texts"),
-        ({"t2i_long": None}, "semgen_bench.jsonl:2: expected a JSON object with the texts"),
+        ({"image_path": "none/3.jpg"}, "picture at none/3.jpg or at bench/images/3.jpg"),
+        ({"edit_multi": " "}, "semgen_bench.jsonl:2: expected a JSON object with text in"),
+        ({"t2i_long": None}, "semgen_bench.jsonl:2: expected a JSON object with text in"),
         ({"image_path": "cut.jpg"}, "cut.jpg: expected a whole PNG, JPEG or similar file"),
     ],
 )
-def test_what_is_wrong_with_a_row_is_said_in_one_line(change, message, recorder, bench, capsys):
+def test_a_bad_row_of_semgen_is_a_user_error(change, message, painter, bench, capsys):
     Path("bench/cut.jpg").write_bytes(Path("bench/images/2.jpg").read_bytes()[:500])
     write_jsonl("bench/semgen_bench.jsonl", [bench[0], bench[1] | change])
     assert message in fails(semgen.main, [*SEMGEN, "out"], capsys)
-    assert len(recorder.asked) == (4 if "cut" in message else 0)  # known before anything is drawn
+    assert len(painter.calls) == (4 if "cut" in message else 0)  # else found before drawing
 
 
 # ---- reconstruct --------------------------------------------------------------------------------
 
 
-def test_reconstruction_measures_its_copies(monkeypatch, engine, capsys):
+def test_reconstruct_measures_its_copies(monkeypatch, engine, capsys):
     Path("photos").mkdir()
     scene = world.Scene("white", (world.Object("red", "circle", 4),))
     world.render(scene).save("photos/a.png")
@@ -277,7 +259,7 @@ def test_reconstruction_measures_its_copies(monkeypatch, engine, capsys):
     assert scores["mean"]["l2"] == pytest.approx(mean)
     assert Image.open("out/copies.png").height == 2 * 132 + 4
     assert f"L2 {scores['mean']['l2']:.4f}" in capsys.readouterr().out
-    black = lambda prompts, **options: [Image.new("RGB", (64, 64))]  # off by 51 of 255 from b.jpg
+    black = lambda prompts, **options: [Image.new("RGB", (64, 64))]  # b.jpg is at level 51 of 255
     stub = SimpleNamespace(generate=black, lmm=engine.lmm, default_size=64)
     monkeypatch.setattr(reconstruct, "load_engine", lambda args: stub)
     reconstruct.main(["photos", "--out", "out"])
@@ -288,7 +270,7 @@ def test_reconstruction_measures_its_copies(monkeypatch, engine, capsys):
 # ---- check_manifest -----------------------------------------------------------------------------
 
 
-def test_a_manifest_is_checked_and_drawn(capsys):
+def test_check_manifest_counts_examples_and_names_bad_lines(capsys):
     Image.new("RGB", (200, 100), "red").save("a.png")
     segments = [["a red box", [[250, 400, 500, 600]]], [" here", []]]
     lines = [
@@ -301,7 +283,7 @@ def test_a_manifest_is_checked_and_drawn(capsys):
     check_manifest.main(["a.jsonl"])
     said = capsys.readouterr().out
     assert all(f"{task}: 2 examples" in said for task in ("t2i", "i2i", "edit", "objects"))
-    assert "edit: 2 examples, 0 with a caption, as UniAlignment needs" in said
+    assert "edit: 2 examples, 0 with the caption that UniAlignment needs" in said
     assert "0 of 8 lines are bad" in said and "a.check.png" in said
     assert Image.open("a.check.png").height == 8 * 132 + 4
     Path("cut.png").write_bytes(Path("a.png").read_bytes()[:60])
@@ -311,7 +293,7 @@ def test_a_manifest_is_checked_and_drawn(capsys):
         check_manifest.main(["a.jsonl"])
     said = capsys.readouterr().out
     assert end.value.code == 1 and "3 of 7 lines are bad" in said
-    assert 'a.jsonl:5: "target" must be a text of 1 to 4000 letters' in said
+    assert 'a.jsonl:5: "target" must be a text of 1 to 4000 characters' in said
     assert "a.jsonl:6: none.png" in said and "a.jsonl:7: cut.png" in said
 
 
@@ -320,7 +302,7 @@ def test_a_manifest_is_checked_and_drawn(capsys):
     [
         (geneval, [], "required: --metadata"),
         (geneval, ["--metadata", "none.jsonl"], "none.jsonl"),
-        (geneval, ["--metadata", "empty.jsonl"], "empty.jsonl: empty"),
+        (geneval, ["--metadata", "empty.jsonl"], "empty.jsonl: holds no records"),
         (geneval, [*DRAW, "out", "--num", "0"], "expected a whole number from 1 to 1000"),
         (geneval, [*DRAW, "out", "--num", "100000000000000000000"], "expected a whole number"),
         (geneval, [*DRAW, "out", "--steps", "0"], "--steps: '0': expected a whole number"),
@@ -328,11 +310,11 @@ def test_a_manifest_is_checked_and_drawn(capsys):
         (geneval, [*DRAW, "out", "--seed", "-1"], "--seed: '-1': expected a whole number"),
         (semgen, ["--bench", "none.jsonl"], "none.jsonl"),
         (semgen, ["--bench", "metadata.jsonl"], "metadata.jsonl:1: expected a JSON object with"),
-        (reconstruct, ["."], "holds no PNG, JPEG or WebP picture"),
+        (reconstruct, ["."], ".: expected a folder of PNG, JPEG or WebP pictures"),
         (reconstruct, [".", "--blend", "1.5"], "--blend: '1.5': expected a number from 0 to 1"),
         (check_manifest, ["none.jsonl"], "none.jsonl: no such manifest"),
     ],
 )
-def test_mistakes_end_in_one_line(program, arguments, message, capsys):
+def test_user_errors_are_one_line(program, arguments, message, capsys):
     Path("empty.jsonl").write_bytes(b"\n")
     assert message in fails(program.main, arguments, capsys)

@@ -1,4 +1,4 @@
-"""Training: only what should learns, nothing is lost, and many processes equal one."""
+"""Training: only the right parameters change, nothing is lost, and many processes equal one."""
 
 import json
 import math
@@ -29,6 +29,7 @@ from lmm import PatchConfig, Qwen2VL
 from mmdit import FAMILIES, MMDiT, MMDiTConfig
 from support import runs
 from support.cli import UserError, one_line_errors
+from unialignment import train as unialignment_train
 from vae import VAE, VAEConfig
 
 SMALL = ["--batch", "2", "--warmup", "1", "--device", "cpu", "--sample-every", "0"]
@@ -76,7 +77,7 @@ def losses(out):
     return [record["loss"] for record in runs.read_metrics(Path(out))]
 
 
-# ---- what learns --------------------------------------------------------------------------------
+# ---- what is trained
 
 
 @pytest.mark.parametrize("stage, more", [(1, []), (2, []), (2, ["--lmm-lora"])])
@@ -94,9 +95,7 @@ def test_not_one_frozen_byte_changes_and_all_that_learns_does(stage, more, engin
         (2, False): {"mmdit"},
         (2, True): {"mmdit", "lmm"},
     }[stage, bool(more)]
-    before = train.load_engine(train.parse(arguments(stage, 3, "other", *more)), "cpu")
-    before.start_training(16 if stage == 2 else None, None, bool(more))
-    started = before.learned()
+    started = train.load_engine(train.parse(arguments(stage, 3, "other", *more)), "cpu").learned()
     assert started.keys() == learned.keys()
     assert not [k for k in learned if torch.equal(learned[k], started[k])]
 
@@ -118,6 +117,8 @@ def test_stage_2_from_none_starts_a_new_adapter():
 
 
 def test_noise_t_and_r_depend_on_seed_and_number():
+    engine = DreamEngine.load(device="cpu")
+
     class Micro:
         number, target = 7, torch.zeros(64, 3, 32, 48)
 
@@ -128,7 +129,10 @@ def test_noise_t_and_r_depend_on_seed_and_number():
         "blend": ["--blend", "0.25"],
         "seed": ["--seed", "1"],
     }.items():
-        drawn[name] = train.draw(train.parse(["--stage", "1", *SMALL, *more]), Micro, channels=8)
+        args = train.parse(["--stage", "1", *SMALL, *more])
+        engine.start_training(r=args.blend)
+        draws = engine.training_noise(Micro, train.generator(args.seed, Micro.number))
+        drawn[name] = [draws[part] for part in ("noise", "t", "r")]
     noise, t, r = drawn[""]
     assert (
         noise.shape == (64, 8, 4, 6)
@@ -202,18 +206,18 @@ def test_the_plan_of_activations_is_near_the_truth(rank):
     txt, vec = (torch.randn(s, requires_grad=True) for s in ((4, 200, 128), (4, 128)))
     frozen = {p.untyped_storage().data_ptr() for p in engine.parameters()}
     for engine.mmdit.checkpointing in (False, True):
-        kept = {}
+        saved = {}
 
-        def count(x, kept=kept):
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        def count(x, saved=saved):
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
             engine.mmdit(torch.randn(4, 8, 6, 6), torch.full((4,), 0.5), txt, vec)
-        measured = sum(size for pointer, size in kept.items() if pointer not in frozen)
+        measured = sum(size for pointer, size in saved.items() if pointer not in frozen)
         planned = 4 * runs.activation_bytes(engine.mmdit, 209, engine.mmdit.checkpointing)
         if engine.mmdit.checkpointing:  # on the way back, one block is there in full
-            planned -= runs.KEPT * 4 * 209 * 128 * 4
+            planned -= runs.SAVED * 4 * 209 * 128 * 4
         assert 0.8 < planned / measured < 1.25
 
 
@@ -292,14 +296,13 @@ def logged(steps, out="run"):
     return lambda: file.exists() and file.read_bytes().count(b"\n") >= steps
 
 
-def launch(start, *arguments):
+def launch(start, *arguments, main=train.main):
     """Two processes that train together, as torchrun starts them."""
     with socket.create_server(("localhost", 0)) as server:
         port = str(server.getsockname()[1])
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     return [
-        start(train.main, arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common)
-        for rank in range(2)
+        start(main, arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)
     ]
 
 
@@ -323,20 +326,20 @@ def test_two_processes_equal_one(start):
 
 
 def test_unialignment_in_two_processes_stops_on_a_signal_and_equals_one(start):
-    more = ["--weights", "csa=0"]  # which compares the rows of a microbatch
-    processes = launch(start, *arguments("unialignment", 6, "two", *more))
+    main, weights = unialignment_train.main, "transformer/diffusion_pytorch_model.safetensors"
+    more = ["--steps", "6", *SMALL, "--weights", "csa=0"]  # CSA compares the rows of a microbatch
+    processes = launch(start, *more, "--out", "two", main=main)
     wait_for(logged(2, "two"), processes[0])
     os.kill(processes[1].pid, signal.SIGTERM)  # of one alone
     for process in processes:
         process.join(60)
         assert process.exitcode == 128 + signal.SIGTERM, Path("log0").read_text()
     assert 2 <= len(losses("two")) < 6
-    for process in launch(start, *arguments("unialignment", 6, "two", *more, "--resume")):
+    for process in launch(start, *more, "--out", "two", "--resume", main=main):
         process.join(60)
         assert process.exitcode == 0, Path("log0").read_text()
-    train.main(arguments("unialignment", 6, "alone", *more, "--accumulate", "2"))
+    main([*more, "--out", "alone", "--accumulate", "2"])
     assert losses("alone") == pytest.approx(losses("two"), abs=1e-4)
-    weights = "transformer/diffusion_pytorch_model.safetensors"
     alone, two = (load_file(Path(out, weights)) for out in ("alone", "two"))
     for name, tensor in two.items():
         torch.testing.assert_close(alone[name], tensor, rtol=0, atol=1e-4)
@@ -396,7 +399,8 @@ def save_again_and_again(steps):
     Path("run").mkdir(exist_ok=True)
     first = int(runs.latest("run").name) if runs.latest("run") else 0
     for step in range(first + 1, first + 1 + steps):
-        runs.save(engine, optimizer, Path("run"), step, SETTINGS, keep=1)
+        name = "stage1.safetensors"
+        runs.save(engine, optimizer, Path("run"), step, SETTINGS, name=name, keep=1)
 
 
 SETTINGS = {"stage": 1, "rank": None, "alpha": None}
@@ -448,11 +452,11 @@ def test_a_full_disk_keeps_the_previous_checkpoint():
     try:
         said = fails(1, 2, "new")
         Path("run/checkpoints/000002").rename("run/checkpoints/000002.partial")
-        kept = fails(1, 2, "run", "--resume")
+        refused = fails(1, 2, "run", "--resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "cannot be written" in said and "make room" in said and "none" in said
-    assert "the last good checkpoint is run/checkpoints/000001" in kept
+    assert "the last good checkpoint is run/checkpoints/000001" in refused
     assert list(Path("run/checkpoints").iterdir()) == before[:1]
     run(1, 2, "run", "--resume")
 
@@ -525,7 +529,7 @@ def test_a_damaged_state_ends_in_one_line_that_names_it():
     run(1, 2, "whole")
     args = train.parse(arguments(1, 2, "other"))
     engine = train.load_engine(args, "cpu")
-    optimizer = torch.optim.AdamW(engine.start_training().values())
+    optimizer = torch.optim.AdamW([p for p in engine.parameters() if p.requires_grad])
     settings = torch.load("whole/checkpoints/000002/state.pt", weights_only=True)["settings"]
     assert runs.restore(Path("whole"), engine, optimizer, settings) == 2
     for name, damage in DAMAGE.items():
@@ -538,13 +542,16 @@ def test_a_damaged_state_ends_in_one_line_that_names_it():
         assert said.startswith("run/checkpoints/000002/state.pt: ") and "\n" not in said, name
     assert not Path("hacked").exists()
 
-    for name in ("stage2.safetensors", None):  # two files of weights, then none
+    two = "stage1.safetensors, stage2.safetensors"
+    for name, found in (("stage2.safetensors", two), (None, "nothing")):
         shutil.rmtree("run")
         shutil.copytree("whole", "run")
         weights = Path("run/checkpoints/000002/stage1.safetensors")
         shutil.copy(weights, weights.with_name(name)) if name else weights.unlink()
         said = fails(1, 2, "run", "--resume")
-        assert f"run/checkpoints/000002: holds {2 if name else 0} files stageN" in said
+        assert (
+            said.startswith("run/checkpoints/000002: expected state.pt and one") and found in said
+        )
     Path("run/checkpoints/000002/state.pt").write_text("")
     assert "run/checkpoints/000002/state.pt: " in fails(1, 2, "run", "--resume")
 
@@ -602,7 +609,7 @@ def test_a_run_leaves_pictures_metrics_and_a_checkpoint_for_sample(capsys):
     grid = Image.open("run/samples-000004.png")
     assert grid.height == 6 * 132 + 4  # three rows for each of two tasks
     said = capsys.readouterr().out
-    assert "521,472 parameters that learn" in said and "AdamW" in said
+    assert "521,472 trainable parameters" in said and "AdamW" in said
 
 
 def test_the_saved_file_draws_what_the_trained_engine_draws(engines):
@@ -628,8 +635,8 @@ def test_manifests_of_all_tasks_train(capsys):
     Path("a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run(2, 2, "run", "--data", "a.jsonl=2", "--workers", "1")
     Path("b=1.jsonl").write_text(json.dumps(lines[0]))
-    asked = ["--data", "b=1.jsonl", "--tasks", "edit=1,i2i=1,objects=0"]
-    assert "holds no example of task edit" in fails(2, 1, "b", *asked)
+    wanted = ["--data", "b=1.jsonl", "--tasks", "edit=1,i2i=1,objects=0"]
+    assert "holds no example of task edit" in fails(2, 1, "b", *wanted)
     run(1, 2, "b", "--data", "b=1.jsonl")  # its target serves to be copied, too
     said = capsys.readouterr().out
     assert "\ni2i 48x48 x 1 from b=1.jsonl:" in said and "\nt2i 48x48 x 1 from b=1.jsonl:" in said
@@ -643,11 +650,14 @@ def test_manifests_of_all_tasks_train(capsys):
         (["--stage", "7"], "invalid choice: 7"),
         (["--stage", "1", "--out", "/dev/null/x"], "/dev/null/x"),
         (["--stage", "2", "--data", "none.jsonl"], "none.jsonl: no such manifest"),
-        (["--stage", "1", "--lmm-lora"], "--rank and --lmm-lora belong to --stage 2"),
+        (["--stage", "1", "--lmm-lora"], "--rank, --alpha and --lmm-lora belong to --stage 2"),
         (["--stage", "2", "--rank", "0", "--lmm-lora"], "--lmm-lora needs a --rank of at least 1"),
         (["--stage", "2", "--data", "a.jsonl=-1"], "a number above 0"),
         (["--stage", "2", "--data", "a.jsonl=nan"], "a number above 0"),
         (["--stage", "2", "--null", "2"], "--null: '2': expected a number from 0 to 1"),
+        (["--stage", "1", "--alpha", "4"], "belong to --stage 2"),
+        (["--stage", "2", "--layers", "3"], "--checkpoint has its own"),
+        (["--stage", "unialignment"], "now started by python -m unialignment.train"),
         (["--stage", "2", "--tasks", "draw=1"], "the tasks being t2i, i2i, edit, objects"),
         (["--stage", "2", "--tasks", "t2i"], "expected such as t2i=1,edit=2"),
         (["--stage", "2", "--tasks", "t2i=0"], "expected such as t2i=1,edit=2"),

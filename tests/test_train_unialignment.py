@@ -1,4 +1,4 @@
-"""Training UniAlignment: it starts as SD3, learns in both passes, and leaves a folder that draws and reads."""
+"""Training UniAlignment: it starts as SD3, trains both passes, and writes a folder that draws and reads."""
 
 import json
 import random
@@ -17,18 +17,19 @@ from tiny import relative, tensor
 from transformers import T5Config, T5EncoderModel
 
 import data
-import sample
-import train
+import train as loop
 from checkpoints import load_mmdit
 from dream_engine import LMM, SD3, STAGE1
 from lmm import collate, load_tokenizer, patch_config
 from mini.world import EDGES, SEGMENT, Examples, describe, detect, edges, is_exam, segment
 from support import runs
 from support.cli import UserError
+from unialignment import sample, train
+from unialignment.examples import PairedMicrobatches
 from unialignment.folder import Tokens
 from unialignment.model import LOSSES, UniAlignment
 
-SMALL = ["--stage", "unialignment", "--batch", "3", "--warmup", "1", "--device", "cpu"]
+SMALL = ["--batch", "3", "--warmup", "1", "--device", "cpu"]
 SMALL += ["--text-encoder", "t5", "--slots", "16"]
 
 
@@ -99,7 +100,7 @@ def microbatches(manifest, tasks, count=12, size=2, **options):
     lmm = partial(collate, tokenizer=load_tokenizer(LMM), config=patch_config(LMM))
     tokens = Tokens(t5_tokenizer(), 12)
     options = {"null": 0, "tokens": tokens, **options}
-    return data.PairedMicrobatches(pools, lmm, count, size, **options)
+    return PairedMicrobatches(pools, lmm, count, size, **options)
 
 
 def test_every_task_says_what_draws_and_what_is_read(manifest):
@@ -148,7 +149,7 @@ def test_null_prompts_keep_their_source_and_their_text(manifest):
 def test_an_edit_without_a_caption_is_a_bad_line(manifest):
     record = {"task": "edit", "source": "a.png", "instruction": "make it blue", "target": "b.png"}
     Path("b.jsonl").write_text(json.dumps(record) + "\n")
-    with pytest.raises(UserError, match='an edit without a "caption"'):
+    with pytest.raises(UserError, match='an edit needs a "caption"'):
         next(microbatches(data.Manifest("b.jsonl"), {"edit": 1}).load([0]))
     with pytest.raises(UserError, match='"caption" must be a text'):
         data.parse_record(json.dumps(record | {"caption": " "}))
@@ -166,8 +167,8 @@ def test_a_caption_is_read_after_its_sentence_and_may_differ_from_the_prompt():
     )
     assert tokens.text(tokens.about("a", "red")[0]) == "Q: a A: red"
     record = Examples().record(1, "t2i", random.Random(0))
-    read = data.PairedMicrobatches.read(SimpleNamespace(), record, (48, 48), random.Random(0))
-    assert read[1] == [record["prompt"]] and read[-1] == record["caption"] != record["prompt"]
+    example = PairedMicrobatches.prepare(SimpleNamespace(), record, (48, 48), random.Random(0))
+    assert example[1] == [record["prompt"]] and example[-1] == record["caption"] != record["prompt"]
 
 
 def test_a_third_of_the_miniatures_edits_perceive():
@@ -211,8 +212,9 @@ def test_a_question_of_all_slots_is_a_bad_line(manifest):
 def test_t_comes_in_thousandths_and_is_not_shifted(manifest):
     (micro,) = microbatches(manifest, {"edit": 1}, count=1, size=512).load([0])
     args = train.parse([*SMALL, "--steps", "1"])
-    noise, t, times = train.draw(args, micro, 8)
-    assert noise.shape == (512, 3, 8, 4, 4) and torch.equal(times, micro.batch.times)
+    draws = train.load_engine(args, "cpu").training_noise(micro, torch.Generator().manual_seed(0))
+    noise, t = draws["noise"], draws["t"]
+    assert noise.shape == (512, 3, 8, 4, 4)
     torch.testing.assert_close(1000 * t, (1000 * t).round(), atol=1e-3, rtol=0)
     assert abs(t.mean() - 0.5) < 0.03 and abs(t.square().mean() - 0.294) < 0.03
 
@@ -223,11 +225,11 @@ def test_t_comes_in_thousandths_and_is_not_shifted(manifest):
 def test_a_run_learns_everything_but_what_is_frozen_and_leaves_a_folder(capsys):
     engine = run(3)
     started = train.load_engine(train.parse([*SMALL, "--steps", "3", "--out", "other"]), "cpu")
-    learning = started.start_training()
+    learning = {name for name, p in started.named_parameters() if p.requires_grad}
     before, after = weights(started), weights(engine)
     assert before.keys() == after.keys()
     same = {k for k in before if torch.equal(before[k], after[k])}
-    assert same == before.keys() - learning.keys()
+    assert same == before.keys() - learning
     (last, *_) = reversed(runs.read_metrics("run"))
     total = sum(LOSSES[name] * last[name] for name in LOSSES)
     assert abs(total - last["loss"]) < 1e-4 and all(last[name] > 0 for name in LOSSES)
@@ -236,7 +238,7 @@ def test_a_run_learns_everything_but_what_is_frozen_and_leaves_a_folder(capsys):
         "transformer", "vae",
     ]  # fmt: skip
     said = capsys.readouterr().out
-    assert "parameters that learn" in said and "edit 48x48 x 1 from rendered scenes" in said
+    assert "trainable parameters" in said and "edit 48x48 x 1 from rendered scenes" in said
     assert said.splitlines()[-1] == "run"
     sample.main(["--task", "caption", "--checkpoint", "run", "--image", pixel(), "--device", "cpu"])
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -271,7 +273,7 @@ def test_weights_and_tasks_can_be_chosen(manifest):
     goes_on = train.parse([*SMALL[:-4], *more])
     started = train.load_engine(goes_on, "cpu")
     assert equal(weights(started), weights(engine)) and started.default_size == 32
-    assert goes_on.lr == train.RATES[train.UNI]
+    assert goes_on.lr == train.RECIPE.rate
     assert train.parse([*SMALL[:-4], *more, "--data", "a.jsonl"]).lr == 3e-5  # no miniature
     with pytest.raises(UserError, match="texts: .* then, .* now"):
         run(2, "run", "--resume", "--sentence", "the star", "--data", "a.jsonl")
@@ -280,7 +282,7 @@ def test_weights_and_tasks_can_be_chosen(manifest):
 def test_the_sheet_shows_what_is_drawn_and_read(manifest, monkeypatch):
     sheets = []
     monkeypatch.setattr(
-        runs, "sheet", lambda rows, height: sheets.append(rows) or Image.new("RGB", (9, 9))
+        loop, "sheet", lambda rows, height: sheets.append(rows) or Image.new("RGB", (9, 9))
     )
     arguments = [*SMALL, "--steps", "1", "--out", "run", "--sample-every", "1", "--data", "a.jsonl"]
     train.main([*arguments, "--tasks", "t2i=1,edit=1,answer=1", "--size", "32"])
@@ -295,13 +297,13 @@ def test_the_sheet_shows_what_is_drawn_and_read(manifest, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--rank", "4"], "--rank and --lmm-lora belong to --stage 2"),
-        (["--shard"], "--shard belong to --stage 1 or 2"),
-        (["--tasks", "i2i=1"], "--stage unialignment learns answer, edit, t2i"),
+        (["--rank", "4"], "unrecognized arguments: --rank 4"),
+        (["--stage", "1"], "unrecognized arguments: --stage 1"),
+        (["--tasks", "i2i=1"], "--tasks: unialignment learns answer, edit, t2i"),
         (["--weights", "words=1"], "the losses being velocity, text, csa, isa"),
         (
             ["--checkpoint", "run"],
-            "--text-encoder, --slots, --sentence: a --checkpoint has its own",
+            "--text-encoder, --slots, --sentence: --checkpoint has its own",
         ),
         (["--text-encoder", "nowhere"], "nowhere: expected a T5 tokenizer"),
     ],
@@ -314,10 +316,12 @@ def test_mistakes_get_one_line(arguments, said):
 
 def test_a_single_file_of_sd3_needs_a_t5_beside_it():
     with pytest.raises(UserError, match="--text-encoder is missing: .*safetensors holds no T5"):
-        train.parse(["--stage", "unialignment", "--sd3", str(STAGE1), "--data", "a.jsonl"])
+        train.parse(["--sd3", str(STAGE1), "--data", "a.jsonl"])
 
 
 def test_a_t5_of_another_width_is_refused():
     T5EncoderModel(T5Config(**T5)).save_pretrained("t5")
-    with pytest.raises(UserError, match="48 numbers a state of T5: this transformer was trained"):
+    with pytest.raises(
+        UserError, match="48 numbers in a state of T5: this transformer was trained"
+    ):
         run(1)

@@ -79,13 +79,13 @@ def test_the_four_losses_equal_the_training_script(uni, golden):
     hidden = masked.mask(ids, t, uniform("hide", (4, SLOTS)), MASK)
     assert torch.equal((hidden == MASK).float(), golden["losses/hidden"])
     teacher = [tensor(f"q{i}", (4, 28)) for i in range(2)]
-    texts = SimpleNamespace(prompts=prompts, texts=ids, hidden=hidden)
+    texts = SimpleNamespace(prompts=prompts, texts=ids, hidden=hidden, times=t)
     s, source = torch.tensor([0.1, 0.4, 0.7, 0.999]), tensor("source", z.shape)
-    losses = uni.losses(texts, t, z, e, s, [source], teacher=teacher)
+    losses = uni.losses(texts, z, e, s, [source], teacher=teacher)
     assert list(losses) == list(LOSSES)
     means = torch.stack(list(losses.values())).mean(1)
     assert relative(means, golden["losses"]) < 1e-5 and abs(means - golden["losses"]).max() < 1e-4
-    assert uni.losses(texts, t, z, e, s)["isa"].tolist() == [0] * 4  # without a teacher
+    assert uni.losses(texts, z, e, s)["isa"].tolist() == [0] * 4  # without a teacher
 
 
 def picture(i):
@@ -238,10 +238,11 @@ def test_only_what_is_used_gets_a_gradient(uni_folder):
         all(name.startswith("mmdit.") for name in learning) and "mmdit.null_image" not in learning
     )
     z, ids = tensor("x0", (2, 16, 4, 4)), uni.tokens(PROMPTS)
-    texts = SimpleNamespace(prompts=ids, texts=ids, hidden=torch.full_like(ids, MASK))
+    rows = {"prompts": ids, "texts": ids, "hidden": torch.full_like(ids, MASK)}
+    texts = SimpleNamespace(**rows, times=torch.ones(2))
     teacher = [tensor(f"q{i}", (2, 28)) for i in range(2)]
     noise = tensor("noise", z.shape)
-    losses = uni.losses(texts, torch.ones(2), z, noise, T, teacher=teacher)
+    losses = uni.losses(texts, z, noise, T, teacher=teacher)
     sum(losses.values()).sum().backward()
     assert {name for name, p in learning.items() if p.grad is None} == set()
     assert all(p.grad is None for p in (*uni.text_encoder.parameters(), *uni.vae.parameters()))
@@ -251,13 +252,13 @@ def test_only_what_is_used_gets_a_gradient(uni_folder):
 
 
 @torch.no_grad()
-def test_tables_for_all_steps_equal_the_plain_forward(uni):
+def test_prepared_steps_equal_the_plain_forward(uni):
     latent, context, sources = inputs(uni)
     plain = [uni.draw(latent, t, context, sources[:1]) for t in (1.0, 0.4)]
-    with fast.prepared(uni.mmdit, [1.0, 0.4]) as go_to:
+    with fast.prepared(uni.mmdit, [1.0, 0.4]) as prepared:
+        velocity = prepared(lambda z, t: uni.draw(z, t, context, sources[:1]))
         for t, expected in zip((1.0, 0.4), plain):
-            go_to(t)
-            assert relative(uni.draw(latent, t, context, sources[:1]), expected) < 1e-6
+            assert relative(velocity(latent, t), expected) < 1e-6
     assert torch.equal(uni.draw(latent, 0.4, context, sources[:1]), plain[1])
 
 
@@ -281,11 +282,11 @@ def test_a_picture_alone_equals_the_picture_in_a_batch(sources, uni):
 @pytest.mark.parametrize("order", ["sampled", "confident"])
 def test_an_answer_alone_equals_the_answer_in_a_batch(order, uni):
     images, questions = [picture(0), picture(1)], ["how many", "a red circle left of the star"]
-    for asked in (None, questions):
-        together = uni.answer(images, asked, steps=4, order=order, seed=2)
+    for given in (None, questions):
+        together = uni.answer(images, given, steps=4, order=order, seed=2)
         for i in range(2):
             (alone,) = uni.answer(
-                [images[i]], asked and [asked[i]], steps=4, order=order, seed=2 + i
+                [images[i]], given and [given[i]], steps=4, order=order, seed=2 + i
             )
             assert alone == together[i]
         assert together[0] != together[1] and "extra" not in "".join(together)
@@ -424,7 +425,7 @@ def remove(part):
         (lambda f: (f / "text_encoder/config.json").unlink(), "No such file.*text_encoder/config.json"),
         (edit("scheduler/scheduler_config.json", shift=0), "shift must be positive"),
         (edit("scheduler/scheduler_config.json", slots="many"), "expected settings of sampling"),
-        (remove("text_encoder"), "holds no text_encoder/; a folder of SD3-medium .--sd3. would"),
+        (remove("text_encoder"), "holds no text_encoder/; give a folder of SD3-medium"),
         (remove("vae"), "holds no vae/"),
         (lambda f: (f / "tokenizer/tokenizer.json").unlink(), "expected a T5 tokenizer"),
         (lambda f: (f / "mask_token_emb.pth").write_bytes(b"no"), "expected one tensor of 48 numbers"),
@@ -449,9 +450,9 @@ def test_parts_of_other_models_are_refused(uni, tmp_path):
     names = ("mmdit", "text_encoder", "tokenizer", "vae", "sampling")
     for i, part, message in (
         (3, other(latent_channels=4), "4 latent channels of the autoencoder: .* with 16"),
-        (1, other(d_model=64, vocab_size=40), "64 numbers a state of T5: .* with 48"),
+        (1, other(d_model=64, vocab_size=40), "64 numbers in a state of T5: .* with 48"),
         (2, Tokenizer(), "9 entries of the tokenizer: .* with 23"),
-        (1, other(d_model=48, vocab_size=20), "of 23 entries, more than T5 knows"),
+        (1, other(d_model=48, vocab_size=20), "of 23 entries: T5 has embeddings of 20"),
     ):
         parts = [getattr(uni, name, uni.tokens.tokenizer) for name in names]
         parts[i] = part
@@ -470,7 +471,7 @@ def test_parts_of_other_models_are_refused(uni, tmp_path):
         (lambda uni: uni.generate(["a"], guidance=float("nan")), "finite"),
         (lambda uni: uni.generate(["a"], size=(32, 50)), "nearest is 48"),
         (lambda uni: uni.generate(["a", "a"], [[], [picture(0)]]), r"found \[0, 1\]"),
-        (lambda uni: uni.answer([picture(0)], ["how " * 20]), "a question of all 12 slots"),
+        (lambda uni: uni.answer([picture(0)], ["how " * 20]), "the question fills all 12 slots"),
         (lambda uni: uni.answer([picture(0)], [" "]), "empty question"),
         (lambda uni: uni.answer([picture(0)], ["a", "b"]), "2 questions to 1 images"),
         (lambda uni: uni.answer([]), "0 images"),

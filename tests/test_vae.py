@@ -1,4 +1,4 @@
-"""The autoencoder: equal to diffusers' AutoencoderKL, in both layouts."""
+"""The autoencoder: equal to diffusers' AutoencoderKL, in both file layouts."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_samples_have_the_moments_of_the_posterior(write):
     assert relative(many.std(0), std[0] * 1.5305) < 0.05
 
 
-def test_full_size_has_the_published_numbers():
+def test_the_full_size_has_the_published_parameter_counts():
     with torch.device("meta"):
         model = vae.VAE()
     assert len(model.state_dict()) == 244
@@ -71,8 +71,8 @@ def test_files_without_an_autoencoder_are_refused(write):
 
 
 @torch.no_grad()
-def test_the_groups_of_the_norms_are_read_from_the_folder(write, answers, tmp_path):
-    """The golden autoencoder has 4, which its shapes do not say."""
+def test_the_groups_of_the_norms_come_from_config_json(write, answers, tmp_path):
+    """The golden autoencoder has 4 groups, which no shape shows."""
     write("vae/16/diffusers", "", 0, "sd3/vae/diffusion_pytorch_model.safetensors")
     config, z = tmp_path / "sd3" / "vae" / "config.json", tensor("z", (2, 16, 6, 4))
     expected = answers["vae/16/diffusers/image"]

@@ -1,4 +1,4 @@
-"""The world: what is drawn is read back, what is malformed is refused, captions are true."""
+"""The detector recovers rendered scenes and rejects malformed pictures; captions are true."""
 
 import random
 from itertools import product
@@ -14,7 +14,7 @@ from mini.world import HELD_OUT, PAIRS, SEEN, Object, Scene
 KINDS = (*world.TASKS, "scene")
 
 
-def test_every_object_everywhere_is_read_back():
+def test_the_detector_recovers_every_object_at_every_place():
     for background, first in product(world.BACKGROUNDS, range(len(PAIRS))):
         shifted = PAIRS[first:] + PAIRS[:first]
         scene = Scene(background, tuple(Object(*shifted[place], place) for place in range(9)))
@@ -23,7 +23,7 @@ def test_every_object_everywhere_is_read_back():
 
 @pytest.mark.parametrize("pairs", [SEEN, HELD_OUT, PAIRS])
 @pytest.mark.parametrize("kind", KINDS)
-def test_scenes_are_read_back_and_match_their_captions(kind, pairs):
+def test_random_scenes_are_recovered_and_match_their_captions(kind, pairs):
     rng = random.Random(kind)
     for i in range(60):
         scene = world.sample_scene(kind, rng, pairs)
@@ -36,86 +36,48 @@ def picture(shape="square", color="red"):
     return np.array(world.render(Scene("white", (Object(color, shape, 4),))))
 
 
-def half_erased():
-    pixels = picture()
-    pixels[16:32, 16:24] = world.BACKGROUNDS["white"]
+def repainted(pixels, rows, columns, color):
+    pixels[rows, columns] = color
     return pixels
 
 
-def mixed_colors():
-    pixels = picture()
-    pixels[24:32] = picture(color="blue")[24:32]
-    return pixels
+RED, WHITE = world.COLORS["red"], world.BACKGROUNDS["white"]
+MALFORMED = {
+    "half erased": repainted(picture(), slice(16, 32), slice(16, 24), WHITE),
+    "two colors": np.concatenate((picture()[:24], picture(color="blue")[24:])),
+    "between colors": picture() // 2 + picture(color="blue") // 2,
+    "between shapes": picture("star") // 2 + picture("circle") // 2,
+    "blurred": np.array(Image.fromarray(picture("star")).filter(ImageFilter.GaussianBlur(4))),
+    "moved": np.roll(picture(), 5, axis=1),
+    "speck": repainted(picture(), slice(36, 39), slice(4, 20), RED),
+    "too large": repainted(picture("circle"), slice(14, 34), slice(14, 34), RED),
+    "noise": np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8),
+    "gray": np.full((48, 48, 3), 128, np.uint8),
+}
 
 
-def between_colors():
-    return (picture() // 2 + picture(color="blue") // 2).astype(np.uint8)
+@pytest.mark.parametrize("name", MALFORMED)
+def test_the_detector_rejects_malformed_pictures(name):
+    assert world.detect(Image.fromarray(MALFORMED[name])) is None
 
 
-def between_shapes():
-    return (picture("star") // 2 + picture("circle") // 2).astype(np.uint8)
-
-
-def blurred():
-    return np.array(Image.fromarray(picture("star")).filter(ImageFilter.GaussianBlur(4)))
-
-
-def moved():
-    return np.roll(picture(), 5, axis=1)
-
-
-def speck():
-    pixels = picture()
-    pixels[36:39, 4:20] = (220, 45, 45)
-    return pixels
-
-
-def blob():
-    pixels = picture("circle")
-    pixels[14:34, 14:34] = (220, 45, 45)
-    return pixels
-
-
-def noise():
-    return np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
-
-
-def gray():
-    return np.full((48, 48, 3), 128, np.uint8)
-
-
-DAMAGES = (
-    half_erased, mixed_colors, between_colors, between_shapes, blurred, moved, speck, blob, noise,
-    gray,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_malformed_pictures_are_refused(damage):
-    assert world.detect(Image.fromarray(damage())) is None
-
-
-def test_nearly_right_pictures_are_read():
-    wobble = np.random.default_rng(0).normal(0, 8, (48, 48, 3))
-    pixels = (picture("star") + wobble).clip(0, 255).astype(np.uint8)
+def test_the_detector_accepts_slight_noise():
+    noise = np.random.default_rng(0).normal(0, 8, (48, 48, 3))
+    pixels = (picture("star") + noise).clip(0, 255).astype(np.uint8)
     assert world.detect(Image.fromarray(pixels)) == Scene("white", (Object("red", "star", 4),))
 
 
-def test_a_damaged_cell_leaves_the_others_readable():
+def test_one_unclear_cell_does_not_affect_the_others():
     objects = (Object("red", "circle", 0), Object("blue", "star", 8))
     pixels = np.array(world.render(Scene("white", objects)))
     pixels[0:8, 0:16] = (40, 195, 220)
     read = world.read(Image.fromarray(pixels))
-    assert read.objects == objects[1:] and read.unclear == (0,) and read.scene is None
-    assert read.background == "white"
+    assert read == world.Reading("white", objects[1:], unclear=(0,)) and read.scene is None
 
 
-def test_matching_wants_exactly_what_was_asked():
-    prompt = world.Prompt(
-        "a red circle left of a blue star",
-        (world.Mention("circle", "red"), world.Mention("star", "blue")),
-        "left",
-    )
+def test_a_scene_matches_a_prompt_only_if_it_has_exactly_its_objects():
+    mentions = world.Mention("circle", "red"), world.Mention("star", "blue")
+    prompt = world.Prompt("a red circle left of a blue star", mentions, "left")
     circle, star = Object("red", "circle", 0), Object("blue", "star", 5)
     assert world.matches(prompt, Scene("white", (circle, star)))
     mirrored = (Object("blue", "star", 3), Object("red", "circle", 8))
@@ -132,33 +94,29 @@ def test_benchmark_is_fixed_and_covers_the_six_tasks():
     assert first != world.benchmark(5, seed="b")
 
 
-def test_a_tenth_or_so_is_reserved_for_evaluation_alone():
+def test_an_eighth_of_all_scenes_is_reserved_for_the_test_set():
     rng = random.Random(0)
-    scenes = [
-        world.sample_scene("scene", rng, exam=exam) for exam in (False, True) for _ in range(99)
-    ]
-    assert [world.is_exam(scene) for scene in scenes] == [False] * 99 + [True] * 99
-    every = [_any_scene("scene", rng, PAIRS) for _ in range(4000)]
-    assert abs(sum(map(world.is_exam, every)) / 4000 - 1 / 8) < 0.02
+    for exam in [False] * 99 + [True] * 99:
+        assert world.is_exam(world.sample_scene("scene", rng, exam=exam)) == exam
+    scenes = [_any_scene("scene", rng, PAIRS) for _ in range(4000)]
+    assert abs(sum(map(world.is_exam, scenes)) / 4000 - 1 / 8) < 0.02
 
 
-def test_two_backgrounds_in_one_picture_are_refused():
+def test_a_second_background_is_unclear():
     pixels = np.array(world.render(Scene("white", (Object("red", "star", 0),))))
     pixels[32:, 32:] = world.BACKGROUNDS["black"]
     read = world.read(Image.fromarray(pixels))
     assert read.background == "white" and read.unclear == (8,) and read.scene is None
 
 
-def test_a_segmentation_is_a_picture_of_the_world_with_a_color_a_shape():
+def test_a_segmentation_has_one_color_for_each_shape():
     rng = random.Random(0)
     for _ in range(50):
         scene = world.sample_scene("scene", rng, PAIRS)
         read = world.detect(world.render(world.segment(scene)))
-        assert [(o.shape, o.place) for o in read.objects] == [
-            (o.shape, o.place) for o in scene.objects
-        ]
-        assert all(o.color == world.LABELS[o.shape] and o.pair in SEEN for o in read.objects)
-        assert read.background == "black"
+        shapes = [(world.LABELS[o.shape], o.shape, o.place) for o in scene.objects]
+        assert [(o.color, o.shape, o.place) for o in read.objects] == shapes
+        assert read.background == "black" and all(o.pair in SEEN for o in read.objects)
     assert len(set(world.LABELS.values())) == len(world.SHAPES)
 
 

@@ -1,9 +1,10 @@
-"""Speed as ratios, measured in one run: against diffusers, and against the official way.
+"""Compare the speed of this code with that of diffusers and of the official sampling code.
 
-    python -m tools.bench                           # all parts, or some: step request
+    python -m tools.bench                           # all parts; or some: step request
 
-Contestants first show that they compute the same numbers, then take turns. Times and ratios are
-medians over the rounds. Where diffusers is missing (pip install diffusers), so are its rows.
+Prints a table for each part; --out also writes bench.json and bench.md. Implementations are timed
+in turns, after a check that they compute the same numbers. Times and ratios are medians over the
+rounds. The rows of diffusers need `pip install diffusers`.
 """
 
 import math
@@ -41,7 +42,7 @@ MID = MMDiTConfig(12, 768, positions=32)
 
 
 class Reference(nn.Module):
-    """diffusers' transformer with our forward; Dream Engine's conditions bypass its embedders."""
+    """diffusers' transformer behind the forward of MMDiT."""
 
     def __init__(self, config):
         super().__init__()
@@ -55,29 +56,29 @@ class Reference(nn.Module):
             qk_norm="rms_norm",
         )  # fmt: skip
         self.eval().requires_grad_(False)
-        self.pos_embed = self.transformer.pos_embed.pos_embed  # the engine asks for its dtype
+        self.pos_embed = self.transformer.pos_embed.pos_embed  # `DreamEngine` reads its dtype
 
     def forward(self, latent, t, txt, vec, mask=None):
-        assert mask is None, "diffusers masks no padding"
+        assert mask is None, "diffusers cannot mask padding"
         t = torch.as_tensor(t, dtype=torch.float32, device=latent.device).expand(len(latent))
         return self.transformer(latent, txt, vec, 1000 * t, return_dict=False)[0]
 
 
-def contestants(config, device="cpu"):
-    """{name: MMDiT or Reference} of equal random weights."""
+def build_models(config, device="cpu"):
+    """{name: MMDiT or Reference} with the same random weights, which take Dream Engine's states."""
     torch.manual_seed(0)
     with torch.device(device):
         if not SD3Transformer2DModel:
             return {"ours": MMDiT(config).eval().requires_grad_(False)}
         reference = Reference(config)
-    theirs = reference.transformer
-    ours = build_mmdit(theirs.state_dict(), "diffusers", device)
-    theirs.context_embedder = theirs.time_text_embed.text_embedder = nn.Identity()
+    transformer = reference.transformer
+    ours = build_mmdit(transformer.state_dict(), "diffusers", device)
+    transformer.context_embedder = transformer.time_text_embed.text_embedder = nn.Identity()
     return {"diffusers": reference, "ours": ours}
 
 
 def plain_denoise(transformer, condition, noise, steps=28, guidance=4.5):
-    """`dream_engine.denoise` with nothing kept from step to step; condition() is called at each."""
+    """`dream_engine.denoise` without optimisations; condition() is called at every step."""
 
     def velocity(z, t):
         c = condition()
@@ -89,7 +90,7 @@ def plain_denoise(transformer, condition, noise, steps=28, guidance=4.5):
 
 @torch.no_grad()
 def official(engine, transformer, prompt, steps, is_masked=False):
-    """`DreamEngine.generate` as the official code does it: the LMM at every step."""
+    """Draw as the official code: the LMM runs at every step, nothing is masked unless is_masked."""
     batch = engine.lmm.collate(apply_task(None, prompt))
     side = engine.default_size // 8
 
@@ -102,20 +103,20 @@ def official(engine, transformer, prompt, steps, is_masked=False):
 
 
 def inputs_of(config, image, text, batch, device):
-    """A latent of so many image tokens, txt and vec, all random."""
+    """Random latent, txt and vec; image, text: numbers of tokens."""
     generator, side = torch.Generator().manual_seed(0), config.patch * math.isqrt(image)
     sizes = (config.channels, side, side), (text, config.width), (config.width,)
     return [torch.randn(batch, *s, generator=generator).to(device) for s in sizes]
 
 
 def samplers(models, inputs, steps):
-    """{name: function that draws a latent with guidance}, from inputs of a batch of two."""
+    """{name: function that draws a latent with guidance}; inputs: of a prompt and a null prompt."""
     (latent, txt, vec), draw = inputs, {}
     condition = Condition(txt, torch.ones_like(txt[..., 0], dtype=torch.bool), vec)
     for name, model in models.items():
         plain = partial(plain_denoise, model, lambda: condition, latent[:1], steps)
-        is_theirs = isinstance(model, Reference)
-        draw[name] = plain if is_theirs else partial(denoise, model, condition, latent[:1], steps)
+        fast = partial(denoise, model, condition, latent[:1], steps)
+        draw[name] = plain if isinstance(model, Reference) else fast
         if name == "ours":
             draw["ours, plain forward"] = plain
     return {name: torch.no_grad()(function) for name, function in draw.items()}
@@ -124,17 +125,17 @@ def samplers(models, inputs, steps):
 # ---- measuring ----------------------------------------------------------------------------------
 
 
-def difference(results):
-    """The largest relative difference to the first of some tensors; ValueError if too large."""
+def largest_difference(results):
+    """The largest relative difference of tensors from the first; ValueError above 1e-4."""
     first, *others = results
-    apart = [((x - first).norm() / first.norm()).item() for x in others]
-    if not all(x <= 1e-4 for x in apart):
-        raise ValueError(f"contestants disagree: relative differences {apart}")
-    return max(apart, default=0.0)
+    found = [((x - first).norm() / first.norm()).item() for x in others]
+    if not all(x <= 1e-4 for x in found):
+        raise ValueError(f"expected relative differences of at most 1e-4, got {found}")
+    return max(found, default=0.0)
 
 
-def race(functions, rounds):
-    """{name: seconds of each round}; the functions take turns, each once untimed first."""
+def time_in_turns(functions, rounds):
+    """{name: seconds of each round}; a first round is not timed, every other one is reversed."""
     times, names = defaultdict(list), list(functions)
     for i in tqdm(range(rounds + 1), ", ".join(names), leave=False):
         for name in names if i % 2 else reversed(names):
@@ -147,55 +148,52 @@ def race(functions, rounds):
     return times
 
 
-def rows_of(times, unit, base, steps=1):
-    """[{"": name, unit: milliseconds a step, "of base": ratio}], no ratio where base is missing."""
+def rows_of(times, unit, base, steps=1, label=None):
+    """[{"": name, unit: milliseconds a step, "of base": ratio}]; without base the ratio is None."""
     rows = []
     for name, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times.get(base, ()))]
         ratio = median(ratios) if ratios else None
-        rows.append({"": name, unit: 1000 * median(seconds) / steps, f"of {base}": ratio})
+        rows.append({"": name, unit: 1000 * median(seconds) / steps, f"of {label or base}": ratio})
     return rows
 
 
-# ---- parts: a device to {"rows": ..., and what else is to tell}; the docstring is the title ------
+# ---- parts: device -> {"rows": ..., "about": title (default: the docstring), other results} ------
 
 
 def sampling(where, config, tokens, steps, rounds, *, device):
-    """A step of sampling with guidance; tokens: of image and text."""
-    inputs, models = inputs_of(config, *tokens, 2, device), contestants(config, device)
-    twin = deepcopy(models["ours"])
-    compile_blocks(twin)
-    draw, start = samplers(models | {"ours, compiled": twin}, inputs, steps), time.perf_counter()
+    """Time one step of sampling with guidance; tokens: numbers of image and text tokens."""
+    inputs, models = inputs_of(config, *tokens, 2, device), build_models(config, device)
+    compiled = deepcopy(models["ours"])
+    compile_blocks(compiled)
+    draw = samplers(models | {"ours, compiled": compiled}, inputs, steps)
+    start = time.perf_counter()
     draw["ours, compiled"]()
     seconds = time.perf_counter() - start
-    apart = difference([f() - inputs[0][:1] for f in draw.values()])
+    largest = largest_difference([f() - inputs[0][:1] for f in draw.values()])
     return {
         "about": f"A step of sampling with guidance, {where}.",
-        "rows": rows_of(race(draw, rounds), "ms a step", "diffusers", steps),
+        "rows": rows_of(time_in_turns(draw, rounds), "ms a step", "diffusers", steps),
         "tokens": list(tokens),
         "seconds to compile": seconds,
-        "largest relative difference": apart,
+        "largest relative difference": largest,
     }
 
 
 def request(device, steps=28):
-    """A request in the miniature, from a prompt with two pictures to a picture: 28 steps, guidance."""
-    engine, models = DreamEngine.load(device=device), contestants(MINIATURE, device)
+    """A request to the miniature: a prompt with two pictures, 28 steps, guidance."""
+    engine, models = DreamEngine.load(device=device), build_models(MINIATURE, device)
     engine.mmdit = models["ours"]
-    theirs = partial(official, engine, prompt=PROMPT, steps=steps)
-    ways = {
-        f"official way, transformer of {name}": partial(theirs, m) for name, m in models.items()
-    }
-    base = next(iter(ways))
-    ways["official way, ours, padding masked"] = partial(theirs, engine.mmdit, is_masked=True)
+    slow = partial(official, engine, prompt=PROMPT, steps=steps)
+    ways = {f"official way, transformer of {name}": partial(slow, m) for name, m in models.items()}
+    ways["official way, ours, padding masked"] = partial(slow, engine.mmdit, is_masked=True)
     ways["ours"] = partial(engine.generate, [PROMPT], steps, guidance=4.5)
-    *unmasked, masked, fast = (np.asarray(way()[0], dtype=float) for way in ways.values())
-    apart = max(abs(unmasked[0] - unmasked[-1]).max(), abs(masked - fast).max())
-    if apart > 1:
-        raise ValueError(f"contestants disagree: by {apart:g} of 255")
-    times = race(ways, 15)
-    rows = rows_of(times | {"the official way": times[base]}, "ms", "the official way")
-    return {"rows": rows[:-1], "largest difference of 255": apart}
+    *unmasked, masked, ours = (np.asarray(way()[0], dtype=float) for way in ways.values())
+    largest = max(abs(unmasked[0] - unmasked[-1]).max(), abs(masked - ours).max())
+    if largest > 1:
+        raise ValueError(f"expected pictures that differ by at most 1 of 255, got {largest:g}")
+    rows = rows_of(time_in_turns(ways, 15), "ms", next(iter(ways)), label="the official way")
+    return {"rows": rows, "largest difference of 255": largest}
 
 
 PARTS = {
@@ -206,7 +204,7 @@ PARTS = {
 
 
 def report(results):
-    """All results as Markdown."""
+    """The results of all parts as Markdown."""
 
     def cell(x):
         if isinstance(x, float):
@@ -223,13 +221,21 @@ def report(results):
     return "\n\n".join(parts) + "\n"
 
 
-def main(arguments=None):
+def parse(arguments=None):
     parser = Parser(prog="python -m tools.bench", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("parts", nargs="*", choices=PARTS, metavar="part", help=f"of {', '.join(PARTS)}")
+    names = ", ".join(PARTS)  # no choices=: with no part, Python 3.11 looks up a list in them
+    add("parts", nargs="*", metavar="part", default=list(PARTS), help=f"{names}; default: all")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add("--out", help="folder to write bench.json and bench.md to")
     args = parser.parse_args(arguments)
+    if unknown := [name for name in args.parts if name not in PARTS]:
+        parser.error(f"part {unknown[0]!r}: expected one of {names}")
+    return args
+
+
+def main(arguments=None):
+    args = parse(arguments)
     device, place = usable_device(args.device), f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -237,10 +243,9 @@ def main(arguments=None):
     file = args.out and Path(args.out, "bench.json")
     results = read_json(file) if file and file.exists() else {}
     with reading(file, "the results of an earlier run"):
-        report(results)
-    for name in tqdm(args.parts or PARTS, "parts"):
-        about, part = {"about": PARTS[name].__doc__}, PARTS[name](device=device)
-        results[name] = about | part | {"on": place}
+        report(results)  # fails now, not after the measurements, if the file is of another kind
+    for name in tqdm(args.parts, "parts"):
+        results[name] = {"about": PARTS[name].__doc__} | PARTS[name](device=device) | {"on": place}
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, results)

@@ -1,6 +1,6 @@
-"""What is in a manifest of training examples, what is wrong with it, and a contact sheet.
+"""Count the examples of a manifest, name its bad lines, and draw a contact sheet.
 
-python -m tools.check_manifest edits.jsonl     # draws edits.check.png; exit code 1 if lines are bad
+python -m tools.check_manifest edits.jsonl    # writes edits.check.png; exit code 1 if a line is bad
 """
 
 import random
@@ -13,13 +13,13 @@ from prompts import crop_to
 from support.cli import Parser, UserError, one_line_errors
 from support.files import prompt_row, sheet, write_png
 
-SIDE = 256  # of the pictures that examples are made of
+SIDE = 256  # pixels, to which the images are cropped
 SHOWN = 6  # examples of each task on the contact sheet
 
 
 def main(arguments=None):
     parser = Parser(prog="python -m tools.check_manifest", description=__doc__.splitlines()[0])
-    parser.add_argument("manifest")
+    parser.add_argument("manifest", help="a .jsonl file")
     manifest = Manifest(parser.parse_args(arguments).manifest)
     bad_lines, rows = dict(manifest.bad_lines), []
     for task, lines in manifest.by_task.items():
@@ -38,8 +38,8 @@ def main(arguments=None):
                 good, captions = good + 1, captions + ("caption" in record)
                 rows += [prompt_row(*example)] if line in shown else []
         if good:
-            read = f", {captions} with a caption, as UniAlignment needs" * (task == "edit")
-            print(f"{task}: {good} examples{read}")
+            with_caption = f", {captions} with the caption that UniAlignment needs"
+            print(f"{task}: {good} examples{with_caption * (task == 'edit')}")
     for line in sorted(bad_lines)[:10]:
         print(f"{manifest.name}:{line}: {bad_lines[line]}")
     print(f"{len(bad_lines)} of {manifest.total} lines are bad")

@@ -1,12 +1,11 @@
-"""Turn public datasets, in the files they are published in, into manifests for training.
+"""Convert the published files of JourneyDB, CC12M, UltraEdit or GRIT into a manifest for training.
 
-    python -m tools.convert journeydb train_anno_realease_repath.jsonl --images imgs --out journeydb.jsonl
-    python -m tools.convert cc12m shards/ --out cc12m.jsonl     # as grit; ultraedit: .parquet files
+    python -m tools.convert journeydb train_anno_realease_repath.jsonl --images imgs --out j.jsonl
+    python -m tools.convert cc12m shards/ --out cc12m.jsonl     # also grit; ultraedit: .parquet
 
-Shards are the .tar files of img2dataset; GRIT's boxes need its --resize_mode keep_ratio, for the
-default pads. Images in shards and parquet files are copied, byte for byte, into a folder beside the
-manifest, as FILE/NUMBER of the record. Faulty records are skipped and counted; damage inside an
-image is only found by `python -m tools.check_manifest`.
+Shards are .tar files of img2dataset; GRIT needs --resize_mode keep_ratio: padding shifts the
+boxes. Images in shards and .parquet files are copied byte for byte to a folder named after the
+manifest. Faulty records are skipped and counted; tools.check_manifest finds damaged images.
 """
 
 import json
@@ -26,24 +25,24 @@ from prompts import upright_size
 from support.cli import Parser, UserError, one_line_errors, reading
 from support.files import whole
 
-COLUMNS = ["source_image", "edited_image", "edit_prompt"]  # UltraEdit's
-PARTS = {".txt": "txt", ".json": "json"}  # of img2dataset's samples
+COLUMNS = ["source_image", "edited_image", "edit_prompt"]  # of UltraEdit
+PARTS = {".txt": "txt", ".json": "json"}  # of a sample of img2dataset
 PARTS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), "image")
-LARGEST = 10**8  # bytes of a part
+LARGEST = 10**8  # bytes; larger files in a shard are skipped
 
 
 def measure(file):
-    """The suffix and the upright [width, height] of an image; raises UserError if it is none."""
+    """The suffix and the upright [width, height] of an image; UserError if it cannot be opened."""
     try:
         with Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
             suffix = {"PNG": ".png", "WEBP": ".webp"}.get(image.format, ".jpg")
             return suffix, list(upright_size(image))
     except Exception:  # noqa: BLE001 - Pillow's decoders raise anything on damaged files
-        raise UserError("no usable JPEG, PNG or WebP image") from None
+        raise UserError("expected a JPEG, PNG or WebP image") from None
 
 
 def store(data, path):
-    """Write an image's bytes to path, a suffix added, unless they are there -> (file, size)."""
+    """Write the bytes of an image to path plus suffix unless they are there -> (file, size)."""
     if not isinstance(data, bytes):
         raise UserError("no image")
     suffix, size = measure(BytesIO(data))
@@ -55,7 +54,7 @@ def store(data, path):
     return file, size
 
 
-# ---- readers: the records of a file, each with its place in it ----------------------------------
+# ---- readers: file -> (place in the file, record) of every record --------------------------------
 
 
 def read_lines(file):
@@ -64,7 +63,7 @@ def read_lines(file):
 
 
 def read_samples(file):
-    """The samples of a shard: "image", "txt" and "json" in bytes."""
+    """The samples of a shard, {"image": bytes, "txt": bytes, "json": bytes}."""
     with reading(file.name, "a .tar file"), tarfile.open(file, "r:") as archive:
         members = (member for member in archive if member.isreg() and member.size <= LARGEST)
         split = ((*os.path.splitext(member.name), member) for member in members)
@@ -73,7 +72,7 @@ def read_samples(file):
 
 
 def read_rows(file):
-    """The rows of a parquet file, COLUMNS of them."""
+    """The rows of a parquet file, {column: value} for COLUMNS."""
     with reading(file.name, "a parquet file, and pyarrow to read it (pip install pyarrow)"):
         import pyarrow.parquet as pq
 
@@ -82,22 +81,22 @@ def read_rows(file):
 
 
 def read_all(read, files):
-    """(place, name, record) of all records; name: FILE/NUMBER. A UserError for what is damaged."""
+    """(place, FILE/NUMBER, record) of all records; the record of a damaged file is a UserError."""
     for file in files:
         try:
             for number, (place, record) in enumerate(read(file)):
-                yield f"{file.name}:{str(place)[:100]} ", f"{file.stem}/{number:09}", record
+                yield f"{file.name}:{str(place)[:100]}: ", f"{file.stem}/{number:09}", record
         except (UserError, OSError) as error:
             yield "", "", UserError(str(error))
 
 
-# ---- converters: a record, and where its image may go, to a line of the manifest ----------------
+# ---- converters: record, path for copies, --images -> line of the manifest -----------------------
 
 
 def text_at(record, key):
     text = record.get(key)
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"no {key}")
+        raise UserError(f"{key!r} must hold text")
     return text
 
 
@@ -132,21 +131,21 @@ def convert_grit(sample, path, _):
 def split_caption(caption, chunks):
     """Cut a caption at its noun chunks -> [[text, [[x1, y1, x2, y2], ...]], ...], in thousandths.
 
-    chunks: [start, end, x1, y1, x2, y2, score], edges from 0 to 1. Of chunks whose texts overlap
-    the highest score stays. Raises UserError if a chunk is broken or no box is left.
+    chunks: [[start, end, x1, y1, x2, y2, score], ...] with x and y from 0 to 1. Of texts that
+    overlap, the one with the highest score stays. UserError if a chunk is malformed or no box left.
     """
     spans = {}  # (start, end): boxes
-    with reading("noun_chunks", "[start, end, x1, y1, x2, y2, score]"):
+    with reading("'noun_chunks'", "a list of [start, end, x1, y1, x2, y2, score]"):
         for *span, x1, y1, x2, y2, _ in sorted(chunks, key=lambda chunk: -chunk[6]):
             start, end = map(int, span)
             box = x1, y1, x2, y2 = [round(1000 * min(max(x, 0), 1)) for x in (x1, y1, x2, y2)]
             if not 0 <= start < end <= len(caption):
-                raise UserError(f"noun chunk from {start} to {end}, beyond the caption")
+                raise UserError(f"noun chunk {start} to {end} must lie inside the caption")
             is_free = all(end <= s or e <= start or (s, e) == (start, end) for s, e in spans)
             if is_free and x1 < x2 and y1 < y2:
                 spans.setdefault((start, end), []).append(box)
     if not spans:
-        raise UserError("no noun chunk with a box")
+        raise UserError("no noun chunk has a box")
     segments, done = [], 0
     for (start, end), boxes in sorted(spans.items()):
         segments += [[caption[done:start], []], [caption[start:end], boxes]]
@@ -163,22 +162,22 @@ DATASETS = {
 
 
 def find_files(paths, suffix):
-    """The files among paths, and those with the suffix in the folders; no two may share a name."""
+    """The files among paths, and those with the suffix in folders; UserError if names clash."""
     files = []
     for path in map(Path, paths):
         found = sorted(path.glob(f"*{suffix}")) if path.is_dir() else [path]
         if not found or not all(map(Path.is_file, found)):
-            raise UserError(f"{path}: no {suffix} file and no folder of them")
+            raise UserError(f"{path}: expected a {suffix} file or a folder of {suffix} files")
         files += found
-    if len({file.stem for file in files}) < len(files):  # so would their images' folders
-        raise UserError("several files have the same name: convert them one by one")
+    if len({file.stem for file in files}) < len(files):  # the folders of their images would clash
+        raise UserError("several files have the same name; convert them one at a time")
     return files
 
 
 def write_manifest(file, records, convert):
-    """Write convert(record) for every record, and print how many there were, good and faulty.
+    """Write convert(record) for every record, and print the counts of good and faulty records.
 
-    Raises UserError if all are faulty; then, and when interrupted, there is no manifest.
+    Raises UserError if no record is good. Then, and if interrupted, the file is not written.
     """
 
     def relative(path):
@@ -193,32 +192,34 @@ def write_manifest(file, records, convert):
                     raise record
                 line = convert(record, folder / name)
                 line = json.dumps(line, ensure_ascii=False, default=relative)
-                parse_record(line)  # what training would refuse is faulty, too
+                parse_record(line)  # faulty is also what training would reject
                 written += stream.write(line + "\n") > 0
             except UserError as error:
                 faults.append(f"{place}{error}")
         reasons = "; ".join(["", *faults[:3], *["..."][: len(faults) // 4]])
-        reasons = "".join(c if c.isprintable() else "?" for c in reasons)  # names from the files
+        reasons = "".join(
+            c if c.isprintable() else "?" for c in reasons
+        )  # names in shards may not be
         if not written:
-            raise UserError(f"{file}: not written, no usable record{reasons}")
+            raise UserError(f"{file}: not written, as no record is good{reasons}")
     print(f"{file}: {written} lines written, {len(faults)} records skipped{reasons}")
 
 
 def main(arguments=None):
     parser = Parser(prog="python -m tools.convert", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", choices=DATASETS)
-    parser.add_argument("files", nargs="+", help="its files, or a folder of them")
-    parser.add_argument("--out", required=True, help="the manifest (.jsonl)")
-    parser.add_argument("--images", help="journeydb: folder of the images")
+    parser.add_argument("files", nargs="+", help="files of the dataset, or folders of them")
+    parser.add_argument("--out", required=True, help="manifest to write (.jsonl)")
+    parser.add_argument("--images", help="folder of the images (journeydb only)")
     args = parser.parse_args(arguments)
     suffix, read, convert = DATASETS[args.dataset]
     files, out = find_files(args.files, suffix), Path(args.out)
     if out.suffix != ".jsonl" or out.is_dir():
-        raise UserError(f"{out}: --out must be a file that ends in .jsonl")
+        raise UserError(f"--out {out}: expected a file name that ends in .jsonl")
     if out.exists() and any(map(out.samefile, files)):
-        raise UserError(f"{out}: --out would overwrite the dataset")
+        raise UserError(f"--out {out}: would overwrite the dataset; choose another name")
     if args.dataset == "journeydb" and not (args.images and Path(args.images).is_dir()):
-        raise UserError(f"--images must be the folder of the images, got {args.images}")
+        raise UserError(f"--images: expected the folder of the images, got {args.images}")
     write_manifest(out, read_all(read, files), lambda *record: convert(*record, args.images))
 
 

@@ -1,9 +1,9 @@
-"""Copy the pictures of a folder and measure how near the copies are.
+"""Copy every picture of a folder, and measure how similar the copies are.
 
     python -m tools.reconstruct photographs --blend 0.5
 
-Prints, and writes to metrics.json, the root of the mean squared difference of pixels in [0, 1], and
-the cosine of the LMM's own image features, each the mean over their tokens.
+Prints the mean L2 and cosine, and writes OUT/metrics.json and OUT/copies.png. L2 is the root mean
+squared difference of pixels in [0, 1]. Cosine compares the ViT features, averaged over tokens.
 """
 
 from pathlib import Path
@@ -15,13 +15,14 @@ from tqdm import tqdm
 from prompts import crop_to, read_image, to_tensor
 from support.cli import Parser, number, one_line_errors
 from support.files import sheet, write_json, write_png
-from tools.geneval import ENGINES, add_engine_options, load_engine, settings_of
+from tools.engines import ENGINES, add_engine_options, load_engine, settings_of
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 SHOWN = 20  # pictures on the sheet
 
 
 def compare(lmm, source, copy):
+    """{"l2": ..., "cosine": ...} of two PIL images of one size."""
     difference = (to_tensor([source]) - to_tensor([copy])) / 2
     features = [lmm(lmm.collate([[image]]))[1].float().mean(0) for image in (source, copy)]
     cosine = torch.cosine_similarity(*features, dim=0)
@@ -31,13 +32,13 @@ def compare(lmm, source, copy):
 @torch.no_grad()
 def main(arguments=None):
     parser = Parser(prog="python -m tools.reconstruct", description=__doc__.splitlines()[0])
-    parser.add_argument("folder")
+    parser.add_argument("folder", help="of PNG, JPEG or WebP pictures")
     parser.add_argument("--blend", type=number(0, 1), default=0.0, help="r: LMM (0) to ViT (1)")
     add_engine_options(parser, "runs/reconstruct", ENGINES[:1])
     args = parser.parse_args(arguments)
     files = sorted(f for f in Path(args.folder).glob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
-        raise FileNotFoundError(f"{args.folder}: holds no PNG, JPEG or WebP picture")
+        raise FileNotFoundError(f"{args.folder}: expected a folder of PNG, JPEG or WebP pictures")
     engine, out, scores, rows = load_engine(args), Path(args.out), {}, []
     side = args.size or engine.default_size
     options = settings_of(args) | {"size": (side, side), "r": args.blend, "task": "i2i"}

@@ -1,10 +1,10 @@
-"""SemGen-Bench (of UniAlignment, arXiv 2509.23760): draw and edit what it asks, for its judge.
+"""Draw the prompts and edits of SemGen-Bench (UniAlignment, arXiv 2509.23760) for its own scorer.
 
     python -m tools.semgen --bench semgen_bench.jsonl --engine unialignment --out pictures
 
-Row n of the bench, from 0, becomes OUT/fullset/GROUP/n.png in each of four groups, and beside an edit
-lies the picture that the engine was given, n_SRCIMG.png. Settings are those of the authors' script.
-Goes on where it was stopped; the processes of torchrun share the rows.
+Writes OUT/fullset/GROUP/n.png for row n, from 0, in four groups, and n_SRCIMG.png, the source image
+of an edit. Steps and guidance are the published script's. The processes of torchrun share the rows.
+A second run draws only what is missing.
 """
 
 from pathlib import Path
@@ -14,22 +14,22 @@ from PIL import Image
 from prompts import read_image
 from support.cli import Parser, UserError, one_line_errors
 from support.files import write_png
-from tools.geneval import add_engine_options, load_engine, read_jsonl, settings_of, shared
+from tools.engines import add_engine_options, load_engine, read_jsonl, settings_of, shared
 
 GUIDANCE = {"t2i_long": 7.0, "t2i_complex": 7.0, "edit_multi": 9.0, "edit_complex": 9.0}
 STEPS = 50
 
 
 def find_picture(bench, path):
-    """Where the picture of a row lies: the published paths are those of the authors' machine."""
+    """The file of a row's picture: at path, or in images/ where path is one of the authors' own."""
     places = bench.parent / path, Path(path), bench.parent / "images" / Path(path).name
     if not (found := [place for place in places if place.is_file()]):
-        raise FileNotFoundError(f"{bench}: no picture {path}, nor {places[-1]}")
+        raise FileNotFoundError(f"{bench}: expected the picture at {path} or at {places[-1]}")
     return found[0]
 
 
 def draw(args):
-    """Draw all that is missing in the folder, a row at a time."""
+    """Draw each row in every group; skip the pictures that exist."""
     bench, out = Path(args.bench), Path(args.out, "fullset")
     rows = read_jsonl(bench, "image_path", *GUIDANCE)
     pictures = [find_picture(bench, row["image_path"]) for row in rows]
@@ -37,12 +37,12 @@ def draw(args):
     side = args.size or engine.default_size
     settings = {"steps": STEPS} | settings_of(args) | {"size": (side, side)}
     for n, row in shared(rows, f"{out}: rows"):
-        source = read_image(pictures[n]).resize((side, side), Image.BICUBIC)  # squeezed, not cut
+        source = read_image(pictures[n]).resize((side, side), Image.BICUBIC)  # not cropped
         for group, guidance in GUIDANCE.items():
             file, text, is_edit = out / group / f"{n}.png", row[group], group.startswith("edit")
             if file.is_file():
                 if Image.open(file).info.get("prompt") != text:
-                    raise UserError(f"{file}: drawn for another prompt; choose another --out")
+                    raise UserError(f"{file}: shows another prompt; choose another --out")
                 continue
             options = {"guidance": guidance} if is_uni else {"task": "edit" if is_edit else "t2i"}
             prompt = [source, text] if is_edit else [text]
@@ -50,7 +50,7 @@ def draw(args):
             file.parent.mkdir(parents=True, exist_ok=True)
             if is_edit:
                 write_png(file.with_stem(f"{n}_SRCIMG"), source)
-            write_png(file, image, {"prompt": text, "seed": args.seed})  # last: now it is complete
+            write_png(file, image, {"prompt": text, "seed": args.seed})  # last: it marks completion
 
 
 def main(arguments=None):

@@ -1,6 +1,9 @@
-"""UniAlignment (arXiv 2509.23760), a second system built on the parts of the first."""
+"""UniAlignment (arXiv 2509.23760), a second system on the parts of the first: see README.md."""
 
-from unialignment import masked
-from unialignment.model import UniAlignment
 
-__all__ = ["UniAlignment", "masked"]
+def __getattr__(name):
+    if name != "UniAlignment":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from unialignment.model import UniAlignment  # only now, because it takes seconds
+
+    return UniAlignment

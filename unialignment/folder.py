@@ -1,4 +1,4 @@
-"""UniAlignment's network, T5 and settings, and the folder that holds them as published.
+"""The published pipeline folder of UniAlignment: T5, its tokens, settings, and writing the folder.
 
 transformer/  vae/  text_encoder/  tokenizer/  scheduler/
 """
@@ -13,19 +13,44 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 import checkpoints
 from support.cli import UserError, reading
 from support.files import whole, write_json
+from unialignment.transformer import RULES, load_transformer
 
-PARTS = {  # of a pipeline folder: where it lies in a folder of SD3-medium
+PARTS = {  # of a pipeline folder, and their names in a folder of SD3-medium
     "vae": "vae",
     "text_encoder": "text_encoder_3",
     "tokenizer": "tokenizer_3",
     "scheduler": "scheduler",
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-MASK = "<extra_id_0>"  # the entry of T5's vocabulary that stands for a hidden token
+MASK = "<extra_id_0>"  # the entry of T5's vocabulary that hides a token
+
+
+def load_pipeline(folder, sd3=None, device="cpu", dtype=torch.float32):
+    """Load all parts of a pipeline folder: transformer, T5, tokenizer, VAE, Sampling.
+
+    sd3: a folder of SD3-medium, for the parts that the folder lacks. If the folder holds a
+    mask_token_emb*.pth, that vector replaces T5's embedding of MASK.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; expected a pipeline folder of UniAlignment"
+        )
+    places = {name: find_folder(folder, sd3, name) for name in PARTS}
+    sampling = read_sampling(places["scheduler"])
+    tokenizer, inner = load_tokenizer(places["tokenizer"]), folder / "transformer"
+    transformer = load_transformer(inner if inner.is_dir() else folder, device, dtype)
+    vae = checkpoints.load_vae(places["vae"], device)
+    text_encoder = load_text_encoder(places["text_encoder"], device, dtype)
+    for file in sorted(folder.glob("mask_token_emb*.pth")):
+        row = text_encoder.shared.weight[tokenizer.convert_tokens_to_ids(MASK)]
+        with reading(file, f"one tensor of {len(row)} numbers"):
+            row.copy_(torch.load(file, map_location="cpu", weights_only=True).view(len(row)))
+    return transformer, text_encoder, tokenizer, vae, sampling
 
 
 def load_text_encoder(folder, device="cpu", dtype=torch.float32):
-    """The encoder of a T5, strictly; bfloat16 instead of float16, in which its states run over."""
+    """Load the encoder of a T5, in bfloat16 instead of float16, in which its states overflow."""
     with reading(folder, "the folder of a T5 encoder"):
         config = T5Config.from_dict(checkpoints.read_json(Path(folder, "config.json")))
     layouts = {"encoder.block.": checkpoints.key_map("encoder.embed_tokens.weight  shared.weight")}
@@ -33,16 +58,16 @@ def load_text_encoder(folder, device="cpu", dtype=torch.float32):
         checkpoints.read_tensors(folder), folder, "T5 encoder", ("",), layouts
     )
     embeddings = part.tensors.pop("encoder.embed_tokens.weight", None)
-    if embeddings is not None:  # a file may keep either name, or both
+    if embeddings is not None:  # a file may hold either name, or both
         part.tensors.setdefault("shared.weight", embeddings)
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     model = checkpoints.build(part, lambda: T5EncoderModel(config), device, dtype)
-    model.encoder.set_input_embeddings(model.shared)  # one table again
+    model.encoder.set_input_embeddings(model.shared)  # the same tensor, not two
     return model
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a T5, with its entry for MASK."""
+    """Load the tokenizer of a T5; UserError if it has no MASK."""
     with reading(folder, f"a T5 tokenizer with {MASK}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         tokenizer.get_vocab()[MASK], tokenizer.eos_token_id + 0
@@ -50,7 +75,7 @@ def load_tokenizer(folder):
 
 
 class Tokens:
-    """T5's tokenizer as UniAlignment knows it: rows of so many slots, ended and padded with EOS."""
+    """T5's tokenizer as UniAlignment uses it: rows of `slots` tokens, ended and padded with EOS."""
 
     def __init__(self, tokenizer, slots, sentence=""):
         self.tokenizer, self.slots, self.end = tokenizer, slots, tokenizer.eos_token_id
@@ -58,7 +83,7 @@ class Tokens:
         self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
 
     def ids(self, text, slots=None):
-        """As a list, special tokens left out. With slots padded, or cut to leave one EOS at least."""
+        """A list of ids without special tokens. With slots, padded or cut, and ended by at least one EOS."""
         special = {self.mask_id, *self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         ids = [i for i in ids if i not in special]
@@ -69,27 +94,29 @@ class Tokens:
         return torch.tensor([self.ids(text, self.slots) for text in texts])
 
     def about(self, question=None, text=None):
-        """A caption, or the answer to a question, as ids (L,), and which slots hold it, (L,) bool.
+        """The ids (L,) of a caption, or of a question with its answer, and the slots to predict, (L,) bool.
 
-        Without a text MASK stands in these slots. Raises UserError where the question leaves none.
+        Without a text, these slots hold MASK. Raises UserError if the question leaves no slot.
         """
-        asked = self.ids(f"Q: {question.strip()} A:" if question else self.sentence)
-        room = self.slots - len(asked)
+        given = self.ids(f"Q: {question.strip()} A:" if question else self.sentence)
+        room = self.slots - len(given)
         if room < 1:
-            raise UserError(f"a question of all {self.slots} slots leaves no room to answer")
-        row = asked + ([self.mask_id] * room if text is None else self.ids(text, room))
-        return torch.tensor(row), torch.arange(self.slots) >= len(asked)
+            raise UserError(
+                f"the question fills all {self.slots} slots and leaves no room to answer"
+            )
+        row = given + ([self.mask_id] * room if text is None else self.ids(text, room))
+        return torch.tensor(row), torch.arange(self.slots) >= len(given)
 
     def text(self, ids):
-        """ids -> the text, without the EOS that end it and pad it."""
+        """ids -> the text, without EOS."""
         return self.tokenizer.decode(ids[ids != self.end]).strip()
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How weights are used best: what their scheduler_config.json says, else as the authors do."""
+    """How to sample: what the folder's scheduler_config.json says, else as in the authors' code."""
 
-    slots: int = 256  # of every text: padding is attended, so it is part of a prompt
+    slots: int = 256  # of every text; padding is attended to, so their number matters
     size: int = 512  # side of a picture
     steps: int = 28
     guidance: float = 7.0
@@ -99,8 +126,8 @@ class Sampling:
     )
     text_steps: int = 32
     order: str = "sampled"  # see `masked.unmask`
-    sentence: str = ""  # in front of every caption: of masks alone T5 cannot tell the places
-    shift: float = 3.0  # of the noise levels; all that published ones say
+    sentence: str = ""  # before every caption: T5 cannot tell positions in a row of MASKs alone
+    shift: float = 3.0  # of the noise levels; the only setting that published folders state
 
 
 def read_sampling(scheduler):
@@ -120,15 +147,25 @@ def read_sampling(scheduler):
 
 
 def find_folder(folder, sd3, name):
-    """Where a part of the pipeline lies; raises UserError if neither folder has it."""
+    """Find the folder of a part of the pipeline; UserError if neither folder holds it."""
     for found in (Path(folder, name), Path(sd3 or folder, PARTS[name])):
         if found.is_dir():
             return found
-    raise UserError(f"{folder}: holds no {name}/; a folder of SD3-medium (--sd3) would complete it")
+    raise UserError(
+        f"{folder}: holds no {name}/; give a folder of SD3-medium that does, with --sd3"
+    )
+
+
+def save_transformer(transformer, folder):
+    """Write a transformer/ as published."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", transformer.settings())
+    with whole(folder / WEIGHTS) as partial:
+        save_file(checkpoints.Part({}, folder, RULES).stored(transformer), partial)
 
 
 def save_frozen(engine, folder):
-    """Write all parts of a UniAlignment that training does not change: settings, VAE, T5."""
+    """Write all parts of a UniAlignment that are not trained: settings, VAE, T5, tokenizer."""
     for name in PARTS:
         Path(folder, name).mkdir(parents=True, exist_ok=True)
     config, kind = engine.vae.config, {"_class_name": "FlowMatchEulerDiscreteScheduler"}
@@ -139,7 +176,7 @@ def save_frozen(engine, folder):
     write_json(folder / "vae" / "config.json", {"_class_name": "AutoencoderKL", **sizes})
     tensors = checkpoints.Part({}, folder, checkpoints.VAE_DIFFUSERS).stored(engine.vae)
     for name, x in tensors.items():
-        if ".to_" in name and x.ndim == 4:  # 1x1 convolutions, there plain matrices
+        if ".to_" in name and x.ndim == 4:  # 1x1 convolutions, which diffusers stores as matrices
             tensors[name] = x.flatten(1)
     with whole(folder / "vae" / WEIGHTS) as partial:
         save_file(tensors, partial)

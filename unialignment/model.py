@@ -1,14 +1,15 @@
 """UniAlignment (arXiv 2509.23760): one MM-DiT draws, edits, perceives and reads.
 
-    engine = UniAlignment.load("folder of the published pipeline")
+    engine = UniAlignment.load()                     # the miniature
     engine.generate(["a red circle and a blue star"])[0].save("out.png")
     engine.answer([Image.open("out.png")])    # ["top red circle, left blue star, white background"]
 
-Two passes share all weights. Draw: the image stream is a noisy latent, followed by the pictures to
-start from, the text stream a prompt; `flow.py` walks from noise to a latent. Read: the image stream is
-a clean latent, the text stream a text with masked tokens; `masked.py` fills them in. Time alone
-modulates the blocks, t = 0 to read. Precision: T5, which makes both text streams, and MM-DiT in
-`dtype` (fp32 on CPU, bf16 on CUDA); VAE, latents, times and losses in fp32.
+Two passes share all weights. To draw, the image stream is a noisy latent, followed by the latents of
+source pictures, and the text stream is a prompt; `flow.euler` integrates from noise to a latent. To
+read, the image stream is a clean latent, and the text stream is a text with masked tokens, which
+`masked.unmask` fills in. Time alone modulates the blocks; it is 0 to read. Precision: T5, which
+encodes both texts, and the MM-DiT in `dtype` (fp32 on a CPU, bf16 on a GPU); VAE, latents, times and
+losses in fp32.
 Letters: B batch, L text slots, N image tokens, D width, V vocabulary, C channels, M the teacher's width.
 """
 
@@ -18,85 +19,80 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 import flow
-from checkpoints import Part, check, fingerprint, load_mmdit, load_vae
+from checkpoints import check, fingerprint, load_mmdit, load_vae
 from prompts import check_drawing, crop_to, split_prompt, to_images, to_rgb, to_tensor
 from support import fast
-from support.cli import UserError, reading
-from support.files import whole, write_json
-from unialignment import folder as folders
-from unialignment import masked, transformer
+from support.cli import UserError
+from support.files import prompt_row
+from unialignment.folder import (
+    Sampling,
+    Tokens,
+    load_pipeline,
+    load_text_encoder,
+    load_tokenizer,
+    save_frozen,
+    save_transformer,
+)
+from unialignment.masked import loss as text_loss
+from unialignment.masked import unmask
+from unialignment.transformer import grow, load_transformer
 
 MINI = Path(__file__).parent.parent / "weights" / "mini" / "unialignment"
-LOSSES = {"velocity": 1.0, "text": 0.2, "csa": 0.05, "isa": 0.1}  # and their published weights
+LOSSES = {"velocity": 1.0, "text": 0.2, "csa": 0.05, "isa": 0.1}  # published weights
 
 
 class UniAlignment(nn.Module):
-    """Transformer, T5 and VAE, and both ways through them."""
+    """A Transformer, a T5 and a VAE, and both passes through them."""
 
     def __init__(self, mmdit, text_encoder, tokenizer, vae, sampling):
-        """Raises UserError where the parts do not belong together."""
+        """Raises UserError if the parts do not fit together."""
         super().__init__()
         self.mmdit, self.text_encoder, self.vae, self.sampling = mmdit, text_encoder, vae, sampling
         self.lmm, self.lmm_states = None, False  # the teacher, a Qwen2VL, in training
-        self.weights, self.parts = LOSSES, {}  # of the losses; the last of each
+        self.weights, self.parts = LOSSES, {}  # of the losses; the last value of each loss
         config, entries = mmdit.config, len(tokenizer)
         for found, what, expected in (
             (vae.config.latent_channels, "latent channels of the autoencoder", config.channels),
-            (text_encoder.config.d_model, "numbers a state of T5", config.context_dim),
+            (text_encoder.config.d_model, "numbers in a state of T5", config.context_dim),
             (entries, "entries of the tokenizer", mmdit.text_head.out_features),
         ):
             if found != expected:
                 raise UserError(f"{found} {what}: this transformer was trained with {expected}")
         if entries > text_encoder.config.vocab_size:
-            raise UserError(f"a tokenizer of {entries} entries, more than T5 knows")
-        self.tokens = folders.Tokens(tokenizer, sampling.slots, sampling.sentence)
+            known = text_encoder.config.vocab_size
+            raise UserError(f"a tokenizer of {entries} entries: T5 has embeddings of {known}")
+        self.tokens = Tokens(tokenizer, sampling.slots, sampling.sentence)
         self.guidance = sampling.guidance
 
     @classmethod
     def load(cls, folder=MINI, sd3=None, device=None, dtype=None):
-        """Load a published pipeline folder, or its transformer/ completed by a folder of SD3-medium.
+        """Load a published pipeline folder, or its transformer/ beside a folder of SD3-medium (sd3).
 
-        A mask_token_emb*.pth in the folder holds the vector that stands for MASK, if text_encoder/
-        has still T5's own. Raises FileNotFoundError or UserError naming what does not fit.
+        Raises FileNotFoundError, or UserError naming what does not fit.
         """
-        device, dtype = fast.device_and_dtype(device, dtype)
-        folder = Path(folder)
-        if not folder.exists():
-            raise FileNotFoundError(f"{folder}: no such folder; expected one of UniAlignment")
-        places = {name: folders.find_folder(folder, sd3, name) for name in folders.PARTS}
-        sampling = folders.read_sampling(places["scheduler"])
-        tokenizer = folders.load_tokenizer(places["tokenizer"])
-        inner = folder / "transformer"
-        mmdit = transformer.load_transformer(inner if inner.is_dir() else folder, device, dtype)
-        vae = load_vae(places["vae"], device)
-        text_encoder = folders.load_text_encoder(places["text_encoder"], device, dtype)
-        engine = cls(mmdit, text_encoder, tokenizer, vae, sampling).requires_grad_(False).eval()
-        for file in sorted(folder.glob("mask_token_emb*.pth")):
-            row = text_encoder.shared.weight[engine.tokens.mask_id]
-            with reading(file, f"one tensor of {len(row)} numbers"):
-                row.copy_(torch.load(file, map_location="cpu", weights_only=True).view(len(row)))
-        return engine
+        parts = load_pipeline(folder, sd3, *fast.device_and_dtype(device, dtype))
+        return cls(*parts).requires_grad_(False).eval()
 
     @classmethod
     def start(cls, sd3, text_encoder, device=None, dtype=None, *, slots=256, size=512, sentence=""):
-        """SD3 and T5 before training: it draws what SD3 draws for a vec of zero, and reads nothing.
+        """SD3 and T5 before training: it draws what SD3 draws with a vec of zero, and cannot read yet.
 
-        sd3: single file or diffusers folder; text_encoder: the folder of a T5 whose states sd3 knows,
-        its tokenizer inside or beside it. The MM-DiT is fp32; new weights come from torch's generator.
+        sd3: single file or diffusers folder; text_encoder: the folder of the T5 that sd3 was trained
+        with, its tokenizer inside or beside it. The MM-DiT is fp32; new weights come from torch's
+        global generator.
         """
         device, dtype = fast.device_and_dtype(device, dtype)
         place = Path(text_encoder)  # a tokenizer_3/ stands beside a text_encoder_3/
         tokenizer = place.with_name(place.name.replace("text_encoder", "tokenizer"))
-        tokenizer = folders.load_tokenizer(tokenizer)
-        mmdit = transformer.grow(load_mmdit(sd3, device), len(tokenizer))
-        t5, vae = folders.load_text_encoder(place, device, dtype), load_vae(sd3, device)
+        tokenizer = load_tokenizer(tokenizer)
+        mmdit = grow(load_mmdit(sd3, device), len(tokenizer))
+        t5, vae = load_text_encoder(place, device, dtype), load_vae(sd3, device)
         size = min(size, mmdit.config.largest)
         texts = {"text_steps": min(slots, 64), "order": "confident", "sentence": sentence}
-        sampling = folders.Sampling(slots, size, negative="", **texts)
+        sampling = Sampling(slots, size, negative="", **texts)
         return cls(mmdit, t5, tokenizer, vae, sampling).requires_grad_(False).eval()
 
     @property
@@ -108,43 +104,44 @@ class UniAlignment(nn.Module):
         return min(self.sampling.size, self.mmdit.config.largest)
 
     def context(self, ids):
-        """Token ids (B, L) -> the text stream (B, L, D): T5, frozen and without a mask, then a Linear."""
+        """Token ids (B, L) -> the text stream (B, L, D): a frozen T5 that attends to padding, a Linear."""
         with torch.no_grad():
             states = self.text_encoder(input_ids=ids.to(self.device)).last_hidden_state
         return self.mmdit.context_embedder(states.to(self.mmdit.pos_embed.dtype))
 
     def draw(self, latent, t, context, sources=(), features=None):
-        """The velocity (B, C, H, W) at a noisy latent (B, C, H, W); t (B,) or a number, 1 is noise.
+        """Predict the velocity (B, C, H, W) at a noisy latent (B, C, H, W); t (B,) or a number.
 
-        sources: clean latents of the same shape, to edit one or compose several. With features=k also
-        the final image features (B, N, D) and the image tokens (B, N, D) after block k, from 1.
+        sources: clean latents of the same shape: one to edit, several to compose. With features=k,
+        also returns the final image features and the image tokens after block k, from 1: (B, N, D).
         """
         mmdit = self.mmdit
         c = mmdit.embed_time(t, len(latent))
         img = [mmdit.embed_image(x.to(mmdit.pos_embed.dtype)) for x in (latent, *sources)]
-        n = img[0].shape[1]  # the target's tokens come first, only they are read off
-        with tokens_after(mmdit, features) as (_, middle):
+        n = img[0].shape[1]  # the tokens of the target come first
+        with tokens_after(mmdit, features) as middle:
             _, img = mmdit.run_blocks(context, torch.cat(img, dim=1), c)
         final = mmdit.final_layer.features(img[:, :n], c)
         velocity = mmdit.unpatch(mmdit.final_layer.linear(final), latent)
-        return (velocity, final, middle[0][:, :n]) if features else velocity
+        return (velocity, final, middle[0][1][:, :n]) if features else velocity
 
     def read(self, latent, context, features=None):
-        """Logits (B, L, V) of a text about a clean latent (B, C, H, W), from its masked context.
+        """Predict logits (B, L, V) of a text about a clean latent (B, C, H, W), from a masked context.
 
-        With features=k also the final text features and the text tokens after block k, (B, L, D).
+        With features=k, also returns the final text features and the text tokens after block k, from 1:
+        (B, L, D).
         """
         mmdit = self.mmdit
         img = mmdit.embed_image(latent.to(mmdit.pos_embed.dtype))
         c = mmdit.embed_time(0.0, len(latent))
-        with tokens_after(mmdit, features) as (middle, _):
+        with tokens_after(mmdit, features) as middle:
             txt, _ = mmdit.run_blocks(context, img, c)
         final = F.layer_norm(txt, txt.shape[-1:], eps=1e-6)
         logits = mmdit.text_head(final)
-        return (logits, final, middle[0]) if features else logits
+        return (logits, final, middle[0][0]) if features else logits
 
     def encode(self, images, size, generators):
-        """PIL images -> latents (B, C, H, W), cut to size (width, height); each a posterior's sample."""
+        """Crop PIL images to size (width, height) and sample their latents (B, C, H, W)."""
         pixels = (to_tensor([crop_to(to_rgb(image), *size)]) for image in images)
         latents = [self.vae.encode(x.to(self.device), g) for x, g in zip(pixels, generators)]
         return torch.cat(latents)
@@ -154,11 +151,11 @@ class UniAlignment(nn.Module):
         self, prompts, images=None, steps=None, guidance=None, size=None,
         *, negative=None, seed=0, progress=iter,
     ):  # fmt: skip
-        """Draw one PIL image for each prompt, a text, or a list of texts and PIL images.
+        """Draw one PIL image for each prompt, a text or a list of texts and PIL images.
 
-        images: a list of PIL images for each prompt: none to draw, one to edit or perceive, more
-        to compose (published: three); the same number for all. size: (width, height),
-        multiples of 16, to which they are cut. negative: what guidance moves away from. Image i
+        images: a list of PIL images for each prompt, equally many: none to draw, one to edit or to
+        perceive, several to compose (three, as published). size: (width, height) in pixels, multiples
+        of 16; images are cropped to it. negative: the prompt that guidance moves away from. Image i
         depends on its prompt, its images and seed + i alone. Raises UserError for what cannot be drawn.
         """
         sampling, images = self.sampling, images or [[]] * len(prompts)
@@ -166,10 +163,10 @@ class UniAlignment(nn.Module):
         prompts = [split_prompt([*p, *more]) for p, more in zip(prompts, images, strict=True)]
         texts, pictures = ([prompt[i] for prompt in prompts] for i in (0, 1))
         if not texts or not all(text.strip() for text in texts):
-            raise UserError("empty prompt: UniAlignment draws what a text says")
+            raise UserError("empty prompt: UniAlignment needs a text to draw")
         counts = sorted({len(row) for row in pictures})
         if len(counts) > 1:
-            raise UserError(f"all prompts take the same number of images: found {counts}")
+            raise UserError(f"all prompts must have the same number of images: found {counts}")
         steps = sampling.steps if steps is None else steps
         guidance = self.guidance if guidance is None else guidance
         size = size or (self.default_size, self.default_size)
@@ -185,18 +182,17 @@ class UniAlignment(nn.Module):
         context = self.context(self.tokens(texts + [negative] * len(texts) * (copies - 1)))
 
         def velocity(z, t):
-            go_to(t)
             v = self.draw(z.repeat(copies, 1, 1, 1), t, context, sources).float()
             return flow.guide(*v.chunk(2), guidance) if copies == 2 else v
 
         sigmas = flow.sigma_schedule(steps, sampling.shift)
-        with fast.prepared(self.mmdit, sigmas[:-1].tolist()) as go_to:
-            latent = flow.euler(velocity, noise.to(self.device), sigmas, progress)
+        with fast.prepared(self.mmdit, sigmas[:-1].tolist()) as prepared:
+            latent = flow.euler(prepared(velocity), noise.to(self.device), sigmas, progress)
         return to_images(self.vae.decode(latent))
 
     @torch.inference_mode()
     def answer(self, images, questions=None, steps=None, order=None, *, seed=0):
-        """A caption of each PIL image, or the answer to the question about it: list of texts.
+        """Write a caption of each PIL image, or answer a question about it: a list of texts.
 
         questions: a text for each image. order: see `masked.unmask`. Text i depends on its image, its
         question and seed + i alone. Raises UserError for a question that leaves no slot.
@@ -216,32 +212,42 @@ class UniAlignment(nn.Module):
         slots, order = (sampling.slots, self.mmdit.text_head.out_features), order or sampling.order
 
         draws = (torch.stack([torch.rand(slots, generator=g) for g in generators]) for _ in count())
-        with fast.prepared(self.mmdit, [0.0]) as go_to:
-            go_to(0.0)
-            ids = masked.unmask(
+        with fast.prepared(self.mmdit, [0.0]):
+            ids = unmask(
                 lambda ids: self.read(latent, self.context(ids)),
                 ids, steps, order, draws, self.tokens.mask_id,
             )  # fmt: skip
         return [self.tokens.text(row[new]) for row, new in zip(ids, hidden)]
 
-    def start_training(self, *_):
-        """All of the MM-DiT learns, by name; without a teacher, `lmm`, no ISA."""
+    def start_training(self):
+        """Make the whole MM-DiT trainable; without a teacher, `lmm`, ISA is off. Returns the parameters."""
         self.requires_grad_(False)
         self.mmdit.requires_grad_(True).null_image.requires_grad_(False)
         base = fingerprint(self.mmdit.final_layer.linear.weight)
         t5 = fingerprint(self.text_encoder.shared.weight)
         self.base = {"base": base, "t5": t5, "texts": [self.tokens.slots, self.tokens.sentence]}
+        self.base |= {"weights": self.weights, "lmm_states": self.lmm_states}
         if self.lmm:
             self.base["lmm"] = fingerprint(self.lmm.language_model.norm.weight)
             self.mmdit.align(self.lmm.config.text_config.hidden_size)
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def forward(self, batch, image, noise, t, times, weighted=True):
-        """The weighted sum of the four losses of B examples, (B,); `parts` keeps their means.
+    def training_noise(self, micro, generator):
+        """The random draws of a microbatch: noise (B, 2 + S, C, H/8, W/8) and t (B,) of the pictures.
 
-        batch: `data.Pairs`; image (B, 3, H, W) in [-1, 1]; noise (B, 2 + S, C, h, w): of the flow,
-        of the posteriors of image and S sources; t (B,) of the picture, times (B,) of the text.
-        weighted: the published weighting of the velocity, by t^2.
+        The noise is that of the flow, of the posterior of the target, and of those of S sources.
+        """
+        rows, _, height, width = micro.target.shape
+        shape = self.mmdit.config.channels, height // 8, width // 8
+        noise = torch.randn(rows, 2 + micro.batch.sources.shape[1], *shape, generator=generator)
+        t = (1000 * flow.training_sigmas(rows, 1.0, generator)).ceil() / 1000  # not shifted
+        return {"noise": noise, "t": t.clamp(max=0.999)}
+
+    def forward(self, batch, image, noise, t, weighted=True):
+        """The weighted sum of the four losses of B examples, (B,); `parts` gets their means.
+
+        batch: `examples.Pairs`; image (B, 3, H, W) in [-1, 1]; noise (B, 2 + S, C, h, w) and t (B,):
+        see `training_noise`. weighted: the published weighting of the velocity, by t^2.
         """
         flow_noise, *noises = noise.unbind(1)
         with torch.no_grad():
@@ -250,12 +256,12 @@ class UniAlignment(nn.Module):
             teacher = self.teach(batch) if self.lmm else None
         kind, more = self.device.type, {"teacher": teacher, "weighted": weighted}
         with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-            losses = self.losses(batch, times, x0, flow_noise, t, sources, **more)
+            losses = self.losses(batch, x0, flow_noise, t, sources, **more)
         self.parts = {name: x.mean().item() for name, x in losses.items()}
         return sum(self.weights[name] * x for name, x in losses.items())
 
     def teach(self, batch):
-        """Means of the target's image features and of its words' embeddings, or states: (B, M) each."""
+        """The teacher's mean image features and mean word embeddings (or states): (B, M) each."""
         lmm, first = self.lmm, batch.image_mask.int().argmax(1)
         if self.lmm_states:
             x, features = lmm(batch)
@@ -263,17 +269,19 @@ class UniAlignment(nn.Module):
             x = lmm.language_model.embed_tokens(batch.ids)
             features = lmm.visual(batch.patches.to(x.dtype), batch.grids).pooler_output
         x[batch.image_mask] = features
-        words = torch.arange(x.shape[1], device=x.device) < first[:, None] - 1  # then the picture
+        words = (
+            torch.arange(x.shape[1], device=x.device) < first[:, None] - 1
+        )  # the picture follows them
         masks = batch.image_mask[..., None], words[..., None]
         return [(x * mask).sum(1) / mask.sum(1) for mask in masks]
 
-    def losses(self, batch, times, x0, noise, t, sources=(), *, teacher=None, weighted=True):
+    def losses(self, batch, x0, noise, t, sources=(), *, teacher=None, weighted=True):
         """The four losses of both passes on clean latents x0 (B, C, H, W): {name: (B,) fp32}.
 
-        batch, times, weighted: see `forward`; noise like x0, t (B,): of the flow; sources: latents
-        to start from; teacher: its mean image and text features, (B, M) each, else ISA is 0.
+        batch, weighted: see `forward`; noise like x0 and t (B,): of the flow; sources: latents of the
+        source pictures; teacher: its mean image and text features (B, M), or None: ISA is 0.
         """
-        k = max(1, self.mmdit.config.depth // 3)  # its tokens are aligned: block 8 of 24
+        k = max(1, self.mmdit.config.depth // 3)  # ISA aligns the tokens after this block: 8 of 24
         context, masked_context = self.context(torch.cat([batch.prompts, batch.hidden])).chunk(2)
         z = flow.add_noise(x0, noise, t)
         velocity, image, image_tokens = self.draw(z, t, context, sources, k)
@@ -284,51 +292,54 @@ class UniAlignment(nn.Module):
             isa = isa + misalignment(self.mmdit.text_adapter, text_tokens, teacher[1])
         return {
             "velocity": flow.velocity_loss(velocity, x0, noise, t if weighted else None),
-            "text": masked.loss(logits, batch.texts, batch.hidden == mask_id, times, mask_id),
+            "text": text_loss(logits, batch.texts, batch.hidden == mask_id, batch.times, mask_id),
             "csa": contrast(image, text, batch.texts),
             "isa": isa,
         }
 
-    save_frozen = folders.save_frozen  # writes the rest of what `load` reads
+    def tokens_of_example(self, picture, prompt):
+        """How many tokens of an example the MM-DiT sees: an edit in one pass, its caption in the other."""
+        return 3 * picture + 2 * self.sampling.slots
+
+    def preview(self, task, prompt, target, question, text):
+        """Draw and read a training example: (pictures, text), a row of `support.files.sheet`."""
+        drawn = self.generate([prompt], size=target.size) if prompt else []
+        (*inputs, target), words = prompt_row(task, prompt or [question], target)
+        (read,) = self.answer([target], question and [question])
+        return [*inputs, *drawn, target], f"{words} / read: {read} / right: {text}"
 
     def save(self, folder, **_):
-        """Write what training changes, the transformer/ of a pipeline folder, as published."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", self.mmdit.settings())
-        with whole(folder / folders.WEIGHTS) as partial:
-            save_file(Part({}, folder, transformer.RULES).stored(self.mmdit), partial)
+        """Write the transformer/ of a pipeline folder, as published; nothing else is trained."""
+        save_transformer(self.mmdit, folder)
+
+    save_frozen = save_frozen  # writes all other parts of the folder
 
     def restore(self, folder):
-        """Take back what `save` wrote, into an engine that trains the same."""
-        saved = transformer.load_transformer(folder, self.device).state_dict()
+        """Load what `save` wrote into an engine with the same trainable parameters."""
+        saved = load_transformer(folder, self.device).state_dict()
         check(saved, self.mmdit.state_dict(), folder)
         self.mmdit.load_state_dict(saved)
 
 
 @contextmanager
-def tokens_after(mmdit, k):
-    """Within, block k (from 1) of a forward adds its text and its image tokens to two lists."""
-    txt, img = [], []
-    if not k:
-        yield txt, img
-        return
-
-    def keep(block, inputs, outputs):
-        txt.append(outputs[0])
-        img.append(outputs[1])
-
-    hook = mmdit.joint_blocks[k - 1].register_forward_hook(keep)
+def tokens_after(mmdit, k=None):
+    """Collect (text tokens, image tokens) after block k, from 1, of each forward; None: nothing."""
+    found, blocks = [], [mmdit.joint_blocks[k - 1]] if k else []
+    hooks = [
+        b.register_forward_hook(lambda _, inputs, outputs: found.append(outputs)) for b in blocks
+    ]
     try:
-        yield txt, img
+        yield found
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def contrast(image, text, ids=None, temperature=0.07):
-    """CSA: the mean image features of a row shall be nearest to its own mean text features: (B,).
+    """CSA, a contrastive loss between mean image features and mean text features: (B,).
 
-    image (B, N, D) of the drawing pass, text (B, L, D) of the reading pass; padding counts. ids
-    (B, L): rows that read the same text are no counterexamples to each other.
+    image (B, N, D) of the drawing pass, text (B, L, D) of the reading pass, padding included. ids
+    (B, L): rows with the same text are not negatives of each other.
     """
     g, u = (F.normalize(x.float().mean(1), dim=1) for x in (image, text))
     scores, target = g @ u.T / temperature, torch.arange(len(g), device=g.device)
@@ -339,8 +350,8 @@ def contrast(image, text, ids=None, temperature=0.07):
 
 
 def misalignment(adapter, tokens, teacher):
-    """ISA: 1 - cosine between what an adapter makes of the mean token and the teacher's vector: (B,).
+    """ISA: 1 - cosine similarity between adapter(mean token) and the teacher's vector: (B,).
 
-    tokens (B, n, D) from a middle layer, before any norm; teacher (B, M).
+    tokens (B, n, D) after a middle block, before any norm; teacher (B, M).
     """
     return 1 - F.cosine_similarity(adapter(tokens.mean(1)).float(), teacher.float())

@@ -10,17 +10,17 @@ from mmdit import MMDiT, TimestepEmbedder, timestep_embedding
 
 
 class RoundedEmbedder(TimestepEmbedder):
-    """The sinusoid of t passes through float16, as where the published weights were trained."""
+    """Rounds the sinusoid of t to float16, as in the training of the published weights."""
 
     def forward(self, t):
         return self.mlp(timestep_embedding(t).half().to(self.mlp[0].weight.dtype))
 
 
 class Transformer(MMDiT):
-    """SD3's MM-DiT with a head for text, and what aligns it with a teacher."""
+    """SD3's MM-DiT with a head for text, and two adapters that align it with a teacher (ISA)."""
 
     def __init__(self, config, vocabulary, null_tokens=8, aligned=None, rounded=True):
-        """aligned: (M, hidden units) of the two adapters that only training needs, or None."""
+        """aligned: (M, hidden units) of the adapters, which only training needs, or None."""
         super().__init__(config)
         if rounded:
             self.t_embedder = RoundedEmbedder(256, config.width)
@@ -30,7 +30,7 @@ class Transformer(MMDiT):
             self.align(*aligned)
 
     def align(self, out, hidden=None):
-        """Have adapters from a mean token (B, D) to a teacher's (B, out), if need be new ones."""
+        """Make sure that there are adapters from a mean token (B, D) to a teacher's vector (B, out)."""
         if hasattr(self, "image_adapter") and self.image_adapter[2].out_features == out:
             return
         width, device = self.config.width, self.pos_embed.device
@@ -40,7 +40,7 @@ class Transformer(MMDiT):
             self.add_module(name, nn.Sequential(*layers).to(device))
 
     def settings(self):
-        """Its config.json, in the authors' names."""
+        """The content of its config.json, in the authors' names."""
         config = self.config
         return checkpoints.mmdit_settings(config) | {
             "vocab_size": self.text_head.out_features,
@@ -55,19 +55,22 @@ class Transformer(MMDiT):
 
 @torch.no_grad()
 def grow(base, vocabulary):
-    """SD3's MM-DiT as a Transformer in fp32, whose new gates are zero: it draws as with a zero vec."""
+    """Turn SD3's MM-DiT into a Transformer in fp32. Its new gates are zero: it draws as with vec = 0."""
     config = replace(base.config, pooled_dim=None, text_out=True)
     model = Transformer(config, vocabulary, rounded=False).to(base.pos_embed.device)
     for parameter in model.joint_blocks[-1].context_block.adaLN_modulation.parameters():
         parameter.zero_()
     state = model.state_dict()
+    last = f"joint_blocks.{config.depth - 1}.context_block.adaLN_modulation.1."
     for name, tensor in base.state_dict().items():
-        if name in state:  # of that layer SD3 has the first two of six chunks
-            state[name][: len(tensor)] = tensor
+        if name.startswith(last):  # SD3 has shift and scale; the gate and the MLP's triple are new
+            state[name][: 2 * config.width] = tensor
+        elif name in state:
+            state[name].copy_(tensor)
     return model
 
 
-# As diffusers names SD3's, with a few other names
+# The names of diffusers' SD3, except for these
 RULES = checkpoints.key_map("""
     final_layer.adaLN_modulation.1.*  image_norm_out.linear.*
     final_layer.linear.*              image_proj_out.*
@@ -80,7 +83,7 @@ RULES += checkpoints.MMDIT_DIFFUSERS
 
 
 def load_transformer(path, device="cpu", dtype=torch.float32):
-    """The Transformer of a published transformer/ or of one file; UserError if there is none."""
+    """Load a published transformer/, or a single file; UserError if it holds no Transformer."""
     stated = checkpoints.read_config(path)
     kind, layouts = "transformer of UniAlignment", {"text_proj_out.weight": RULES}
     part = checkpoints.find_part(checkpoints.read_tensors(path), path, kind, ("",), layouts)

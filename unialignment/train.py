@@ -1,0 +1,102 @@
+"""Train UniAlignment: the whole MM-DiT learns to draw, edit, perceive and read.
+
+    python -m unialignment.train
+    torchrun --nproc-per-node 8 -m unialignment.train --data pairs.jsonl --sd3 ... --lmm ...
+
+Without --data the miniature trains on rendered scenes. T5, VAE and the teacher (Qwen2-VL) stay frozen;
+the MM-DiT is fp32. The loop, the data and the run's folder are those of `train.py`.
+"""
+
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+if not __package__:
+    sys.exit("error: start this program as python -m unialignment.train")
+
+import torch
+
+import train
+from dream_engine import MINI, SD3
+from lmm import load_lmm
+from support.cli import Parser, one_line_errors, whole_number
+from support.fast import device_and_dtype
+from support.options import add_options, complete, refuse, shares
+from unialignment.examples import PairedMicrobatches
+from unialignment.model import LOSSES, UniAlignment
+
+RECIPE = train.Recipe("unialignment", {"t2i": 1, "edit": 1}, 10000, 1.2e-3, "transformer")
+
+
+def load_engine(args, device):
+    """The UniAlignment to start from, ready for `train`: its MM-DiT in fp32, a teacher beside it."""
+    torch.manual_seed(args.seed)  # of new parameters
+    if args.checkpoint:
+        sd3 = None if args.sd3 == SD3 else args.sd3
+        engine = UniAlignment.load(args.checkpoint, sd3, device, torch.float32)
+        engine.text_encoder.to(device_and_dtype(device)[1])
+        engine.sampling = replace(engine.sampling, size=args.size or engine.default_size)
+    else:
+        texts = {"slots": args.slots, "size": args.size or 512, "sentence": args.sentence}
+        engine = UniAlignment.start(args.sd3, args.text_encoder, device, **texts)
+    engine.weights, engine.lmm = args.weights, load_lmm(args.lmm, *device_and_dtype(device))
+    engine.lmm_states = args.lmm_states
+    engine.start_training()
+    engine.mmdit.checkpointing = args.checkpointing
+    return engine
+
+
+def load_data(args, recipe, engine, sources, world):
+    """The microbatches of a run, see `train.load_data`; without --tasks, tasks alternate step by step."""
+    turn = 0 if args.tasks else args.accumulate * world
+    more = {"kind": PairedMicrobatches, "tokens": engine.tokens, "turn": turn}
+    return train.load_data(args, recipe, engine, sources, world, **more)
+
+
+def options():
+    parser = Parser(prog="python -m unialignment.train", description=__doc__.splitlines()[0])
+    parser.set_defaults(stage=RECIPE.name, shard=False)
+    add, losses = parser.add_argument, {"names": LOSSES, "example": "text=1,isa=0, the losses"}
+    # fmt: off
+    add("--checkpoint", type=Path, help="pipeline folder to start from; default: start from SD3")
+    add("--loss", choices=("velocity", "x0"), default="x0", help="x0: the published weighting, t^2")
+    add("--weights", type=partial(shares, **losses), default={},
+        help="of the losses; default: velocity=1,text=0.2,csa=0.05,isa=0.1")
+    add("--lmm-states", action="store_true", help="ISA: align texts with the LMM's states, not its embeddings")
+    add("--text-encoder", type=Path, help="SD3's T5; default: the one in --sd3, or the miniature's")
+    add("--slots", type=whole_number(2, 512), help="of each text; default: 256, for the miniature 42")
+    add("--sentence", help="before each caption; default: none, for the miniature 'Describe the image.'")
+    # fmt: on
+    add_options(parser)
+    return parser
+
+
+def parse(arguments=None):
+    args = options().parse_args(arguments)
+    miniature = args.sd3 == SD3 and not (args.checkpoint and args.data)
+    texts = args.text_encoder or args.slots or args.sentence
+    no_t5 = not args.checkpoint and not miniature and not args.text_encoder and args.sd3.is_file()
+    refuse(
+        (no_t5, f"--text-encoder is missing: {args.sd3} holds no T5"),
+        (
+            args.checkpoint and texts,
+            "--text-encoder, --slots, --sentence: --checkpoint has its own",
+        ),
+    )
+    in_sd3 = MINI / "t5-mini" if miniature else args.sd3 / "text_encoder_3"
+    args.text_encoder = args.text_encoder or in_sd3
+    args.slots = args.slots or (42 if miniature else 256)
+    if args.sentence is None:
+        args.sentence = "Describe the image." if miniature else ""
+    args.weights = LOSSES | args.weights
+    return complete(args, RECIPE, {"t2i", "edit", "answer"}, miniature, rate=3e-5)
+
+
+def main(arguments=None):
+    train.run(parse(arguments), RECIPE, load_engine, load_data, perception=True)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
