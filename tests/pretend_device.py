@@ -108,12 +108,14 @@ def check_devices(op, tensors, here, stays, generator):
     """Raise RuntimeError where two devices meet.
 
     Copies may move tensors between devices, and elementwise operations take numbers of the CPU
-    (tensors without dimensions), as CUDA does.
+    (tensors without dimensions), as on CUDA. CUDA also takes indices of the CPU; this device does not.
     """
     if stays and generator is not None:
         raise RuntimeError(f"{op}: expected a generator on {NAME}, found one on cpu")
     if here and op not in COPIES:
         elementwise = torch.Tag.pointwise in op.tags
+        if op._schema.is_mutable:  # the first tensor is where the result goes
+            elementwise = elementwise and isinstance(tensors[0], PretendTensor)
         for x in tensors:
             if not isinstance(x, PretendTensor) and (x.ndim or not elementwise):
                 raise RuntimeError(f"{op}: expected {NAME}, found a {tuple(x.shape)} tensor on cpu")
@@ -126,16 +128,19 @@ def waits(op, args, kwargs, here, stays):
     CPU is copied to the device, unless non_blocking.
     """
     if op in COPIES:
-        destination_here = isinstance(args[0], PretendTensor) if op is COPIES[1] else stays
-        source_here = isinstance(args[op is COPIES[1]], PretendTensor)
-        non_blocking = kwargs.get("non_blocking") or True in args[2:]
-        return destination_here != source_here and not (destination_here and non_blocking)
+        source, arrives = args[0], stays
+        if op is aten.copy_.default:  # destination, source, non_blocking
+            source, arrives = args[1], isinstance(args[0], PretendTensor)
+        non_blocking = kwargs.get("non_blocking") or args[2:] == (True,)
+        return isinstance(source, PretendTensor) != arrives and not (arrives and non_blocking)
     if not here:
         return False
     if op in INDEXING:
-        one_number = op is not INDEXING[0] and args[2].numel() == 1  # CUDA fills under the mask
-        masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
-        return bool(masks) and not one_number
+        masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        fills = (
+            op is not aten.index.Tensor and args[2].numel() == 1
+        )  # as masked_fill, without a wait
+        return masked and not fills
     return not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(op.tags)
 
 

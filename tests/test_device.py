@@ -23,7 +23,8 @@ from unialignment import UniAlignment
 from unialignment import sample as uni_sample
 from unialignment import train as uni_train
 
-TRAIN = ["--batch", "2", "--warmup", "1", "--sample-every", "0", "--save-every", "1", "--keep", "2"]
+TRAIN = ["--batch", "2", "--warmup", "1", "--sample-every", "0", "--save-every", "1"]
+TRAIN += ["--workers", "0", "--steps", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +73,7 @@ def test_it_refuses_what_a_gpu_refuses(device):
         lambda: x + torch.ones(3),
         lambda: torch.ones(3) + x,
         lambda: x.add_(torch.ones(3)),
+        lambda: torch.tensor(1.0).add_(x[0]),
         lambda: torch.cat([x, torch.ones(3)]),
         lambda: torch.stack([x[0], torch.tensor(1.0)]),
         lambda: torch.where(x > 0, x, torch.ones(3)),
@@ -88,7 +90,7 @@ def test_it_refuses_what_a_gpu_refuses(device):
 
 def test_it_computes_as_the_cpu_does(device):
     made = torch.tensor([[1.0, 2], [3, 4]], device=device)
-    assert made.device == torch.device(device, 0) == torch.arange(3, device=device).device
+    assert made.device.type == torch.device(device).type and made.device.index is not None
     weight = torch.nn.Parameter(made)
     assert isinstance(weight, torch.nn.Parameter)
     x = torch.tensor([[0.5, -1.0]]).to(device)
@@ -201,7 +203,7 @@ def test_a_resumed_training_equals_an_unbroken_one_and_the_cpu_s(case, device, t
     """Frozen models are fp32 on the CPU and bf16 elsewhere: losses are about the same."""
     program, more = TRAINING[case]
     for where, out in (("cpu", "cpu"), (device, "whole"), (device, "parts")):
-        arguments = [*TRAIN, *more, "--steps", "2", "--device", where, "--out", out]
+        arguments = [*TRAIN, *more, "--device", where, "--out", out]
         program.main(arguments)
         if out == "parts":
             (last,) = (tmp_path / out / "checkpoints").glob("000002")
@@ -229,7 +231,8 @@ def weights(out):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("family", ["SD3.5-medium", "SD3.5-large"])
-def test_a_guided_step_takes_at_most_half_the_operations_of_diffusers(family):
+def test_a_guided_step_takes_two_fifths_of_the_operations_of_diffusers(family):
+    """One more operation in each block would be over the limit."""
     config, counts = mmdit.FAMILIES[family], []
     with torch.device("meta"):
         model = mmdit.MMDiT(config).to(torch.bfloat16)
@@ -246,4 +249,4 @@ def test_a_guided_step_takes_at_most_half_the_operations_of_diffusers(family):
     one_step = counter.count - counts[-1]  # the first also makes the tables for all steps
     assert counts[2] - counts[1] == one_step
     diffusers = json.loads((GOLDEN / "operations.json").read_text())[family]
-    assert 0.3 < one_step / diffusers < 0.52
+    assert 0 < one_step <= 0.42 * diffusers
