@@ -27,7 +27,7 @@ NO_WEIGHTS = {  # first bytes of a file: what it is, and what would be right
     rb"(?i)\s*<(!doctype|html|\?xml)": "a web page; download the weights again, logged in if need be",
 }
 FOREIGN = {  # in a tensor's name: what the file holds
-    r"[._](scale_weight|weight_scale(_2)?|weight_packed|comfy_quant)$|scaled_fp8$": "scaled fp8",
+    r"[._](scale_weight|weight_scale(_2)?|weight_packed|comfy_quant)$|scaled_fp8$": "weights scaled to fp8",
     r"\.(qweight|qzeros|wscales)$": "weights quantised by AWQ or GPTQ",
     r"\.(absmax|quant_map|SCB)$|\.quant_state\.": "weights quantised by bitsandbytes",
     r"(^|[._])(lora_|lokr_|loha_|hada_)|[._]lora\.": "a LoRA of another program",
@@ -91,7 +91,7 @@ def _read_file(file):
     with reading(file, "a checkpoint; a pickle may hold tensors only, by name"):
         zipped = head.startswith(b"PK")  # as torch.save writes since 1.6
         tensors = torch.load(file, map_location="cpu", mmap=zipped, weights_only=True)
-        for key in ("state_dict", "model", "module"):  # where training programs store the tensors
+        for key in 2 * ("state_dict", "model", "module"):  # where training programs put tensors
             tensors = x if isinstance(x := tensors.get(key), dict) else tensors
         for name, x in tensors.items():
             if not isinstance(name, str) or x.layout != torch.strided or x.is_meta:
@@ -119,7 +119,8 @@ def check_settings(config):
     """Return a config; ValueError for a value that would make a library hang or fail later."""
     for name, x in config.items():
         is_list = name in ("num_hidden_layers", "num_layers", "depth", "num_labels", "extra_ids")
-        if type(x) in (int, float) and not abs(x) < (10_000 if is_list else 1e300):
+        no_text = (name, x) == ("unk_token", "") or name == "model_max_length" and type(x) is str
+        if no_text or type(x) in (int, float) and not abs(x) < (10_001 if is_list else 1e300):
             raise ValueError(f"{name!r} cannot be {x!r:.40}")
     return config
 

@@ -24,7 +24,7 @@ def read_image(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")
     strict = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
-    expected = f"a whole file in one of the formats {', '.join(FORMATS)}"
+    expected = f"a whole PNG, JPEG or similar file, one of {', '.join(FORMATS)}"
     with reading(path, expected), strict, Image.open(path, formats=FORMATS) as image:
         return to_rgb(image)
 

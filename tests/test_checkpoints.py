@@ -274,8 +274,8 @@ def test_what_is_no_file_of_weights_is_named(content, message, name, tmp_path):
             load_mmdit(path)
 
 
-QUANTISED = "expected plain weights: fp32, fp16, bf16, or fp8 without scales"
-WHOLE = "of another program .*; expected a whole model, or a checkpoint of train.py"
+QUANTISED = "expected a whole model in fp32, fp16, bf16 or plain fp8"
+WHOLE = "of another program .*; expected a whole model"
 
 
 @pytest.mark.parametrize(
