@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from support.cli import UserError, reading
+
 import torch
 from safetensors import safe_open
 
 from mmdit import AdaLN, MMDiT, MMDiTConfig
-from support.cli import UserError, reading
 from vae import SCALE, SHIFT, VAE, VAEConfig
 
 SUFFIXES = (".safetensors", ".bin", ".gguf")  # of weights, in order of preference

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
+from support.cli import UserError, reading
+
 import numpy as np
 import torch
 from PIL import Image
@@ -31,7 +33,6 @@ from tqdm import tqdm
 
 from lmm import Batch
 from prompts import apply_task, crop_to, read_image, reference_prompt, to_tensor, upright_size
-from support.cli import UserError, reading
 
 FIELDS = {  # of a line of each task, besides "task"
     "t2i": ("target", "prompt"),

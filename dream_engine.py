@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.cli import UserError, check_finite, check_list
+
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -23,7 +25,6 @@ from checkpoints import build_mmdit, check, fingerprint, load_mmdit, load_vae, r
 from lmm import load_lmm
 from prompts import apply_task, check_drawing, to_images
 from support import fast
-from support.cli import UserError, check_finite, check_list
 from support.files import prompt_row, whole
 from trained import build_adapter, read_checkpoint
 

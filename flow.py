@@ -28,7 +28,7 @@ def sigma_schedule(steps, shift=3.0):
 
 
 def euler(velocity_fn, noise, sigmas, progress=iter):
-    """Integrate dz/dt = velocity_fn(z, t) along sigmas, starting at noise (B, C, H, W).
+    """Integrate dz/dt = velocity_fn(z, t) along sigmas at noise (B, C, H, W).
 
     velocity_fn takes t as a float. progress wraps the list of steps, for a progress bar. The latent
     stays fp32, because in bf16 it would lose 1 % in 28 steps.

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 
+from support.cli import UserError, reading
+
 import numpy as np
 import torch
 from einops import rearrange, repeat
@@ -18,7 +20,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from checkpoints import build, check_folder, compare, find_part, key_map, read_json, read_tensors
 from prompts import to_rgb
-from support.cli import UserError, reading
 
 VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 PLAIN = {"split_special_tokens": True, "add_special_tokens": False}  # encode all text as text

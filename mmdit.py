@@ -252,8 +252,10 @@ class MMDiT(nn.Module):
 
     def embed_time(self, t, rows):
         """t (rows,) or a number, in [0, 1] -> (rows, D)."""
-        t = torch.as_tensor(t, dtype=torch.float32, device=self.pos_embed.device)
-        return self.t_embedder(t.expand(rows))
+        device = self.pos_embed.device
+        if not isinstance(t, torch.Tensor):
+            t = torch.full((), t, device=device)  # a copy from the CPU would make the CPU wait
+        return self.t_embedder(t.to(device, torch.float32).expand(rows))
 
     def embed_image(self, latent):
         """latent (B, C, H, W) -> tokens (B, N, D). Raises ValueError if the sides do not fit."""

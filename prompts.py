@@ -5,12 +5,12 @@ import warnings
 from io import BytesIO
 from pathlib import Path
 
+from support.cli import UserError, reading
+
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
-
-from support.cli import UserError, reading
 
 # Usual pictures alone: Pillow would hand EPS to Ghostscript
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -56,16 +56,11 @@ def to_rgb(image):
         # 16 bits use their whole range; that of 32 bits is guessed
         top = next((top for top in (1, 255) if levels.max() <= top and not is_full), 65535)
         image = Image.fromarray((levels / top * 255).clip(0, 255).round().astype(np.uint8))
-    mode, alpha = {"L": "L", "C": "CMYK"}.get(image.getbands()[0], "RGB"), None
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-    if profile:
-        image = to_srgb(image.convert(mode), profile)
-    image = image.convert("RGB")
-    if alpha:
-        image.putalpha(alpha)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image if image.mode in ("L", "CMYK") else image.convert("RGB")
+    image = (to_srgb(image, profile) if profile else image).convert("RGB")
     image.info = {}  # neither profile nor orientation applies any more
     return image
 

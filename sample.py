@@ -13,10 +13,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from support.cli import Parser, UserError, number, one_line_errors, starting, whole_number
-
-if __name__ == "__main__":
-    starting()
+from support.cli import Parser, UserError, number, one_line_errors, whole_number
 
 import torch
 from tqdm import tqdm

@@ -20,10 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from support.cli import Parser, UserError, number, one_line_errors, starting, whole_number
-
-if __name__ == "__main__":
-    starting()
+from support.cli import Parser, UserError, number, one_line_errors, whole_number
 
 import torch
 from torch import nn
@@ -274,11 +271,11 @@ def run(args, recipe, load_engine, load_data=load_data, **rendering):
 
         sources = [(Examples(**rendering), 1)]
     BadLines(sources)  # raises UserError if over 1 % of the lines are bad
-    advice = partial(runs.advice, args.out)
-    with together(args.device, advice) as place, runs.locked(args.out, place.rank):
+    with together(args.device, partial(runs.advice, args.out)) as place:
         engine = load_engine(args, place.device)
         data = load_data(args, recipe, engine, sources, place.world)
-        stopped = train(args, recipe, engine, data, place)
+        with runs.locked(Path(args.out), place.rank):
+            stopped = train(args, recipe, engine, data, place)
     if stopped:
         sys.exit(128 + stopped)
     result = Path(args.out, recipe.checkpoint)

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from support.cli import UserError, reading
+
 import torch
 
 from adapter import Adapter
@@ -17,7 +19,6 @@ from checkpoints import (
     read_tensors,
     refuse_foreign,
 )
-from support.cli import UserError, reading
 
 
 @dataclass

@@ -14,10 +14,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from support.cli import Parser, UserError, one_line_errors, reading, starting
-
-if __name__ == "__main__":
-    starting()
+from support.cli import Parser, UserError, one_line_errors, reading
 
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration

@@ -18,10 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 
-from support.cli import Parser, UserError, number, one_line_errors, starting, whole_number
-
-if __name__ == "__main__":
-    starting()
+from support.cli import Parser, UserError, number, one_line_errors, whole_number
 
 import torch
 from PIL import Image, ImageDraw, ImageOps

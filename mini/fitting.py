@@ -8,11 +8,12 @@ import json
 import random
 from pathlib import Path
 
+from support.cli import UserError, reading
+
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from support.cli import UserError, reading
 from support.files import whole
 
 SEED = 0

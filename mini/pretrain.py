@@ -16,10 +16,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from support.cli import Parser, number, one_line_errors, reading, starting
-
-if __name__ == "__main__":
-    starting()
+from support.cli import Parser, number, one_line_errors, reading
 
 import torch
 from safetensors.torch import save_file

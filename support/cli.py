@@ -104,17 +104,6 @@ def message_of(error):
     return " ".join(text.split())
 
 
-def starting():
-    """Let Ctrl-C end a program at once, with one line and exit code 2, until `one_line_errors` runs.
-
-    A program, not a library, calls this before its slow imports. An exception could get lost in them.
-    They leave hardly any garbage, and collecting it would take a tenth of their time.
-    """
-    gc.disable()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
-        signal.signal(signal.SIGINT, _end)
-
-
 def _end(*_):  # an ordinary exit takes up to seconds to delete all objects
     with suppress(OSError, RuntimeError):  # a closed pipe; print was interrupted
         sys.stdout.flush()
@@ -154,3 +143,13 @@ def one_line_errors():
     message = "".join(c if c.isprintable() else "?" for c in message)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+# While one of this project's programs imports and loads, Ctrl-C ends it at once with one line: in an
+# import, an exception could get lost. No garbage is collected then, which would take a tenth of the time.
+_project = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_program = os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", os.sep)))
+if _project in (_program, os.path.dirname(_program)):
+    gc.disable()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+        signal.signal(signal.SIGINT, _end)

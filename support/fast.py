@@ -8,11 +8,12 @@ import os
 from contextlib import contextmanager
 from functools import lru_cache
 
+from support.cli import UserError
+
 import torch
 from torch import nn
 
 from mmdit import Modulation
-from support.cli import UserError
 
 
 def usable_device(name=None):

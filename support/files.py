@@ -8,10 +8,10 @@ from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 
+from support.cli import UserError, message_of
+
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
-
-from support.cli import UserError, message_of
 
 
 @contextmanager

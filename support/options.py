@@ -5,10 +5,11 @@ import re
 from functools import partial
 from pathlib import Path
 
+from support.cli import UserError, number, whole_number
+
 from data import FIELDS
 from dream_engine import LMM, SD3
 from support import runs
-from support.cli import UserError, number, whole_number
 from support.fast import usable_device
 from support.processes import rank_and_world
 

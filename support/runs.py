@@ -17,12 +17,13 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from support.cli import UserError, reading
+
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 
-from support.cli import UserError, reading
 from support.files import whole, write_png, write_text
 
 BINS = 5  # of t, for the loss
@@ -32,16 +33,13 @@ FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of a disk, a quota, a file
 
 @contextmanager
 def locked(out, rank=0):
-    """Lock the folder of a run, in rank 0, and remove what a killed run left there.
+    """Lock the folder of a run, in rank 0; UserError if another process holds the lock.
 
-    UserError if another process holds the lock. The system releases it when a process ends, however
-    it ends. Folders that are made here and empty at the end are removed.
+    The system releases it when the process ends, however it ends. An empty folder is removed.
     """
     if rank:
         yield
         return
-    out = Path(out)
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         file = (out / LOCK).open("a")
@@ -51,15 +49,13 @@ def locked(out, rank=0):
         try:
             yield
         finally:
-            remove_leftovers(out)
             with suppress(OSError):  # Windows removes no open file
                 (out / LOCK).unlink()
-                for folder in made:
-                    folder.rmdir()
+                out.rmdir()
 
 
 def lock(file, out):
-    """Lock an open file, or say that this is not possible; UserError if another process holds it."""
+    """Lock an open file, where the system can; UserError if another process holds it."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -69,11 +65,10 @@ def lock(file, out):
             import fcntl
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit it
-        free = os.fstat(file.fileno()).st_nlink  # 0: another run, which just ended, has removed it
+        taken = os.fstat(file.fileno()).st_nlink == 0  # by a run that has just removed the file
     except OSError as error:
-        free = error.errno not in (errno.EACCES, errno.EAGAIN)
-        print(f"{out}: cannot be locked ({error}): start no other training there", file=sys.stderr)
-    if not free:
+        taken = error.errno in (errno.EACCES, errno.EAGAIN)
+    if taken:
         raise UserError(f"{out}: another training writes to this folder; choose another --out")
 
 
@@ -137,9 +132,7 @@ def weights_of(folder):
     found = [file for file in folder.iterdir() if file.name != STATE]
     if len(found) != 1:
         names = ", ".join(sorted(file.name for file in found)) or "nothing"
-        raise UserError(
-            f"{folder}: expected {STATE} and one file or folder of weights, found {names}"
-        )
+        raise UserError(f"{folder}: expected {STATE} and one file or folder, found {names}")
     return found[0]
 
 
@@ -306,34 +299,28 @@ def memory_plan(engine, args, processes):
     if args.shard:
         shared = sum(p.nbytes for p in engine.mmdit.parameters() if not p.requires_grad)
         frozen -= shared - shared // processes
-    picture, prompt = (args.size // 8 // engine.mmdit.config.patch) ** 2, prompt_tokens(engine.lmm)
+    lmm, patches = engine.lmm.language_model, engine.lmm.patches
+    picture = (args.size // 8 // engine.mmdit.config.patch) ** 2
+    prompt = 40 + patches.max_pixels // (patches.patch * patches.merge) ** 2  # and one picture
     tokens = engine.tokens_of_example(picture, prompt)
     activations = activation_bytes(engine.mmdit, tokens, args.checkpointing)
-    lmm = engine.lmm.language_model
     if any(p.requires_grad for p in lmm.parameters()):
-        width, inner = lmm.config.hidden_size, lmm.config.intermediate_size
-        layer = prompt * (6 * width + 3 * inner) * engine.mmdit.pos_embed.element_size()
-        activations += lmm.config.num_hidden_layers * layer
-    count = sum(p.numel() for p in trainable)
+        layer = prompt * (6 * lmm.config.hidden_size + 3 * lmm.config.intermediate_size)
+        size = engine.mmdit.pos_embed.element_size()
+        activations += lmm.config.num_hidden_layers * layer * size
     rows = [
         (frozen, "frozen weights" + ", here" * args.shard),
-        (4 * trained, f"{count:,} trainable parameters, their gradients and AdamW"),
+        (4 * trained, f"{sum(p.numel() for p in trainable):,} trainable parameters, with AdamW"),
         (args.batch * activations, f"activations (estimate): {args.batch} x {tokens} tokens"),
     ]
     rows.append((sum(size for size, _ in rows), "together"))
     return "\n".join(f"{size / 1e9:9.3f} GB  {name}" for size, name in rows)
 
 
-def prompt_tokens(lmm):
-    """An estimate of the tokens of a prompt: a sentence and one picture of the largest size."""
-    return 40 + lmm.patches.max_pixels // (lmm.patches.patch * lmm.patches.merge) ** 2
-
-
 def activation_bytes(mmdit, tokens, checkpointing):
     """What the MM-DiT saves of one example of so many tokens for the backward pass, estimated."""
-    depth = mmdit.config.depth
-    one = tokens * mmdit.config.width * mmdit.pos_embed.element_size()
-    return (depth + SAVED if checkpointing else depth * SAVED) * one
+    depth, size = mmdit.config.depth, mmdit.pos_embed.element_size()
+    return (depth + SAVED if checkpointing else depth * SAVED) * tokens * mmdit.config.width * size
 
 
 def write_pictures(out, step, preview):

@@ -16,11 +16,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from support.cli import one_line_errors
+
 import torch
 
 import train
 from support import runs
-from support.cli import one_line_errors
 from support.files import markdown_table, write_json
 from unialignment import train as unialignment_train
 

@@ -5,11 +5,12 @@ import re
 import shlex
 from pathlib import Path
 
+from support.cli import one_line_errors
+
 import pytest
 import torch
 
 from mmdit import MMDiTConfig
-from support.cli import one_line_errors
 from tools import bench
 
 CPU = torch.device("cpu")

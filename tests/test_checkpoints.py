@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 
+from support.cli import UserError
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,7 +16,6 @@ from tiny import relative, tensors
 
 import checkpoints
 from checkpoints import build_mmdit, load_mmdit
-from support.cli import UserError
 from trained import read_checkpoint
 
 

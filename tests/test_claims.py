@@ -7,13 +7,14 @@ import subprocess
 from importlib import import_module
 from pathlib import Path
 
+from support.cli import UserError
+
 import pytest
 from PIL import Image
 
 import train
 from dream_engine import LMM, STAGE1
 from mini import claims
-from support.cli import UserError
 
 
 @pytest.mark.parametrize("study", claims.STUDIES, ids=lambda study: study.program)

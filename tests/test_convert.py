@@ -10,11 +10,12 @@ import sys
 import tarfile
 from pathlib import Path
 
+from support.cli import UserError, one_line_errors
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from support.cli import UserError, one_line_errors
 from tools import convert
 
 

@@ -6,6 +6,8 @@ import zlib
 from functools import partial
 from pathlib import Path
 
+from support.cli import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,6 @@ from dream_engine import LMM
 from lmm import collate, load_tokenizer, patch_config
 from mini import world
 from mini.world import Examples
-from support.cli import UserError
 
 BOX = [250, 400, 500, 600]  # thousandths of a 200 x 100 picture: pixels 50..100 x 40..60
 

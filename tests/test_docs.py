@@ -7,11 +7,12 @@ import shlex
 from functools import reduce
 from pathlib import Path
 
+from support.cli import UserError
+
 import pytest
 from PIL import Image
 
 from mini import claims, evaluate
-from support.cli import UserError
 from support.files import markdown_table
 from tools import bench
 from unialignment import UniAlignment

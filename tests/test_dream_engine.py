@@ -3,6 +3,8 @@
 import copy
 import json
 
+from support.cli import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,6 @@ from transformers import AutoTokenizer, Qwen2VLConfig
 
 from dream_engine import LMM, SD3, STAGE1, STAGE2, DreamEngine
 from lmm import Batch, mrope_positions
-from support.cli import UserError
 
 # ---- the published checkpoint -------------------------------------------------------------------
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+from support.cli import UserError
+
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +14,6 @@ from safetensors.torch import save_file
 from checkpoints import metadata, read_tensors
 from dream_engine import DreamEngine
 from mini import cases, evaluate, world
-from support.cli import UserError
 
 
 class Oracle:

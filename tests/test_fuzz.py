@@ -8,11 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+from support.cli import UserError
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from support.cli import UserError
 from tools import fuzz
 
 

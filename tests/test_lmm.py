@@ -3,6 +3,8 @@
 import json
 import shutil
 
+from support.cli import UserError
+
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +18,6 @@ import lmm
 from dream_engine import LMM
 from lmm import PatchConfig, collate, image_patches, load_lmm
 from mini import world
-from support.cli import UserError
 
 SIZES = [(28, 28), (64, 64), (70, 42), (1, 1), (37, 200), (640, 480), (333, 777), (1204, 812)]
 SIZES += [(56, 57), (14, 150), (999, 31), (1500, 8)]

@@ -3,6 +3,8 @@
 import os
 import struct
 
+from support.cli import UserError
+
 import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageCms, ImageOps
@@ -10,7 +12,6 @@ from PIL.PngImagePlugin import PngInfo
 
 import prompts
 from prompts import apply_task, interleave, read_image
-from support.cli import UserError
 
 
 def random_image(width, height, seed=0):

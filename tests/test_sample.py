@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from support.cli import one_line_errors
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,6 @@ import sample
 from checkpoints import metadata, read_tensors
 from dream_engine import LMM, SD3, STAGE1
 from support import fast
-from support.cli import one_line_errors
 from unialignment import sample as unialignment_sample
 
 ROOT = Path(__file__).parent.parent

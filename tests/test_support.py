@@ -7,12 +7,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from support.cli import Parser, UserError, number, one_line_errors, reading, whole_number
+
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from support.cli import Parser, UserError, number, one_line_errors, reading, whole_number
 from support.files import markdown_table, sheet, whole, write_png, write_text
 
 ROOT = Path(__file__).parent.parent

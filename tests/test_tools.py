@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+from support.cli import one_line_errors
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from mini import world
-from support.cli import one_line_errors
 from tools import check_manifest, geneval, reconstruct, semgen
 from unialignment import UniAlignment
 

@@ -17,6 +17,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
+from support.cli import UserError, one_line_errors
+
 import pytest
 import torch
 from PIL import Image
@@ -33,7 +35,6 @@ from dream_engine import DreamEngine
 from lmm import PatchConfig, Qwen2VL
 from mmdit import FAMILIES, MMDiT, MMDiTConfig
 from support import runs
-from support.cli import UserError, one_line_errors
 from unialignment import train as unialignment_train
 from vae import VAE, VAEConfig
 

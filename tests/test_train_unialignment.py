@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+from support.cli import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,6 @@ from dream_engine import LMM, SD3, STAGE1
 from lmm import collate, load_tokenizer, patch_config
 from mini.world import EDGES, SEGMENT, Examples, describe, detect, edges, is_reserved, segment
 from support import runs
-from support.cli import UserError
 from unialignment import sample, train
 from unialignment.examples import PairedMicrobatches
 from unialignment.folder import Tokens

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+from support.cli import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,6 @@ import mmdit
 from checkpoints import Part
 from prompts import to_images
 from support import fast
-from support.cli import UserError
 from unialignment import masked
 from unialignment.model import LOSSES, UniAlignment, contrast, misalignment
 from unialignment.transformer import RULES, Transformer

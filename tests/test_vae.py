@@ -2,13 +2,14 @@
 
 import json
 
+from support.cli import UserError
+
 import pytest
 import torch
 from tiny import relative, tensor
 
 import vae
 from checkpoints import load_vae
-from support.cli import UserError
 
 
 @torch.no_grad()

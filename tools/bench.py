@@ -15,10 +15,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from support.cli import Parser, one_line_errors, reading, starting
-
-if __name__ == "__main__":
-    starting()
+from support.cli import Parser, one_line_errors, reading
 
 import numpy as np
 import torch

@@ -6,10 +6,7 @@ python -m tools.check_manifest edits.jsonl    # writes edits.check.png; exit cod
 import random
 import sys
 
-from support.cli import Parser, UserError, one_line_errors, starting
-
-if __name__ == "__main__":
-    starting()
+from support.cli import Parser, UserError, one_line_errors
 
 from tqdm import tqdm
 

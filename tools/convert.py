@@ -16,10 +16,7 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
-from support.cli import Parser, UserError, one_line_errors, reading, starting
-
-if __name__ == "__main__":
-    starting()
+from support.cli import Parser, UserError, one_line_errors, reading
 
 from PIL import Image
 from tqdm import tqdm

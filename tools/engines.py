@@ -3,11 +3,12 @@
 import json
 import os
 
+from support.cli import UserError, number, reading, whole_number
+
 from tqdm import tqdm
 
 from data import LONGEST_LINE
 from dream_engine import LMM, SD3, STAGE2, DreamEngine
-from support.cli import UserError, number, reading, whole_number
 from unialignment import UniAlignment
 from unialignment.model import MINI
 

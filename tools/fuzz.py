@@ -27,6 +27,8 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from support.cli import Parser, number, one_line_errors, whole_number
+
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -39,7 +41,6 @@ import unialignment.train as uni_train
 from checkpoints import metadata
 from dream_engine import MINI
 from mini import evaluate
-from support.cli import Parser, number, one_line_errors, whole_number
 from support.files import write_json
 from tools import bench, check_manifest, convert, geneval, reconstruct, semgen
 

@@ -9,10 +9,7 @@ squared difference of pixels in [0, 1]. Cosine compares the ViT features, averag
 from pathlib import Path
 from statistics import fmean
 
-from support.cli import Parser, number, one_line_errors, starting
-
-if __name__ == "__main__":
-    starting()
+from support.cli import Parser, number, one_line_errors
 
 import torch
 from tqdm import tqdm

@@ -9,10 +9,7 @@ A second run draws only what is missing.
 
 from pathlib import Path
 
-from support.cli import Parser, UserError, one_line_errors, starting
-
-if __name__ == "__main__":
-    starting()
+from support.cli import Parser, UserError, one_line_errors
 
 from PIL import Image
 

@@ -9,13 +9,14 @@ answer  reads the answer after the question; draws the image from the empty prom
 
 from dataclasses import dataclass
 
+from support.cli import UserError
+
 import numpy as np
 import torch
 
 from data import Microbatches, training_example
 from lmm import Batch
 from prompts import crop_to, to_tensor
-from support.cli import UserError
 from unialignment.masked import mask, stratified_times
 
 

@@ -6,13 +6,14 @@ transformer/  vae/  text_encoder/  tokenizer/  scheduler/
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from support.cli import UserError, reading
+
 import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import checkpoints
 from prompts import check_text
-from support.cli import UserError, reading
 from support.files import whole, write_json
 from unialignment.transformer import RULES, grow, load_transformer
 

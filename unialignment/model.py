@@ -16,6 +16,8 @@ Letters: B batch, L text slots, N image tokens, D width, V vocabulary, C channel
 from itertools import count
 from pathlib import Path
 
+from support.cli import UserError, check_finite, check_list
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -25,7 +27,6 @@ import flow
 from checkpoints import check, fingerprint
 from prompts import check_drawing, crop_to, split_prompt, to_images, to_rgb, to_tensor
 from support import fast
-from support.cli import UserError, check_finite, check_list
 from support.files import prompt_row
 from unialignment.folder import Tokens, load_pipeline, new_pipeline, save_frozen, save_transformer
 from unialignment.masked import loss as text_loss

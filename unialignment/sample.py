@@ -13,17 +13,14 @@ from functools import partial
 if not __package__:
     sys.exit("error: start this program as python -m unialignment.sample")
 
-from support.cli import Parser, UserError, one_line_errors, starting, whole_number
-
-if __name__ == "__main__":
-    starting()
+from support.cli import Parser, UserError, one_line_errors, whole_number
 
 from prompts import check_text, read_image
 from sample import add_options, draw, load, output_files, read_prompts
 from unialignment.model import MINI, UniAlignment
 
 TASKS = {
-    "draw": "draw the prompt, starting from the images, if any",
+    "draw": "draw the prompt from the images, if any",
     "caption": "say what each image shows",
     "answer": "answer the prompt, a question about the image",
 }

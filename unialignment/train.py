@@ -15,10 +15,7 @@ from pathlib import Path
 if not __package__:
     sys.exit("error: start this program as python -m unialignment.train")
 
-from support.cli import Parser, one_line_errors, starting, whole_number
-
-if __name__ == "__main__":
-    starting()
+from support.cli import Parser, one_line_errors, whole_number
 
 import torch
 
