@@ -1,7 +1,7 @@
 """Sample the miniature's test sets, and judge the pictures that a model draws for them.
 
 A case is a prompt with an exact check of the picture. The scenes and prompts are the eighth of the
-world that `world.is_exam` holds out: no training draws them. The verdicts on a test set form a string
+world that `world.is_reserved` holds out: no training draws them. The verdicts on a test set form a string
 of 0 and 1, one for each case, so that two models can be compared case by case.
 """
 
@@ -72,7 +72,7 @@ def t2i_cases(n, seed, pairs=SEEN):
 def copy_cases(n, seed, pairs=SEEN):
     """Pictures of one to four objects to copy; each object must keep its place."""
     rng = random.Random(f"copies {seed}")
-    scenes = [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(n)]
+    scenes = [world.sample_scene("scene", rng, pairs, reserved=True) for _ in range(n)]
     return {"copy": [Case("i2i", [world.render(s)], s, shows(s)) for s in scenes]}
 
 
@@ -85,7 +85,7 @@ def edit_cases(n, seed, pairs=SEEN):
 def edits_of(kind, n, seed, pairs=SEEN):
     """Sample n edits of a kind."""
     rng = random.Random(f"edits {kind} {seed}")
-    sampled = [edits.sample_edit(kind, rng, pairs, exam=True) for _ in range(n)]
+    sampled = [edits.sample_edit(kind, rng, pairs, reserved=True) for _ in range(n)]
     return [edit_case(world.render(edit.source), edit.text, edit.target) for edit in sampled]
 
 
@@ -93,7 +93,7 @@ def object_cases(n, seed, pairs=SEEN):
     """Scenes described by words and pictures of their objects, in both prompt templates."""
     rng, result = random.Random(f"objects {seed}"), {"objects": [], "combine": []}
     while any(len(cases) < n // 2 for cases in result.values()):
-        reference = programs.sample_reference(rng, pairs, exam=True)
+        reference = programs.sample_reference(rng, pairs, reserved=True)
         record, size = programs.reference_record(reference), (world.SIZE, world.SIZE)
         task, prompt, _ = training_example(record, size, rng)
         if len(result[task]) < n // 2:
@@ -105,7 +105,7 @@ def mixing_cases(n, seed, pairs=SEEN):
     """The shape of one picture in the color of another, which no training draws."""
     rng, cases = random.Random(f"mixing {seed}"), []
     while len(cases) < n:
-        first, second = (world.sample_scene("single", rng, exam=True) for _ in range(2))
+        first, second = (world.sample_scene("single", rng, reserved=True) for _ in range(2))
         (a,), (b,) = first.objects, second.objects
         mixed = Object(b.color, a.shape, 4)
         if a.color == b.color or a.shape == b.shape or mixed.pair not in pairs:
@@ -122,7 +122,7 @@ def semgen_cases(n, seed, pairs=SEEN):
 
     def prompts(sample, stream, accept):
         rng = random.Random(f"{stream} {seed}")
-        sampled = (sample(rng, pairs, exam=True) for _ in range(n // 2))
+        sampled = (sample(rng, pairs, reserved=True) for _ in range(n // 2))
         return [Case("t2i", [p.text], scene, accept(p)) for scene, p in sampled]
 
     def satisfies(prompt):
@@ -136,7 +136,7 @@ def semgen_cases(n, seed, pairs=SEEN):
 def segmentation_cases(n, seed, pairs=SEEN):
     """Segmentations: each shape in the color of its label, on black."""
     rng = random.Random(f"segmentation {seed}")
-    scenes = [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(n)]
+    scenes = [world.sample_scene("scene", rng, pairs, reserved=True) for _ in range(n)]
     cases = [edit_case(world.render(s), world.SEGMENT, world.segment(s)) for s in scenes]
     return {"segmentation": cases}
 
@@ -144,7 +144,7 @@ def segmentation_cases(n, seed, pairs=SEEN):
 def composed_cases(n, seed, pairs=SEEN, pictures=2):
     """Two objects to draw together: a prompt of `pictures` pictures of one each, and their shapes."""
     rng, cases = random.Random(f"composed {seed}"), []
-    for scene in (world.sample_scene("two", rng, pairs, exam=True) for _ in range(n)):
+    for scene in (world.sample_scene("two", rng, pairs, reserved=True) for _ in range(n)):
         shown = [world.render(replace(scene, objects=(o,))) for o in scene.objects]
         words = " and ".join(f"a {o.shape}" for o in scene.objects)
         right = matches(Prompt("", tuple(map(as_mention, scene.objects))))
@@ -174,7 +174,7 @@ def sample(test_set, n, seed):
 def random_scenes(what, n, pairs=SEEN):
     """Sample n held-out scenes of one to four objects, from the stream of a measure."""
     rng = random.Random(f"{what} {STREAM}")
-    return [world.sample_scene("scene", rng, pairs, exam=True) for _ in range(n)]
+    return [world.sample_scene("scene", rng, pairs, reserved=True) for _ in range(n)]
 
 
 # ---- drawing and judging ------------------------------------------------------------------------

@@ -31,16 +31,16 @@ class Edit:
     mentions: tuple[Mention, ...] = ()  # nouns of the text, as in the target; count 0: removed
 
 
-def sample_edit(kind, rng, pairs=SEEN, exam=False):
+def sample_edit(kind, rng, pairs=SEEN, reserved=False):
     """Draw a random Edit of a kind; arguments as of `scenes.sample_scene`.
 
     With HELD_OUT, the source has pairs of SEEN, and the object of a recolor or add a held-out one.
     """
     source_pairs = SEEN if pairs is scenes.HELD_OUT else pairs
     while True:
-        source = scenes.sample_scene("scene", rng, source_pairs, exam)
+        source = scenes.sample_scene("scene", rng, source_pairs, reserved)
         edit = MAKERS[kind](source, rng, pairs)
-        if edit and scenes.is_exam(edit.target) == exam and edit.target.objects:
+        if edit and scenes.is_reserved(edit.target) == reserved and edit.target.objects:
             return edit
 
 

@@ -252,7 +252,7 @@ def train_lmm(args, steps):
         if step % 500:
             return {}
         rng = random.Random("preview lmm")
-        cases = [scenes.sample_scene("scene", rng, exam=True) for _ in range(100)]
+        cases = [scenes.sample_scene("scene", rng, reserved=True) for _ in range(100)]
         prompts = [[CAPTION, scenes.render(scene)] for scene in cases]
         texts = continued(lmm, model.lm_head, prompts, 26)
         return {"captions": fmean(map(str.startswith, texts, map(scenes.describe, cases)))}

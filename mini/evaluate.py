@@ -18,6 +18,11 @@ from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 
+from support.cli import Parser, UserError, number, one_line_errors, starting, whole_number
+
+if __name__ == "__main__":
+    starting()
+
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import save_file
@@ -30,7 +35,6 @@ from mini import cases, pretrain, unified, world
 from mini.cases import CASES, HELD, PAIR_SETS, STREAM, bits, random_scenes, score, share
 from mini.world import SEEN
 from support import files
-from support.cli import Parser, UserError, number, one_line_errors, whole_number
 from unialignment.model import MINI, UniAlignment
 
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)
@@ -263,6 +267,33 @@ def report(scores):
         ]
         parts += [title, files.markdown_table(columns, rows)] if rows else []
     return "\n\n".join(parts) + "\n"
+
+
+README_ROWS = {  # name in the README: row of the scores
+    "Dream Engine: text to image": "t2i",
+    "Dream Engine: text to image, prompts that count": "counting",
+    "Dream Engine: copies": "copies",
+    "Dream Engine: edits": "edits",
+    "Dream Engine: images of objects among words": "objects",
+    "Dream Engine: images of objects, held-out pairs": f"objects{HELD}",
+    "Dream Engine: mixtures of two images": "mixing",
+    "UniAlignment: text to image": "UniAlignment, t2i",
+    "UniAlignment: edits": "UniAlignment, edits",
+    "UniAlignment: segmentation": "UniAlignment, segmentation",
+}
+
+
+def readme_table(scores):
+    """The README's table of scores.json: what is scored, on how many unseen cases, the score."""
+    total = totals(scores["rows"]) | {"counting": scores["rows"]["t2i"]["counting"]}
+    scored = {name: total[row]["exact"] for name, row in README_ROWS.items()}
+    lines = [[name, len(exact), share(exact)] for name, exact in scored.items()]
+    n, questions = len(total["copies"]["exact"]), scores["questions"]
+    answers = (len(questions) - 1) * (n // 3)  # see `unified.questions`; one entry is the mean
+    lines.append(["UniAlignment: captions, word for word", n, scores["reading"]["captions"][0]])
+    lines.append(["UniAlignment: answers to questions", answers, questions["mean"][0]])
+    head = ["what is scored", "unseen cases", "score"]
+    return files.markdown_table(head, [[name, n, f"{score:.3f}"] for name, n, score in lines])
 
 
 def parts_of(run, total):

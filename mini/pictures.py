@@ -21,7 +21,9 @@ def sample(rng):
 def drawn_scene(rng):
     scene = scenes.sample_scene("scene", rng, PAIRS)
     labels = scenes.segment(scene)
-    return scenes.render(labels if rng.random() < 0.15 and not scenes.is_exam(labels) else scene)
+    return scenes.render(
+        labels if rng.random() < 0.15 and not scenes.is_reserved(labels) else scene
+    )
 
 
 def any_colors(rng):

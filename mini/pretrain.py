@@ -16,6 +16,11 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+from support.cli import Parser, number, one_line_errors, reading, starting
+
+if __name__ == "__main__":
+    starting()
+
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -28,7 +33,6 @@ from mini.encoders import PATCHES, tokenize, train_lmm, train_t5, trained_lmm, t
 from mini.fitting import EARLIER, SEED, fit, trained
 from mmdit import MMDiT, MMDiTConfig, position_table
 from prompts import to_images, to_tensor
-from support.cli import Parser, number, one_line_errors, reading
 from support.fast import usable_device
 from support.files import sheet, whole, write_json
 from vae import SCALE, SHIFT, VAE, VAEConfig
@@ -96,7 +100,7 @@ def preview_vae(model, args, file, step):
     right: the share of scenes that the detector recovers. db: the mean PSNR of all pictures.
     """
     rng = random.Random("preview")
-    cases = [scenes.sample_scene("scene", rng, scenes.PAIRS, exam=True) for _ in range(200)]
+    cases = [scenes.sample_scene("scene", rng, scenes.PAIRS, reserved=True) for _ in range(200)]
     images = [*map(scenes.render, cases), *(pictures.sample(rng) for _ in range(100))]
     batch = to_tensor(images).to(args.device)
     copies = model.decode(model.encode(batch))
@@ -198,7 +202,7 @@ def base_batch(pool, step, steps, rng):
         i = rng.randrange(len(pool_scenes))
         prompt = scenes.caption(pool_scenes[i], task, rng)
         latents.append(pool_latents[i])
-        texts.append("" if rng.random() < 0.1 or scenes.is_exam(prompt) else prompt.text)
+        texts.append("" if rng.random() < 0.1 or scenes.is_reserved(prompt) else prompt.text)
     return texts, torch.stack(latents)
 
 

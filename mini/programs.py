@@ -83,16 +83,18 @@ def satisfies(semantic, scene):
 # ---- prompts ------------------------------------------------------------------------------------
 
 
-def sample_reference(rng, pairs=SEEN, exam=False):
+def sample_reference(rng, pairs=SEEN, reserved=False):
     """Draw a Reference of one to three objects, at least one of them as a picture."""
-    while scenes.is_exam((reference := _any_reference(rng, pairs, exam)).prompt) != exam:
+    while (
+        scenes.is_reserved((reference := _any_reference(rng, pairs, reserved)).prompt) != reserved
+    ):
         pass
     return reference
 
 
-def _any_reference(rng, pairs, exam):
+def _any_reference(rng, pairs, reserved):
     task = rng.choice(("single", "two", "position", "scene"))
-    while len((scene := scenes.sample_scene(task, rng, pairs, exam)).objects) > 3:
+    while len((scene := scenes.sample_scene(task, rng, pairs, reserved)).objects) > 3:
         pass
     caption = scenes.caption(scene, task, rng)
     objects, segments, rest = [], [], caption.text
@@ -122,10 +124,10 @@ def reference_record(reference):
     return {"task": "objects", "segments": segments, "target": scenes.render(reference.scene)}
 
 
-def sample_long(rng, pairs=SEEN, exam=False):
+def sample_long(rng, pairs=SEEN, reserved=False):
     """Draw a Scene of four objects and a Prompt of sentences that describe all of it."""
     while True:
-        scene = scenes.sample_scene("scene", rng, pairs, exam)
+        scene = scenes.sample_scene("scene", rng, pairs, reserved)
         if len(scene.objects) < 4:
             continue
         objects = rng.sample(scene.objects, 4)
@@ -134,16 +136,16 @@ def sample_long(rng, pairs=SEEN, exam=False):
         text = mark.join([*parts, f"the background is {scene.background}"])
         mentions = tuple(as_mention(o, place=True) for o in objects)
         prompt = Prompt(text, mentions, None, scene.background)
-        if scenes.is_exam(prompt) == exam:
+        if scenes.is_reserved(prompt) == reserved:
             return scene, prompt
 
 
-def sample_semantic(rng, pairs=SEEN, exam=False):
+def sample_semantic(rng, pairs=SEEN, reserved=False):
     """Draw a Scene and a Semantic that is true of it."""
     while True:
-        scene = scenes.sample_scene("scene", rng, pairs, exam)
+        scene = scenes.sample_scene("scene", rng, pairs, reserved)
         prompt = rng.choice((counted, denied, shared, related))(scene, rng)
-        if prompt and scenes.is_exam(prompt) == exam and not is_plain(prompt):
+        if prompt and scenes.is_reserved(prompt) == reserved and not is_plain(prompt):
             return scene, prompt
 
 
@@ -231,11 +233,11 @@ def answer(question, scene):
     return obj.color if kind == "color" else scenes.PLACES[obj.place]
 
 
-def sample_question(kind, rng, pairs=SEEN, exam=False):
+def sample_question(kind, rng, pairs=SEEN, reserved=False):
     """Draw a Scene and a Question about it, with an answer drawn evenly from ANSWERS[kind]."""
     wanted = rng.choice(ANSWERS[kind])
     while True:
-        scene = scenes.sample_scene(rng.choice(("scene", "counting", "two")), rng, pairs, exam)
+        scene = scenes.sample_scene(rng.choice(("scene", "counting", "two")), rng, pairs, reserved)
         for _ in range(20):
             if question := _any_question(kind, scene, rng):
                 found = answer(question, scene)

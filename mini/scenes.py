@@ -4,7 +4,7 @@ A picture has 48x48 pixels and a grid of 3x3 cells. A cell of 16 pixels is one t
 and of the LMM, so an object fills one token. Captions cover the six tasks of GenEval (arXiv
 2310.11513). `detect` recovers the scene from a picture, so that scores need no judgement.
 
-One eighth of all scenes and prompts is reserved for the test set (`is_exam`). Dream Engine and
+One eighth of all scenes and prompts is reserved for the test set (`is_reserved`). Dream Engine and
 UniAlignment are trained on the pairs of colour and shape in SEEN; those in HELD_OUT are held out.
 The VAE, the text encoders and the base MM-DiT are trained on all pairs.
 """
@@ -214,7 +214,7 @@ def detect(image):
 # ---- scenes and captions ------------------------------------------------------------------------
 
 
-def is_exam(thing):
+def is_reserved(thing):
     """Is a Scene, Prompt or Semantic in the eighth that is reserved for the test set?
 
     Its repr is hashed: another name of a class or field here would change the test set.
@@ -222,13 +222,13 @@ def is_exam(thing):
     return zlib.crc32(repr(thing).encode()) % 8 == 0
 
 
-def sample_scene(task, rng, pairs=SEEN, exam=False):
+def sample_scene(task, rng, pairs=SEEN, reserved=False):
     """Draw a random scene for a task: one of TASKS, or "scene" for one to four objects.
 
     pairs: the allowed pairs of color and shape (SEEN, HELD_OUT or PAIRS).
-    exam: draw from the scenes that are reserved for the test set; default: from all others.
+    reserved: draw from the scenes that are reserved for the test set; default: from all others.
     """
-    while is_exam(scene := _any_scene(task, rng, pairs)) != exam:
+    while is_reserved(scene := _any_scene(task, rng, pairs)) != reserved:
         pass
     return scene
 
@@ -303,12 +303,12 @@ def caption(scene, task, rng):
     return Prompt(text, mentions, relation, background)
 
 
-def sample_caption(task, rng, pairs=SEEN, exam=False):
+def sample_caption(task, rng, pairs=SEEN, reserved=False):
     """Draw a Scene and a Prompt, both reserved or neither; arguments as of `sample_scene`."""
     while True:
-        scene = sample_scene(task, rng, pairs, exam)
+        scene = sample_scene(task, rng, pairs, reserved)
         prompt = caption(scene, task, rng)
-        if is_exam(prompt) == exam:
+        if is_reserved(prompt) == reserved:
             return scene, prompt
 
 
@@ -329,4 +329,4 @@ def matches(prompt, scene):
 def benchmark(n, seed=0, pairs=SEEN):
     """Test cases {task: [(Scene, Prompt), ...]}: n for each of TASKS, reserved for the test set."""
     rng = random.Random(f"benchmark {seed}")
-    return {t: [sample_caption(t, rng, pairs, exam=True) for _ in range(n)] for t in TASKS}
+    return {t: [sample_caption(t, rng, pairs, reserved=True) for _ in range(n)] for t in TASKS}

@@ -67,7 +67,7 @@ def questions(args):
     engine, result = load(args), {}
     for kind in programs.QUESTIONS:
         rng = random.Random(f"questions {kind} {STREAM}")
-        sampled = [programs.sample_question(kind, rng, exam=True) for _ in range(args.num // 3)]
+        sampled = [programs.sample_question(kind, rng, reserved=True) for _ in range(args.num // 3)]
         texts = engine.answer([world.render(s) for s, _ in sampled], [q.text for _, q in sampled])
         right = fmean(text == programs.answer(q, s) for text, (s, q) in zip(texts, sampled))
         result[kind] = [right, programs.majority(kind)]

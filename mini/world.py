@@ -58,7 +58,7 @@ def perceived(rng):
         places = ", ".join(f"{scenes.PLACES[o.place]} {o.shape}" for o in scene.objects)
         record |= {"instruction": EDGES, "target": scenes.edges(scene)}
         return record | {"caption": f"edges {places}"}
-    if scenes.is_exam(labels):
+    if scenes.is_reserved(labels):
         return perceived(rng)
     record |= {"instruction": SEGMENT, "target": render(labels)}
     return record | {"caption": describe(labels)}

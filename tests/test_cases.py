@@ -33,9 +33,9 @@ def test_every_case_is_held_out():
         for group in cases.CASES[row](12, "test", pairs).values():
             for case in group:
                 if row not in ("mixing", "segmentation"):  # their input pictures are
-                    assert world.is_exam(case.target)
+                    assert world.is_reserved(case.target)
                 if case.source:
-                    assert world.is_exam(world.detect(case.source))
+                    assert world.is_reserved(world.detect(case.source))
                 held_out = {o.pair for o in case.target.objects} & set(HELD_OUT)
                 if row in ("semgen", "segmentation"):  # targets of any pair
                     assert pairs is HELD_OUT or not held_out

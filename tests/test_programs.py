@@ -90,8 +90,8 @@ def test_an_instruction_leads_from_source_to_target(kind):
 def test_an_edit_with_held_out_pairs_changes_a_seen_source(kind):
     rng = random.Random(kind)
     for _ in range(100):
-        edit = edits.sample_edit(kind, rng, HELD_OUT, exam=True)
-        assert edit.after.pair in HELD_OUT and world.is_exam(edit.target)
+        edit = edits.sample_edit(kind, rng, HELD_OUT, reserved=True)
+        assert edit.after.pair in HELD_OUT and world.is_reserved(edit.target)
         assert all(o.pair in SEEN for o in edit.source.objects)
 
 

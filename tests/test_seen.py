@@ -14,10 +14,10 @@ from PIL import Image
 
 from mini import lessons, pictures, pretrain, programs, scenes, world
 from mini.scenes import BACKGROUNDS, HELD_OUT, PAIRS, SEEN, Object, Scene
-from train import SHARES
+from train import STAGES
 
 N = 20_000
-is_held_out = scenes.is_exam  # a test replaces the function itself
+is_held_out = scenes.is_reserved  # a test replaces the function itself
 
 
 @pytest.fixture
@@ -145,8 +145,8 @@ PARTS = {
     "t5": check_t5,
     "base": check_base,
     "lmm": check_lmm,
-    "stage 1": stage(SHARES[1]),
-    "stage 2": stage(SHARES[2]),
+    "stage 1": stage(STAGES[1].shares),
+    "stage 2": stage(STAGES[2].shares),
     "unialignment": stage({"t2i": 1, "edit": 1.5, "answer": 0.8}, perception=True),
 }
 
@@ -159,10 +159,10 @@ def test_no_part_draws_what_is_held_out_from_it(part, shown, made, tmp_path, mon
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_leak_would_be_found(part, shown, made, tmp_path, monkeypatch):
-    """Where `is_exam` holds out nothing, the checks fail for every part."""
+    """Where `is_reserved` holds out nothing, the checks fail for every part."""
     monkeypatch.setattr(pretrain, "to_tensor", lambda images: torch.zeros(len(images), 1))
     monkeypatch.setattr(pretrain, "POOL", dict.fromkeys(pretrain.POOL, 100))
-    monkeypatch.setattr(scenes, "is_exam", lambda thing: False)
+    monkeypatch.setattr(scenes, "is_reserved", lambda thing: False)
     with pytest.raises(AssertionError, match="is_held_out"):
         PARTS[part](shown, made, 1000, tmp_path)
 

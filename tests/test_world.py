@@ -96,10 +96,10 @@ def test_benchmark_is_fixed_and_covers_the_six_tasks():
 
 def test_an_eighth_of_all_scenes_is_reserved_for_the_test_set():
     rng = random.Random(0)
-    for exam in [False] * 99 + [True] * 99:
-        assert world.is_exam(world.sample_scene("scene", rng, exam=exam)) == exam
+    for reserved in [False] * 99 + [True] * 99:
+        assert world.is_reserved(world.sample_scene("scene", rng, reserved=reserved)) == reserved
     scenes = [_any_scene("scene", rng, PAIRS) for _ in range(4000)]
-    assert abs(sum(map(world.is_exam, scenes)) / 4000 - 1 / 8) < 0.02
+    assert abs(sum(map(world.is_reserved, scenes)) / 4000 - 1 / 8) < 0.02
 
 
 def test_a_second_background_is_unclear():
