@@ -25,6 +25,7 @@ aten = torch.ops.aten
 COPIES = aten._to_copy.default, aten.copy_.default
 INDEXING = aten.index.Tensor, aten.index_put.default, aten.index_put_.default
 KERNELS = aten.empty, aten.empty_strided, aten.arange, aten.linspace, aten._copy_from
+active = []  # not empty within ready(): elsewhere the device is none that could be used
 library = []  # the torch.library.Library of the kernels, which live as long as it does
 strict = []  # not empty within no_waits()
 
@@ -63,6 +64,8 @@ class PretendTensor(torch.Tensor):
 
 def compute(op, *args, **kwargs):
     """The result of an operation on tensors of this device; the CPU computes it."""
+    if not active:
+        raise RuntimeError(f"{NAME}: not within ready()")
     parts = op.decompose(*args, **kwargs)  # in inference mode composite operations arrive whole
     if parts is not NotImplemented:
         return parts
@@ -168,14 +171,19 @@ def register():
 
 @contextmanager
 def ready():
-    """Within, modules move to the device by new parameters, and backward runs in the calling thread."""
+    """Within, the device can be used.
+
+    Modules move there by new parameters, and backward runs in the calling thread.
+    """
     future = torch.__future__
     before = future.get_overwrite_module_params_on_conversion()
     future.set_overwrite_module_params_on_conversion(True)
+    active.append(True)
     try:
         with torch.autograd.set_multithreading_enabled(False):
             yield
     finally:
+        active.pop()
         future.set_overwrite_module_params_on_conversion(before)
 
 
