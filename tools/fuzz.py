@@ -221,6 +221,7 @@ def fuzz(seed, numbers, deadline=math.inf, show=False):
     for n in numbers:
         if time.monotonic() > deadline:
             break
+        print(f"\rseed {seed}, input {n} ", end="", file=sys.stderr, flush=True)
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             os.chdir(folder)
             try:
