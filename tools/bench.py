@@ -15,6 +15,11 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from support.cli import Parser, one_line_errors, reading, starting
+
+if __name__ == "__main__":
+    starting()
+
 import numpy as np
 import torch
 from torch import nn
@@ -26,7 +31,6 @@ from dream_engine import Condition, DreamEngine, denoise
 from mini.cases import picture
 from mmdit import MMDiT, MMDiTConfig
 from prompts import apply_task, to_images
-from support.cli import Parser, one_line_errors, reading
 from support.fast import compile_blocks, usable_device
 from support.files import markdown_table, write_json, write_text
 

@@ -9,7 +9,11 @@ prompt. The processes of torchrun share the prompts. A second run draws only wha
 import json
 from pathlib import Path
 
-from support.cli import Parser, UserError, one_line_errors, whole_number
+from support.cli import Parser, UserError, one_line_errors, starting, whole_number
+
+if __name__ == "__main__":
+    starting()
+
 from support.files import grid, write_png, write_text
 from tools.engines import add_engine_options, load_engine, read_jsonl, settings_of, shared
 

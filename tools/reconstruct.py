@@ -9,11 +9,15 @@ squared difference of pixels in [0, 1]. Cosine compares the ViT features, averag
 from pathlib import Path
 from statistics import fmean
 
+from support.cli import Parser, number, one_line_errors, starting
+
+if __name__ == "__main__":
+    starting()
+
 import torch
 from tqdm import tqdm
 
 from prompts import crop_to, read_image, to_tensor
-from support.cli import Parser, number, one_line_errors
 from support.files import sheet, write_json, write_png
 from tools.engines import ENGINES, add_engine_options, load_engine, settings_of
 

@@ -9,10 +9,14 @@ A second run draws only what is missing.
 
 from pathlib import Path
 
+from support.cli import Parser, UserError, one_line_errors, starting
+
+if __name__ == "__main__":
+    starting()
+
 from PIL import Image
 
 from prompts import read_image
-from support.cli import Parser, UserError, one_line_errors
 from support.files import write_png
 from tools.engines import add_engine_options, load_engine, read_jsonl, settings_of, shared
 
