@@ -40,7 +40,7 @@ from checkpoints import metadata
 from dream_engine import MINI
 from mini import evaluate
 from support.cli import Parser, number, one_line_errors, whole_number
-from support.files import write_json
+from support.files import require_writable, write_json
 from tools import bench, check_manifest, convert, geneval, reconstruct, semgen
 
 LIMIT, BUGS, ROOT = 50, ("tracebacks", "wrong", "hangs"), Path(__file__).parent.parent
@@ -245,12 +245,12 @@ def main(arguments=None):
     parser.add_argument("--only", type=whole_number(0), help="the number of one input")
     parser.add_argument("--out", default="runs/fuzz.json", help="file for the counts")
     args = parser.parse_args(arguments)
+    require_writable(args.out, "--out")
     is_one, deadline = args.only is not None, time.monotonic() + 60 * args.minutes
     counts, causes = fuzz(args.seed, [args.only] if is_one else count(), deadline, show=is_one)
     if not is_one:
         total = sum(counts.values(), Counter())
         results = {how: total[how] for how in ("accepted", "refused", *BUGS)}
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         about = {"seed": args.seed, "inputs": total.total()}
         write_json(args.out, about | results | {"kinds": counts})
     sys.exit(bool(causes))
