@@ -41,7 +41,12 @@ import unialignment.train as uni_train
 from checkpoints import metadata
 from dream_engine import MINI
 from mini import evaluate
+<<<<<<< HEAD
 from support.files import write_json
+=======
+from support.cli import Parser, number, one_line_errors, whole_number
+from support.files import require_writable, write_json
+>>>>>>> 04ec8c78d02ae1fbbaaf1f21da3f6fb66a5d4778
 from tools import bench, check_manifest, convert, geneval, reconstruct, semgen
 
 LIMIT, BUGS, ROOT = 50, ("tracebacks", "wrong", "hangs"), Path(__file__).parent.parent
@@ -222,6 +227,7 @@ def fuzz(seed, numbers, deadline=math.inf, show=False):
     for n in numbers:
         if time.monotonic() > deadline:
             break
+        print(f"\rseed {seed}, input {n} ", end="", file=sys.stderr, flush=True)
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             os.chdir(folder)
             try:
@@ -245,12 +251,12 @@ def main(arguments=None):
     parser.add_argument("--only", type=whole_number(0), help="the number of one input")
     parser.add_argument("--out", default="runs/fuzz.json", help="file for the counts")
     args = parser.parse_args(arguments)
+    require_writable(args.out, "--out")
     is_one, deadline = args.only is not None, time.monotonic() + 60 * args.minutes
     counts, causes = fuzz(args.seed, [args.only] if is_one else count(), deadline, show=is_one)
     if not is_one:
         total = sum(counts.values(), Counter())
         results = {how: total[how] for how in ("accepted", "refused", *BUGS)}
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         about = {"seed": args.seed, "inputs": total.total()}
         write_json(args.out, about | results | {"kinds": counts})
     sys.exit(bool(causes))
