@@ -328,7 +328,9 @@ def main(arguments=None):
         raise UserError(f"unknown row {unknown.pop()!r}: expected some of {expected}, or guidance")
     if args.run and not Path(args.run, "minutes.txt").is_file():
         raise UserError(f"--run {args.run}: expected a folder of speedrun.sh, with a minutes.txt")
-    args.out.mkdir(parents=True, exist_ok=True)
+    DreamEngine.load(SD3, LMM, args.checkpoint, args.device)  # fails now, not after minutes
+    unified.load(args)
+    files.make_folder(args.out)
     guidance = "each checkpoint's own" if args.guidance is None else args.guidance
     settings = {"checkpoint": args.checkpoint.name, "guidance": guidance, "r": args.blend}
     scores = {"settings": settings | {"steps": 28, "cases and noise from seed": STREAM}, "rows": {}}

@@ -1,15 +1,21 @@
-"""Files that are written whole or not at all, sheets of pictures, tables."""
+"""Files: found, read by lines, written whole or not at all. Also sheets of pictures, and tables."""
 
 import json
 import math
 import os
+import re
 import textwrap
+import unicodedata
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
+
+from support.cli import UserError
+
+LONGEST_LINE = 2**20  # bytes of a line of a JSONL file
 
 
 @contextmanager
@@ -86,3 +92,38 @@ def prompt_row(task, prompt, target):
     pictures = [part for part in prompt if not isinstance(part, str)]
     text = "".join(part if isinstance(part, str) else " [image] " for part in prompt)
     return [*pictures, target], f"{task}: {text.strip()}"
+
+
+# ---- finding and reading ------------------------------------------------------------------------
+
+
+def find_file(folder, name):
+    """The picture of a name in a folder, also with \\ for /, or in Unicode's other normal form."""
+    slashes = name.replace("\\", "/")
+    names = name, *(unicodedata.normalize(form, slashes) for form in ("NFC", "NFD"))
+    if file := next((f for x in names if os.path.isfile(f := Path(folder, x))), None):
+        return file
+    raise FileNotFoundError(f"{Path(folder, name)}: no such image file")
+
+
+def make_folder(folder):
+    """Make a folder to write to, unless it is there; UserError if that is impossible."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder}: is a file, or lies in one; expected a folder") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: this folder cannot be written to")
+
+
+def read_lines(file, longest=LONGEST_LINE):
+    """Yield (number, bytes) of the lines of a JSONL file, from 1; longer lines come in pieces."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    with open(file, "rb") as stream:
+        for row, line in enumerate(iter(lambda: stream.readline(longest), b""), 1):
+            if row == 1 and re.match(rb"\xff\xfe|\xfe\xff|\0[^\0]|[^\0]\0", line):
+                raise UserError(f"{file}: is UTF-16; save as UTF-8")
+            if row == 1 and re.match(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|$)", line):
+                raise UserError(f"{file}: is one JSON array; expected one object a line")
+            yield row, line

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from data import Manifest, training_example
 from prompts import crop_to
-from support.cli import Parser, UserError, one_line_errors
+from support.cli import Parser, UserError, one_line_errors, printable
 from support.files import prompt_row, sheet, write_png
 
 SIDE = 256  # pixels, to which the images are cropped
@@ -41,7 +41,7 @@ def main(arguments=None):
             with_caption = f", {captions} with the caption that UniAlignment needs"
             print(f"{task}: {good} examples{with_caption * (task == 'edit')}")
     for line in sorted(bad_lines)[:10]:
-        print(f"{manifest.name}:{line}: {bad_lines[line]}")
+        print(printable(f"{manifest.name}:{line}: {bad_lines[line]}"))
     print(f"{len(bad_lines)} of {manifest.total} lines are bad")
     if rows:
         picture = manifest.file.with_suffix(".check.png")

@@ -7,13 +7,15 @@ of an edit. Steps and guidance are the published script's. The processes of torc
 A second run draws only what is missing.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
 
 from prompts import read_image
-from support.cli import Parser, UserError, one_line_errors
-from support.files import write_png
+from support.cli import Parser, one_line_errors
+from support.files import find_file, make_folder, write_png
+from tools import engines
 from tools.engines import add_engine_options, load_engine, read_jsonl, settings_of, shared
 
 GUIDANCE = {"t2i_long": 7.0, "t2i_complex": 7.0, "edit_multi": 9.0, "edit_complex": 9.0}
@@ -22,10 +24,12 @@ STEPS = 50
 
 def find_picture(bench, path):
     """The file of a row's picture: at path, or in images/ where path is one of the authors' own."""
-    places = bench.parent / path, Path(path), bench.parent / "images" / Path(path).name
-    if not (found := [place for place in places if place.is_file()]):
-        raise FileNotFoundError(f"{bench}: expected the picture at {path} or at {places[-1]}")
-    return found[0]
+    name = Path(path.replace("\\", "/")).name
+    for folder, file in ((bench.parent, path), ("", path), (bench.parent / "images", name)):
+        with suppress(FileNotFoundError):
+            return find_file(folder, file)
+    last = bench.parent / "images" / name
+    raise FileNotFoundError(f"{bench}: expected the picture at {path} or at {last}")
 
 
 def draw(args):
@@ -33,16 +37,18 @@ def draw(args):
     bench, out = Path(args.bench), Path(args.out, "fullset")
     rows = read_jsonl(bench, "image_path", *GUIDANCE)
     pictures = [find_picture(bench, row["image_path"]) for row in rows]
+    mine = shared(rows, f"{out}: rows")
+    make_folder(out)
     engine, is_uni = load_engine(args), args.engine == "unialignment"
     side = args.size or engine.default_size
     settings = {"steps": STEPS} | settings_of(args) | {"size": (side, side)}
-    for n, row in shared(rows, f"{out}: rows"):
+    for n, row in mine:
         source = read_image(pictures[n]).resize((side, side), Image.BICUBIC)  # not cropped
         for group, guidance in GUIDANCE.items():
             file, text, is_edit = out / group / f"{n}.png", row[group], group.startswith("edit")
+            about = engines.drawing(args, text, args.seed)
             if file.is_file():
-                if Image.open(file).info.get("prompt") != text:
-                    raise UserError(f"{file}: shows another prompt; choose another --out")
+                engines.check_drawing(file, about)
                 continue
             options = {"guidance": guidance} if is_uni else {"task": "edit" if is_edit else "t2i"}
             prompt = [source, text] if is_edit else [text]
@@ -50,7 +56,7 @@ def draw(args):
             file.parent.mkdir(parents=True, exist_ok=True)
             if is_edit:
                 write_png(file.with_stem(f"{n}_SRCIMG"), source)
-            write_png(file, image, {"prompt": text, "seed": args.seed})  # last: it marks completion
+            write_png(file, image, about)  # last: it marks completion
 
 
 def main(arguments=None):
