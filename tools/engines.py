@@ -56,8 +56,10 @@ def drawing(args, prompt, seed):
     return {name: str(value).encode(errors="replace").decode() for name, value in given.items()}
 
 
-def check_drawing(file, wanted):
-    """Raise UserError unless the text fields of a PNG, drawn by an earlier run, are `wanted`."""
+def is_drawn(file, wanted):
+    """Is a PNG there? Raises UserError unless its text fields are those of `drawing`."""
+    if not file.is_file():
+        return False
     strict = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
     with reading(file, "a PNG of this program"), strict, Image.open(file, formats=["PNG"]) as image:
         found = image.info
@@ -66,6 +68,7 @@ def check_drawing(file, wanted):
         if old != new:
             drawn = "shows another prompt" if name == "prompt" else f"drawn with {old}, not {new}"
             raise UserError(f"{file}: {drawn}; choose another --out")
+    return True
 
 
 def read_jsonl(file, *names):
@@ -83,8 +86,11 @@ def read_jsonl(file, *names):
     return records
 
 
-def shared(records, title):
-    """The (number, record) pairs that this process of torchrun draws, with a progress bar."""
+def to_draw(records, is_complete, title):
+    """The (number, record) pairs that this process of torchrun has to draw, with a progress bar.
+
+    is_complete(number, record) says whether an earlier run drew all of a record.
+    """
     rank, world = rank_and_world()
-    mine = tqdm(range(rank, len(records), world), title, disable=rank > 0)
-    return ((i, records[i]) for i in mine)
+    mine = [(i, records[i]) for i in range(rank, len(records), world)]
+    return tqdm([pair for pair in mine if not is_complete(*pair)], title, disable=rank > 0)

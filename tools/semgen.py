@@ -16,7 +16,7 @@ from prompts import read_image
 from support.cli import Parser, one_line_errors
 from support.files import find_file, make_folder, write_png
 from tools import engines
-from tools.engines import add_engine_options, load_engine, read_jsonl, settings_of, shared
+from tools.engines import add_engine_options, load_engine, read_jsonl, settings_of
 
 GUIDANCE = {"t2i_long": 7.0, "t2i_complex": 7.0, "edit_multi": 9.0, "edit_complex": 9.0}
 STEPS = 50
@@ -37,18 +37,22 @@ def draw(args):
     bench, out = Path(args.bench), Path(args.out, "fullset")
     rows = read_jsonl(bench, "image_path", *GUIDANCE)
     pictures = [find_picture(bench, row["image_path"]) for row in rows]
-    mine = shared(rows, f"{out}: rows")
+
+    def is_complete(n, row):
+        about = {group: engines.drawing(args, row[group], args.seed) for group in GUIDANCE}
+        drawn = [engines.is_drawn(out / g / f"{n}.png", about[g]) for g in GUIDANCE]
+        return all(drawn)
+
+    left = engines.to_draw(rows, is_complete, f"{out}: rows")
     make_folder(out)
     engine, is_uni = load_engine(args), args.engine == "unialignment"
     side = args.size or engine.default_size
     settings = {"steps": STEPS} | settings_of(args) | {"size": (side, side)}
-    for n, row in mine:
+    for n, row in left:
         source = read_image(pictures[n]).resize((side, side), Image.BICUBIC)  # not cropped
         for group, guidance in GUIDANCE.items():
             file, text, is_edit = out / group / f"{n}.png", row[group], group.startswith("edit")
-            about = engines.drawing(args, text, args.seed)
             if file.is_file():
-                engines.check_drawing(file, about)
                 continue
             options = {"guidance": guidance} if is_uni else {"task": "edit" if is_edit else "t2i"}
             prompt = [source, text] if is_edit else [text]
@@ -56,6 +60,7 @@ def draw(args):
             file.parent.mkdir(parents=True, exist_ok=True)
             if is_edit:
                 write_png(file.with_stem(f"{n}_SRCIMG"), source)
+            about = engines.drawing(args, text, args.seed)
             write_png(file, image, about)  # last: it marks completion
 
 
