@@ -77,6 +77,8 @@ def read_folder(place):
         yield from ((row, (place.parent, line)) for row, line in read_lines(place) if line.strip())
     else:
         files = sorted(f for f in place.rglob("*") if f.suffix.lower() in IMAGES and f.is_file())
+        if not files:
+            raise UserError(f"{place}: holds no JPEG, PNG or WebP image")
         yield from ((file.relative_to(place), (place, file)) for file in files)
 
 
