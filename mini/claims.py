@@ -22,7 +22,7 @@ from dream_engine import LMM, SD3, DreamEngine
 from mini import unified, world
 from mini.cases import bits, difference, draw, judge, random_scenes, sample, score, share
 from support.cli import Parser, UserError, one_line_errors, reading
-from support.files import make_folder, markdown_table, write_json, write_text
+from support.files import markdown_table, write_json, write_text
 from unialignment import UniAlignment
 
 # Trainings that are compared. program: the module that trains. runs: {name: its flags}; a word of
@@ -229,7 +229,7 @@ def main(arguments=None):
     if unknown := set(args.claims) - set(names.split(", ")):
         raise UserError(f"unknown claim {unknown.pop()!r}: expected some of {names}")
     out, results = Path(args.out), {"runs": {}}
-    make_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     for study, c in comparisons:
         if args.claims and c.claim not in args.claims:
             continue

@@ -330,7 +330,7 @@ def main(arguments=None):
         raise UserError(f"--run {args.run}: expected a folder of speedrun.sh, with a minutes.txt")
     DreamEngine.load(SD3, LMM, args.checkpoint, args.device)  # fails now, not after minutes
     unified.load(args)
-    files.make_folder(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
     guidance = "each checkpoint's own" if args.guidance is None else args.guidance
     settings = {"checkpoint": args.checkpoint.name, "guidance": guidance, "r": args.blend}
     scores = {"settings": settings | {"steps": 28, "cases and noise from seed": STREAM}, "rows": {}}

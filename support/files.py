@@ -106,24 +106,15 @@ def find_file(folder, name):
     raise FileNotFoundError(f"{Path(folder, name)}: no such image file")
 
 
-def make_folder(folder):
-    """Make a folder to write to, unless it is there; UserError if that is impossible."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{folder}: is a file, or lies in one; expected a folder") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder}: this folder cannot be written to")
-
-
 def read_lines(file, longest=LONGEST_LINE):
     """Yield (number, bytes) of the lines of a JSONL file, from 1; longer lines come in pieces."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: no such file")
     with open(file, "rb") as stream:
-        for row, line in enumerate(iter(lambda: stream.readline(longest), b""), 1):
-            if row == 1 and re.match(rb"\xff\xfe|\xfe\xff|\0[^\0]|[^\0]\0", line):
-                raise UserError(f"{file}: is UTF-16; save as UTF-8")
-            if row == 1 and re.match(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|$)", line):
-                raise UserError(f"{file}: is one JSON array; expected one object a line")
-            yield row, line
+        start = stream.read(1000)
+        if re.match(rb"\xff\xfe|\xfe\xff|\0[^\0]|[^\0]\0", start):
+            raise UserError(f"{file}: is UTF-16; save as UTF-8")
+        if re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", start):
+            raise UserError(f"{file}: is one JSON array; expected one object a line")
+        stream.seek(0)
+        yield from enumerate(iter(lambda: stream.readline(longest), b""), 1)

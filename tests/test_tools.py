@@ -367,8 +367,8 @@ def test_check_manifest_prints_no_escape_codes(capsys):
         (geneval, ["--metadata", "none.jsonl"], "error: none.jsonl: no such file"),
         (geneval, ["--metadata", "wide.jsonl"], "wide.jsonl: is UTF-16; save as UTF-8"),
         (geneval, ["--metadata", "array.jsonl"], "is one JSON array; expected one object a line"),
-        (geneval, [*DRAW, "empty.jsonl"], "empty.jsonl: is a file, or lies in one; expected a fol"),
-        (geneval, [*DRAW, "empty.jsonl/x"], "empty.jsonl/x: is a file, or lies in one; expected"),
+        (geneval, [*DRAW, "empty.jsonl"], "empty.jsonl: expected a folder that can be w"),
+        (geneval, [*DRAW, "empty.jsonl/x"], "empty.jsonl/x: expected a folder that can be"),
         (geneval, [*DRAW, "out", "--engine", "unialignment", "--lmm", "x"], "--lmm is of --engine"),
         (geneval, ["--metadata", "empty.jsonl"], "empty.jsonl: holds no records"),
         (geneval, [*DRAW, "out", "--num", "0"], "expected a whole number from 1 to 1000"),
@@ -380,7 +380,11 @@ def test_check_manifest_prints_no_escape_codes(capsys):
         (semgen, ["--bench", "metadata.jsonl"], "metadata.jsonl:1: expected a JSON object with"),
         (reconstruct, ["."], ".: expected a folder of PNG, JPEG or WebP pictures"),
         (reconstruct, [".", "--blend", "1.5"], "--blend: '1.5': expected a number from 0 to 1"),
-        (reconstruct, ["photos", "--out", "empty.jsonl"], "empty.jsonl: is a file, or lies in one"),
+        (
+            reconstruct,
+            ["photos", "--out", "empty.jsonl"],
+            "empty.jsonl: expected a folder that can be",
+        ),
         (check_manifest, ["none.jsonl"], "none.jsonl: no such manifest"),
     ],
 )

@@ -28,7 +28,8 @@ from mmdit import MMDiT, MMDiTConfig
 from prompts import apply_task, to_images
 from support.cli import Parser, one_line_errors, reading
 from support.fast import compile_blocks, usable_device
-from support.files import make_folder, markdown_table, write_json, write_text
+from support.files import markdown_table, write_json, write_text
+from tools.engines import make_folder
 
 try:
     from diffusers import SD3Transformer2DModel

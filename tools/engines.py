@@ -1,7 +1,10 @@
 """What geneval, semgen and reconstruct share: options, the engine they choose, JSONL records."""
 
 import json
+import os
 import warnings
+from contextlib import suppress
+from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
@@ -32,6 +35,14 @@ def add_engine_options(parser, out, engines=ENGINES):
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
 
 
+def make_folder(folder):
+    """Make a folder to write to, unless it is there; UserError if that is impossible."""
+    with suppress(FileExistsError, NotADirectoryError):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise UserError(f"{folder}: expected a folder that can be written to")
+
+
 def load_engine(args):
     """The engine of --engine, with the chosen models; raises UserError or FileNotFoundError."""
     if args.engine == "dream-engine":
@@ -51,9 +62,9 @@ def settings_of(args):
 
 def drawing(args, prompt, seed):
     """The text fields of a PNG: its prompt, its seed, and the options that were given."""
-    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    given = {"prompt": prompt, "seed": seed} | given
-    return {name: str(value).encode(errors="replace").decode() for name, value in given.items()}
+    given = {name: value for name in OPTIONS if (value := vars(args)[name]) is not None}
+    given = {name: ascii(str(value))[1:-1] for name, value in given.items()}  # of any path
+    return {"prompt": prompt, "seed": str(seed)} | given
 
 
 def is_drawn(file, wanted):

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from support.cli import Parser, UserError, one_line_errors, whole_number
-from support.files import grid, make_folder, write_png, write_text
+from support.files import grid, write_png, write_text
 from tools import engines
 from tools.engines import add_engine_options, load_engine, read_jsonl, settings_of
 
@@ -34,12 +34,12 @@ def draw(args):
     """Draw every prompt --num times; skip the folders that are complete."""
     records = read_jsonl(args.metadata, "prompt", "tag")
     left = engines.to_draw(records, partial(is_complete, args), f"{args.out}: prompts")
-    make_folder(args.out)
+    engines.make_folder(args.out)
     engine = load_engine(args)
     for i, record in left:
         prompt, folder = record["prompt"], Path(args.out, f"{i:05d}")
         images = engine.generate([[prompt]] * args.num, **settings_of(args))
-        make_folder(folder / "samples")
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
         write_text(folder / "metadata.jsonl", json.dumps(record))
         for k, image in enumerate(images):
             about = engines.drawing(args, prompt, args.seed + k)

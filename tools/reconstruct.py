@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from prompts import crop_to, read_image, to_tensor
 from support.cli import Parser, number, one_line_errors
-from support.files import make_folder, sheet, write_json, write_png
-from tools.engines import ENGINES, add_engine_options, load_engine, settings_of
+from support.files import sheet, write_json, write_png
+from tools.engines import ENGINES, add_engine_options, load_engine, make_folder, settings_of
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 SHOWN = 20  # pictures on the sheet

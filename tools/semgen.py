@@ -7,14 +7,13 @@ of an edit. Steps and guidance are the published script's. The processes of torc
 A second run draws only what is missing.
 """
 
-from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
 
 from prompts import read_image
 from support.cli import Parser, one_line_errors
-from support.files import find_file, make_folder, write_png
+from support.files import write_png
 from tools import engines
 from tools.engines import add_engine_options, load_engine, read_jsonl, settings_of
 
@@ -24,12 +23,10 @@ STEPS = 50
 
 def find_picture(bench, path):
     """The file of a row's picture: at path, or in images/ where path is one of the authors' own."""
-    name = Path(path.replace("\\", "/")).name
-    for folder, file in ((bench.parent, path), ("", path), (bench.parent / "images", name)):
-        with suppress(FileNotFoundError):
-            return find_file(folder, file)
-    last = bench.parent / "images" / name
-    raise FileNotFoundError(f"{bench}: expected the picture at {path} or at {last}")
+    places = bench.parent / path, Path(path), bench.parent / "images" / Path(path).name
+    if not (found := [place for place in places if place.is_file()]):
+        raise FileNotFoundError(f"{bench}: expected the picture at {path} or at {places[-1]}")
+    return found[0]
 
 
 def draw(args):
@@ -44,7 +41,7 @@ def draw(args):
         return all(drawn)
 
     left = engines.to_draw(rows, is_complete, f"{out}: rows")
-    make_folder(out)
+    engines.make_folder(out)
     engine, is_uni = load_engine(args), args.engine == "unialignment"
     side = args.size or engine.default_size
     settings = {"steps": STEPS} | settings_of(args) | {"size": (side, side)}
