@@ -329,7 +329,6 @@ class BadLines(dict):
     def check(self, found, examples):
         """Raise UserError if over 1 % of all lines are bad, or of all examples read in training."""
         bad = self.scanned + found
-        enough = min(10, 50 * self.allowed)  # 50: half of a small file
-        if bad > max(enough, self.allowed) or found > max(10, examples / 100):
+        if bad > max(10, self.allowed) or found > max(10, examples / 100):
             lines = "; ".join(f"{place}: {why}" for place, why in self.items())
             raise UserError(f"{bad:.0f} bad lines are over 1 %: {lines[:600]}")

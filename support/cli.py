@@ -92,5 +92,6 @@ def one_line_errors():
         message = f"too little memory; {smaller}"
     else:
         return
-    print(f"error: {printable(message)}", file=sys.stderr)
+    message = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

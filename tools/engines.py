@@ -104,4 +104,9 @@ def to_draw(records, is_complete, title):
     """
     rank, world = rank_and_world()
     mine = [(i, records[i]) for i in range(rank, len(records), world)]
-    return tqdm([pair for pair in mine if not is_complete(*pair)], title, disable=rank > 0)
+    left = [pair for pair in mine if not is_complete(*pair)]
+
+    def with_bar():  # shown as late as the first picture
+        yield from tqdm(left, title, disable=rank > 0)
+
+    return with_bar()

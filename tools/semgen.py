@@ -4,7 +4,7 @@
 
 Writes OUT/fullset/GROUP/n.png for row n, from 0, in four groups, and n_SRCIMG.png, the source image
 of an edit. Steps and guidance are the published script's. The processes of torchrun share the rows.
-A second run draws only what is missing.
+A second run with the same options draws only what is missing.
 """
 
 from pathlib import Path
