@@ -206,9 +206,9 @@ def find_files(paths, suffix):
     """
     files = []
     for path in map(Path, paths):
+        if not suffix and not path.is_dir():
+            raise UserError(f"{path}: expected a folder of images")
         if not suffix:
-            if not path.is_dir():
-                raise UserError(f"{path}: expected a folder of images")
             files += sorted(path.rglob("metadata.jsonl")) or [path]
             continue
         found = sorted(path.glob(f"*{suffix}")) if path.is_dir() else [path]

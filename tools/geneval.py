@@ -3,8 +3,7 @@
     torchrun --nproc-per-node 8 -m tools.geneval --metadata evaluation_metadata.jsonl --out pictures
 
 Writes GenEval's folder layout: OUT/00000/metadata.jsonl, samples/0000.png ... and grid.png for each
-prompt. The processes of torchrun share the prompts. A second run with the same options
-draws only what is missing.
+prompt. The processes of torchrun share the prompts. A second, equal run draws what is missing.
 """
 
 import json
