@@ -6,6 +6,7 @@ UserError that gives its name in the file. A pickle may hold nothing but tensors
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from itertools import count
@@ -15,52 +16,65 @@ import torch
 from safetensors import safe_open
 
 from mmdit import AdaLN, MMDiT, MMDiTConfig
+from support import formats
 from support.cli import UserError, reading
+from support.formats import SUFFIXES, part_folder
 from vae import SCALE, SHIFT, VAE, VAEConfig
 
 
 def read_tensors(path):
     """Read all tensors of a .safetensors or .bin file, or of a folder with one such file or shards.
 
-    Returns {name: tensor}, memory-mapped: the disk is read when a tensor is used. Raises
-    FileNotFoundError, or UserError if a file is damaged or is no checkpoint.
+    Returns {name: tensor}, memory-mapped: the disk is read when a tensor is used. Names come without
+    what DDP, FSDP and torch.compile add to them. Raises FileNotFoundError, or UserError if a file is
+    damaged or is no checkpoint.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected a checkpoint")
     tensors = {}
     for file in _files(path):
-        shard = _read_file(file)
-        if duplicates := tensors.keys() & shard.keys():
-            raise UserError(f"{path}: {min(duplicates)} is stored twice, again in {file.name}")
-        tensors |= shard
+        for name, x in _read_file(file).items():
+            name = re.sub(formats.WRAPPERS, "", name)
+            if name in tensors:
+                raise UserError(f"{path}: {name} is stored twice, again in {file.name}")
+            tensors[name] = x
     return tensors
 
 
 def _files(path):
-    if path.is_file():
+    """The files of a checkpoint: the shards of the first index that has them all, or a single file."""
+    if not path.is_dir():
         return [path]
-    if indices := sorted(path.glob("*.index.json")):
-        with reading(indices[0], "a JSON object whose 'weight_map' names files in this folder"):
-            names = sorted(set(read_json(indices[0])["weight_map"].values()))
-            if any(Path(name).name != name for name in names):
-                raise ValueError("files in another folder")
-    else:  # no index: one file, perhaps with variants such as x.fp16.bin, which are ignored
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-        names = [f.name for f in files if f.name.count(".") == 1] or [f.name for f in files]
-        if len(names) > 1:
-            raise UserError(f"{path}: has {len(names)} weight files and no index; name one file")
-    if not names:
-        raise FileNotFoundError(f"{path}: has no .safetensors or .bin file")
-    return [path / name for name in names]
+    missing, order = None, lambda f: (".bin." in f.name, f.name.count("."), f.name)
+    for index in sorted(path.glob("*.index*.json"), key=order):  # those of variants come last
+        with reading(index, "a JSON object whose 'weight_map' names files in this folder"):
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            if not names or any(Path(name).name != name for name in names):
+                raise ValueError("no files, or files in another folder")
+        absent = [name for name in names if not Path(path, name).exists()]
+        if not absent:
+            return [path / name for name in names]
+        missing = missing or f"{path / absent[0]}: no such file; {index.name} names it"
+    found = next(filter(None, (sorted(path.glob(f"*{x}")) for x in SUFFIXES)), [])
+    if missing:
+        found = [file for file in found if "-of-" not in file.name]  # not a shard
+    files = [f for f in found if f.name.count(".") == 1] or found  # not a variant: x.fp16.bin
+    if len(files) == 1:
+        return files
+    if files and not missing:
+        raise UserError(f"{path}: has {len(files)} weight files and no index; name one file")
+    raise FileNotFoundError(missing or f"{path}: has no .safetensors or .bin file")
 
 
 def _read_file(file):
+    zipped = formats.first_bytes(file).startswith(b"PK")  # as torch.save writes since 1.6
     if file.suffix == ".safetensors":
         with reading(file, "a whole .safetensors file"), safe_open(file, framework="pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     with reading(file, "a checkpoint; a pickle may hold tensors only, by name"):
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        tensors = torch.load(file, map_location="cpu", mmap=zipped, weights_only=True)
+        tensors = formats.innermost(tensors)
         for name, x in tensors.items():
             if not isinstance(name, str) or x.layout != torch.strided or x.is_meta:
                 raise TypeError(f"{name!r} is not the name of a plain tensor")
@@ -75,9 +89,10 @@ def metadata(file):
 
 def read_json(file, text=None):
     """Read the JSON object in a file, or in text, which was read from that file."""
+    hook = formats.check_settings if Path(file).name.endswith("config.json") else None
     with reading(file, "a JSON object"):
-        value = json.loads(Path(file).read_text(encoding="utf-8-sig") if text is None else text)
-        if not isinstance(value, dict):
+        text = Path(file).read_text(encoding="utf-8-sig") if text is None else text
+        if not isinstance(value := json.loads(text, object_hook=hook), dict):
             raise TypeError(f"got a {type(value).__name__}")
     return value
 
@@ -85,7 +100,7 @@ def read_json(file, text=None):
 def read_config(folder):
     """Read the config.json of a diffusers folder; {} if there is none."""
     file = Path(folder, "config.json")
-    config = read_json(file) if file.is_file() else {}
+    config = read_json(file) if file.exists() else {}
     for name in (*MMDIT_CONFIG, "norm_num_groups", "latent_channels", "layers_per_block"):
         if type(config.get(name)) not in (int, type(None)):
             raise UserError(f"{file}: {name!r} must be a whole number, got {config[name]!r}")
@@ -136,8 +151,10 @@ class Part:
         return shape[axis]
 
     def count(self, name):
-        """How many of name.format(0), name.format(1), ... the file has in sequence."""
-        return next(i for i in count() if self.shape(name.format(i)) is None)
+        """Of how many modules, name.format(0), name.format(1), ..., the file has any tensor."""
+        start = os.path.commonprefix([self.names(name.format(i))[0] for i in (0, 1)])
+        found = {k[len(start) :].split(".")[0] for k in self.tensors if k.startswith(start)}
+        return next(i for i in count() if str(i) not in found)
 
     def stored(self, model):
         """A model's tensors by their names in the file: the inverse of `build`."""
@@ -151,6 +168,7 @@ class Part:
 
 def find_part(tensors, source, kind, prefixes, layouts):
     """Return the Part with the first prefix and the first of {mark: rules} that begin a name."""
+    formats.refuse_foreign(tensors, source)
     for prefix in prefixes:
         for mark, rules in layouts.items():
             if any(name.startswith(prefix + mark) for name in tensors):
@@ -236,8 +254,7 @@ MMDIT_CONFIG = {  # name in diffusers' config.json: name in MMDiTConfig
 
 def load_mmdit(path, device="cpu", dtype=torch.float32):
     """Load the MMDiT of an SD3 / SD3.5 file or diffusers folder; UserError if there is none."""
-    folder = Path(path, "transformer")
-    folder = folder if folder.is_dir() else Path(path)
+    folder = part_folder(path, "transformer")
     return build_mmdit(read_tensors(folder), path, device, dtype, read_config(folder))
 
 
@@ -311,8 +328,7 @@ VAE_DIFFUSERS = key_map("""
 
 def load_vae(path, device="cpu", dtype=torch.float32):
     """Load the VAE of an SD3 / SD3.5 file or a diffusers folder; UserError if there is none."""
-    folder = Path(path, "vae")
-    folder = folder if folder.is_dir() else Path(path)
+    folder = part_folder(path, "vae")
     layouts = {"encoder.down.": (), "encoder.down_blocks.": VAE_DIFFUSERS}
     prefixes = ("first_stage_model.", "vae.", "")
     part = find_part(read_tensors(folder), path, "SD3.5 autoencoder", prefixes, layouts)

@@ -17,10 +17,11 @@ import json
 import os
 import random
 import re
+import signal
 import sys
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -293,12 +294,16 @@ class Microbatches(torch.utils.data.Dataset):
     def load(self, numbers, workers=0):
         """Yield the microbatches of these numbers, made by worker processes (0: by this one)."""
         options = {"batch_size": None, "num_workers": workers, "sampler": numbers}
-        # Ctrl-C goes to the whole process group: only the main process may see it
-        start = {"worker_init_fn": lambda _: os.setpgrp()}
-        for item in torch.utils.data.DataLoader(self, **options, **start):
+        for item in torch.utils.data.DataLoader(self, **options, worker_init_fn=start_worker):
             if isinstance(item, UserError):
                 raise item
             yield item
+
+
+def start_worker(_):
+    """Hide Ctrl-C, which goes to the whole process group, from a worker process."""
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # on Windows
+    getattr(os, "setpgrp", ignore)()
 
 
 class BadLines(dict):
@@ -312,7 +317,7 @@ class BadLines(dict):
 
     @property
     def found(self):
-        """How many were found in training, by this process."""
+        """How many were found in training."""
         return len(self) - self.scanned
 
     def add(self, bad_lines):

@@ -23,7 +23,7 @@ from checkpoints import build_mmdit, check, fingerprint, load_mmdit, load_vae, r
 from lmm import load_lmm
 from prompts import apply_task, check_drawing, to_images
 from support import fast
-from support.cli import UserError
+from support.cli import UserError, check_finite, check_list
 from support.files import prompt_row, whole
 from trained import build_adapter, read_checkpoint
 
@@ -129,7 +129,9 @@ class DreamEngine(nn.Module):
     @torch.no_grad()
     def encode(self, prompts, r=0.0):
         """Encode prompts, lists of strings and PIL images, exactly as given: no template is added."""
-        return self.condition(self.lmm.collate(prompts).to(self.device), r)
+        condition = self.condition(self.lmm.collate(prompts).to(self.device), r)
+        check_finite(self, "the condition (of LMM and adapter)", condition.txt, condition.vec)
+        return condition
 
     @torch.inference_mode()
     def generate(
@@ -144,15 +146,21 @@ class DreamEngine(nn.Module):
         """
         width, height = size or (self.default_size, self.default_size)
         guidance = self.guidance if guidance is None else guidance
-        if not 0 <= r <= 1:
-            raise UserError(f"blend must lie between 0 (LMM) and 1 (ViT), got {r}")
+        check_list(prompts, str | list | tuple, "a list of prompts, one for each picture")
+        rates = torch.as_tensor(r)
+        if rates.shape not in ((), (len(prompts),)) or not ((rates >= 0) & (rates <= 1)).all():
+            right = "from 0 (LMM) to 1 (ViT), one number or one for each prompt"
+            raise UserError(f"blend must lie {right}, got {r}")
         check_drawing(steps, guidance, width, height, self.mmdit.config.largest)
         positives, nulls = zip(*(apply_task(task, prompt) for prompt in prompts))
-        condition = self.encode(positives if guidance == 1 else positives + nulls, r)
+        both = positives if guidance == 1 else positives + nulls
+        condition = self.encode(both, rates.repeat(len(both) // len(prompts)) if rates.ndim else r)
         shape = (self.mmdit.config.channels, height // 8, width // 8)
         start = flow.noise(len(prompts), shape, seed)
         latent = denoise(self.mmdit, condition, start, steps, guidance, progress)
-        return to_images(self.vae.decode(latent))
+        check_finite(self, "the latent (of the MM-DiT)", latent)
+        check_finite(self, "the picture (of the VAE)", picture := self.vae.decode(latent))
+        return to_images(picture)
 
     def start_training(self, rank=None, alpha=None, lmm_lora=False, r=None):
         """Make the adapter trainable and, with a rank, LoRA on the MM-DiT (and the LMM).

@@ -16,9 +16,10 @@ from torch import nn
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from checkpoints import build, find_part, key_map, read_json, read_tensors
+from checkpoints import build, compare, find_part, key_map, read_json, read_tensors
 from prompts import to_rgb
 from support.cli import UserError, reading
+from support.formats import check_folder
 
 VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 PLAIN = {"split_special_tokens": True, "add_special_tokens": False}  # encode all text as text
@@ -184,6 +185,10 @@ def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=N
     head = part.tensors.pop(f"{prefix}lm_head.weight", None)  # predicts words: not used
     if head is not None and config.tie_word_embeddings:  # a tied tensor may have only this name
         part.tensors.setdefault(part.names("language_model.embed_tokens.weight")[0], head)
+    text, depth = config.text_config.num_hidden_layers, config.vision_config.depth
+    layers = part.count("language_model.layers.{}.mlp.up_proj.weight")
+    compare(source, {"num_hidden_layers": text}, {"num_hidden_layers": layers})
+    compare(source, {"depth": depth}, {"depth": part.count("visual.blocks.{}.attn.proj.weight")})
     entries, rows = max(tokenizer.get_vocab().values()) + 1, config.text_config.vocab_size
     if entries > rows:
         raise UserError(f"{folder}: tokenizer has {entries} entries, but the LMM {rows} embeddings")
@@ -197,6 +202,7 @@ def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=N
 
 def read_lmm_config(folder):
     """Read the config.json of a Qwen2-VL folder. Raises UserError if it is of another model."""
+    check_folder(folder, "Qwen2-VL")
     file = Path(folder, "config.json")
     if (kind := read_json(file).get("model_type")) != "qwen2_vl":
         raise UserError(f"{file}: model_type is {str(kind)[:40]!r}; expected 'qwen2_vl'")
@@ -213,6 +219,7 @@ def read_lmm_config(folder):
 
 def load_tokenizer(folder):
     """Load the tokenizer of a Qwen2-VL folder. Raises UserError if it lacks the vision tokens."""
+    check_folder(folder, "Qwen2-VL")
     with reading(folder, "the tokenizer of a Qwen2-VL"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if not tokenizer.encode("a", **PLAIN):
@@ -225,8 +232,11 @@ def patch_config(folder, config=None):
     """Read the PatchConfig of a Qwen2-VL folder; max_pixels does not exceed the default."""
     vision = (config or read_lmm_config(folder)).vision_config
     patches = PatchConfig(vision.patch_size, vision.spatial_merge_size)
-    file = Path(folder, "preprocessor_config.json")
-    stated = read_json(file) if file.is_file() else {}
+    file = Path(folder, "processor_config.json")  # of transformers 5
+    stated = read_json(file).get("image_processor") if file.exists() else None
+    if stated is None:
+        file = Path(folder, "preprocessor_config.json")
+        stated = read_json(file) if file.exists() else {}
     with reading(file, "the image sizes of a Qwen2-VL"):
         size = stated.get("size") or {}  # transformers 5 calls these areas edges
         low = stated.get("min_pixels") or size.get("shortest_edge") or patches.min_pixels

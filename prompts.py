@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from support.cli import UserError, reading
+from support.formats import FORMATS, SIDEWAYS, to_rgb, upright
 
 
 def read_image(path):
@@ -18,26 +19,14 @@ def read_image(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")
     strict = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
-    with reading(path, "a whole PNG, JPEG or similar file"), strict, Image.open(path) as image:
+    expected = f"a whole PNG, JPEG or similar file, one of {', '.join(FORMATS)}"
+    with reading(path, expected), strict, Image.open(path, formats=FORMATS) as image:
         return to_rgb(image)
 
 
-def to_rgb(image):
-    """Convert a PIL image to 8-bit RGB: EXIF orientation applied, transparency over white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip levels at 255
-        levels = np.asarray(image, dtype=np.float64)
-        top = next((top for top in (1, 255) if levels.max() <= top), 65535)
-        image = Image.fromarray((levels / top * 255).clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def upright_size(image):
-    """(width, height) of a PIL image after its EXIF orientation is applied; reads no pixels."""
-    sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    """(width, height) of a PIL image after its EXIF orientation is applied."""
+    sideways = image.format != "TIFF" and upright(image) in SIDEWAYS  # Pillow turns a TIFF's size
     return image.size[::-1] if sideways else image.size
 
 
@@ -71,6 +60,11 @@ def check_drawing(steps, guidance, width, height, largest):
             raise UserError(f"size {width}x{height}: sides must be {right}; nearest is {near}")
 
 
+def check_text(text, where="the prompt"):
+    if re.search("[\ud800-\udfff]", text):  # a terminal without UTF-8 makes these of an umlaut
+        raise UserError(f"{where} holds half a letter (a lone surrogate): use a UTF-8 terminal")
+
+
 def interleave(text, images):
     """Replace each <image> in text by the next image -> a list of strings and images."""
     parts = text.split("<image>")
@@ -92,8 +86,12 @@ TASKS = {
 
 def split_prompt(prompt):
     """Split a list of strings and images into its whole text and the list of its images."""
+    if not all(isinstance(part, str | Image.Image) for part in prompt):
+        raise UserError("a prompt must be a list of strings and PIL images")
     images = [part for part in prompt if not isinstance(part, str)]
-    return "".join(part for part in prompt if isinstance(part, str)), images
+    text = "".join(part for part in prompt if isinstance(part, str))
+    check_text(text)
+    return text, images
 
 
 def apply_task(task, prompt):
@@ -103,12 +101,8 @@ def apply_task(task, prompt):
     of strings and images; guidance moves away from null. Raises UserError for an unfit prompt.
     """
     prompt = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not all(isinstance(part, str | Image.Image) for part in prompt):
-        raise UserError("a prompt must be a list of strings and PIL images")
     text, images = split_prompt(prompt)
     task = task or ("objects" if images else "t2i")
-    if re.search("[\ud800-\udfff]", text):  # a terminal without UTF-8 makes these of an umlaut
-        raise UserError("the prompt holds half a letter (a lone surrogate): use a UTF-8 terminal")
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
     if not text.strip() and task != "i2i":

@@ -8,25 +8,23 @@ Each <image> in the prompts stands for the next --image.
 """
 
 import argparse
-import gc
 import json
-import os
 import re
 from functools import partial
 from pathlib import Path
 
-from support.cli import Parser, UserError, number, one_line_errors, whole_number
+from support.cli import Parser, UserError, number, one_line_errors, starting, whole_number
 
-gc.disable()  # imports leave hardly any garbage, and collecting it takes a tenth of their time
-with one_line_errors():  # these imports take seconds, in which someone may press Ctrl-C
-    import torch
-    from tqdm import tqdm
+if __name__ == "__main__":
+    starting()
 
-    from dream_engine import LMM, MINI, SD3, STAGE2, DreamEngine
-    from prompts import TASKS, apply_task, interleave, read_image
-    from support import fast
-    from support.files import grid, write_png
-gc.enable()
+import torch
+from tqdm import tqdm
+
+from dream_engine import LMM, MINI, SD3, STAGE2, DreamEngine
+from prompts import TASKS, apply_task, interleave, read_image
+from support import fast
+from support.files import grid, require_writable, write_png
 
 
 def size(text):
@@ -104,15 +102,16 @@ def read_prompts(args, implied):
     return prompts
 
 
-def writable(file):
-    """The path of a PNG that can be written there; makes its folder."""
-    file = Path(file)
-    if file.suffix.lower() != ".png":
-        raise UserError(f"--out {file}: expected a file name that ends in .png")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(f"--out {file}: cannot be written there")
-    return file
+def output_files(out, count):
+    """The files of so many pictures, of several with a grid; UserError unless all can be written."""
+    out = Path(out)
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: expected a file name that ends in .png")
+    ends = [*(f"-{i}" for i in range(count)), "-grid"] if count > 1 else [""]
+    files = [out.with_stem(out.stem + end) for end in ends]
+    for file in files:
+        require_writable(file, "--out")
+    return files
 
 
 def load(args, load_engine):
@@ -127,27 +126,26 @@ def load(args, load_engine):
     return engine
 
 
-def draw(args, engine, prompts, out, **settings):
+def draw(args, engine, prompts, files, **settings):
     """Draw --num pictures of each prompt and write them, with their settings inside."""
     settings |= {name: getattr(args, name) for name in ("steps", "guidance", "size", "seed")}
     prompts = [prompt for prompt in prompts for _ in range(args.num)]
     with fast.compiling():
         progress = partial(tqdm, desc="drawing", unit="step")
         images = engine.generate(prompts, **settings, progress=progress)
-    save(args, images, out)
+    save(args, images, files)
 
 
-def save(args, images, out):
+def save(args, images, files):
     """Write each picture with its prompt, settings and seed inside, and a grid of several."""
     about = {k: v for k, v in vars(args).items() if k not in ("prompt", "seed", "out", "num")}
     about = {k: v for k, v in about.items() if not Path(str(v)).is_relative_to(MINI)}
     about = json.dumps(about, default=str)
     texts = [text for text in args.prompt or [""] for _ in range(args.num)]
-    pages = [(f"-{i}", image, texts[i], args.seed + i) for i, image in enumerate(images)]
+    pages = [(image, texts[i], args.seed + i) for i, image in enumerate(images)]
     if len(images) > 1:
-        pages.append(("-grid", grid(images), "\n".join(args.prompt), args.seed))
-    for name, image, text, seed in pages:
-        file = out if len(pages) == 1 else out.with_stem(f"{out.stem}{name}")
+        pages.append((grid(images), "\n".join(args.prompt), args.seed))
+    for file, (image, text, seed) in zip(files, pages, strict=True):
         write_png(file, image, {"prompt": text, "settings": about, "seed": seed})
         print(file)
 
@@ -157,11 +155,11 @@ def main(arguments=None):
     prompts = read_prompts(args, implied=args.task in ("i2i", "edit"))
     for prompt in prompts:
         apply_task(args.task, prompt)  # refuses what does not fit before anything is loaded
-    out = writable(args.out)
+    files = output_files(args.out, len(prompts) * args.num)
     more = {"lora_scale": args.lora_scale, "mrope": args.positions == "mrope"}
     engine = load(args, partial(DreamEngine.load, args.sd3, args.lmm, args.checkpoint, **more))
     args.guidance = engine.guidance if args.guidance is None else args.guidance
-    draw(args, engine, prompts, out, r=args.blend, task=args.task)
+    draw(args, engine, prompts, files, r=args.blend, task=args.task)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from support.cli import Parser, UserError, number, one_line_errors, starting, whole_number
+
+if __name__ == "__main__":
+    starting()
+
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -29,10 +34,9 @@ from dream_engine import SD3, STAGE1, DreamEngine, new_adapter
 from lmm import collate
 from prompts import check_drawing
 from support import runs
-from support.cli import Parser, UserError, number, one_line_errors, whole_number
 from support.files import sheet
 from support.options import add_options, complete, positive, refuse
-from support.processes import catch_signals, distribute, rank_and_world, together
+from support.processes import catch_signals, distribute, rank_and_world, together, union
 
 PATIENCE = 5  # steps in a row that may fail
 
@@ -80,7 +84,7 @@ def train(args, recipe, engine, data, place):
         bad_lines.report()
 
     stopped, clock = catch_signals(), runs.Clock()
-    failures = skipped = bad = 0  # steps not finite, in a row and in all; bad lines
+    failures, skipped, bad = 0, 0, 0.0  # steps not finite, in a row and in all; bad lines
     bar = tqdm(range(start, args.steps), recipe.name, args.steps, initial=start, disable=rank > 0)
     for step in bar:
         lr = learning_rate(step, args)
@@ -99,7 +103,10 @@ def train(args, recipe, engine, data, place):
                 (losses.mean() / args.accumulate).backward()
             meter.add(losses, draws["t"])
             bad_lines.add(micro.bad_lines)
-        loss, loss_by_t, bad, stopping = meter.total(device, bad_lines.found, len(stopped))
+        loss, loss_by_t, found, stopping = meter.total(device, bad_lines.found, len(stopped))
+        if found > world * bad:  # a process found a bad line
+            bad_lines |= union(bad_lines, world)
+            bad = float(bad_lines.found)
 
         # Update the parameters, unless loss or gradient is not finite
         norm = nn.utils.clip_grad_norm_(params, args.clip).item()
@@ -267,7 +274,8 @@ def run(args, recipe, load_engine, load_data=load_data, **rendering):
 
         sources = [(Examples(**rendering), 1)]
     BadLines(sources)  # raises UserError if over 1 % of the lines are bad
-    with together(args.device, partial(runs.advice, args.out)) as place:
+    advice = partial(runs.advice, args.out)
+    with together(args.device, advice) as place, runs.locked(args.out, place.rank):
         engine = load_engine(args, place.device)
         data = load_data(args, recipe, engine, sources, place.world)
         stopped = train(args, recipe, engine, data, place)

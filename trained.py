@@ -9,6 +9,7 @@ import torch
 from adapter import Adapter
 from checkpoints import Part, build, key_map, metadata, read_json, read_tensors
 from support.cli import UserError, reading
+from support.formats import part_folder, refuse_foreign
 
 
 @dataclass
@@ -38,6 +39,8 @@ def read_checkpoint(path, lora_scale=1.0, dtype=torch.float32):
 def read_saved(file):
     """Read a file of `DreamEngine.save`: adapter.*, lora.*, and a config in its metadata."""
     tensors = read_tensors(file)
+    if not any(name.startswith("adapter.") for name in tensors):
+        refuse_foreign(tensors, file)
     has_lora = any(name.startswith("lora.") for name in tensors)
     required = {"base", "lmm", "alpha"} if has_lora else {"base", "lmm"}
     with reading(file, "a Dream Engine checkpoint, with a config in its metadata"):
@@ -58,13 +61,15 @@ UNUSED = ("norm_lmm_out.weight", "pooled_proj.weight", "pooled_proj.bias")  # in
 
 def read_published(folder, scale=1.0, dtype=torch.float32):
     """Read a published DreamEngine, in shards: both frozen models, their LoRA, and the adapter."""
-    inner, tensors = folder / "transformer", {}
-    for name, x in read_tensors(inner if inner.is_dir() else folder).items():
+    tensors = {}
+    for name, x in read_tensors(part_folder(folder, "transformer")).items():
         name = name.replace(".base_layer.", ".")  # peft's name for a weight with LoRA
         if name in tensors:
             raise UserError(f"{folder}: {name} is stored twice")
         if name not in UNUSED:
             tensors[name] = x
+    if not any(name.startswith("dit.") for name in tensors):
+        refuse_foreign(tensors, folder)
     merge_published_lora(tensors, folder, scale, dtype)
     prefixes = "dit.", "lmm.", ("input_embeds_align_mlp.", "condition_embeds_align_mlp.")
     dit, lmm, adapter = ({k: x for k, x in tensors.items() if k.startswith(p)} for p in prefixes)

@@ -14,6 +14,11 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from support.cli import Parser, UserError, one_line_errors, reading, starting
+
+if __name__ == "__main__":
+    starting()
+
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
@@ -21,7 +26,6 @@ from checkpoints import read_json
 from dream_engine import LMM, SD3, DreamEngine
 from mini import unified, world
 from mini.cases import bits, difference, draw, judge, random_scenes, sample, score, share
-from support.cli import Parser, UserError, one_line_errors, reading
 from support.files import markdown_table, write_json, write_text
 from unialignment import UniAlignment
 

@@ -18,6 +18,11 @@ from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 
+from support.cli import Parser, UserError, number, one_line_errors, starting, whole_number
+
+if __name__ == "__main__":
+    starting()
+
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import save_file
@@ -30,7 +35,6 @@ from mini import cases, pretrain, unified, world
 from mini.cases import CASES, HELD, PAIR_SETS, STREAM, bits, random_scenes, score, share
 from mini.world import SEEN
 from support import files
-from support.cli import Parser, UserError, number, one_line_errors, whole_number
 from unialignment.model import MINI, UniAlignment
 
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)

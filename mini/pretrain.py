@@ -16,6 +16,11 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+from support.cli import Parser, number, one_line_errors, reading, starting
+
+if __name__ == "__main__":
+    starting()
+
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -28,7 +33,6 @@ from mini.encoders import PATCHES, tokenize, train_lmm, train_t5, trained_lmm, t
 from mini.fitting import EARLIER, SEED, fit, trained
 from mmdit import MMDiT, MMDiTConfig, position_table
 from prompts import to_images, to_tensor
-from support.cli import Parser, number, one_line_errors, reading
 from support.fast import usable_device
 from support.files import sheet, whole, write_json
 from vae import SCALE, SHIFT, VAE, VAEConfig

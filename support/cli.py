@@ -1,20 +1,43 @@
 """How a program ends after its user's mistake: with one line and exit code 2, without a traceback.
 
 Such a mistake is a `UserError`, whatever fails inside `reading(file)`, or an OSError (a missing file, a
-full disk). Any other exception is a bug and shows its traceback; DREAM_ENGINE_TRACEBACK=1 shows that
-of a UserError, too. This module imports nothing slow.
+full disk), or a text that no path may hold. Any other exception is a bug and shows its traceback;
+DREAM_ENGINE_TRACEBACK=1 shows that of a mistake, too. This module imports nothing slow.
 """
 
 import argparse
+import gc
 import math
 import os
 import re
+import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+INTERRUPTED = "interrupted; files already written are whole"
 
 
 class UserError(ValueError):
     """A mistake of the user; the message says what is wrong and what would be right."""
+
+
+def check_finite(engine, made, *tensors):
+    """Raise UserError if a tensor holds NaN or infinity; made: what the tensors are, and of whom.
+
+    Waits for the device, so no step of a sampler calls this.
+    """
+    if not all(x.isfinite().all() for x in tensors):
+        weights = *engine.named_parameters(), *engine.named_buffers()
+        bad = [name for name, x in weights if not x.isfinite().all()]
+        cause = f"so does {bad[0]}: look at its file and config.json" if bad else "no weight does"
+        raise UserError(f"{made} holds NaN or infinity; {cause}; or try --dtype float32")
+
+
+def check_list(values, kinds, expected, count=None):
+    """Raise UserError unless values is a list of these kinds: of so many, or of at least one."""
+    is_list = isinstance(values, list | tuple) and all(isinstance(x, kinds) for x in values)
+    if not is_list or not values or len(values) != (count or len(values)):
+        raise UserError(f"expected {expected}, got {values!r:.80}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,31 +82,72 @@ def reading(file, expected=None):
     """Run code that parses a user's file or builds a module from it; any fault becomes a UserError.
 
     Its message names the file, the cause and, if given, what was expected ("a JSON object").
+    A fifo or a device, also one in a folder, is refused unopened: reading it might never end.
     """
+    name = str(file)
+    for path in (name, *(os.scandir(name) if os.path.isdir(name) else ())):
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise UserError(f"{os.fspath(path)}: is not a regular file")
     try:
         yield
     except (UserError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        cause = " ".join(str(error).split())[:200]
+        cause = message_of(error)[:200]
         cause = f"{type(error).__name__}: {cause}" if cause else type(error).__name__
         what = f"expected {expected}" if expected else "damaged, or not what it should be"
         raise UserError(f"{file}: {what} ({cause})") from error
+
+
+def message_of(error):
+    """The message of an exception as one line; that of an OSError names its file, without a number."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror[0].lower() + error.strerror[1:]
+        file = error.filename2 or error.filename
+        text = f"{file}: {text}" if file else text
+    return " ".join(text.split())
+
+
+def starting():
+    """Let Ctrl-C end a program at once, with one line and exit code 2, until `one_line_errors` runs.
+
+    A program, not a library, calls this before its slow imports. An exception could get lost in them.
+    They leave hardly any garbage, and collecting it would take a tenth of their time.
+    """
+    gc.disable()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(*_):  # an ordinary exit takes up to seconds to delete all objects
+    with suppress(OSError, RuntimeError):  # a closed pipe; print was interrupted
+        sys.stdout.flush()
+    os.write(2, f"error: {INTERRUPTED}\n".encode())
+    os._exit(2)
 
 
 @contextmanager
 def one_line_errors():
     """Run a program; after a user's mistake, print one line on stderr and exit with code 2."""
     try:
+        gc.enable()
+        is_program = signal.getsignal(signal.SIGINT) is _end
+        if is_program:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if hasattr(sys.stdout, "reconfigure"):  # names of files are not always UTF-8
             sys.stdout.reconfigure(errors="backslashreplace")
         yield
     except KeyboardInterrupt:
-        message = "interrupted; files already written are whole"
-    except (UserError, OSError) as error:
-        if os.environ.get("DREAM_ENGINE_TRACEBACK"):
+        if is_program:
+            _end()
+        message = INTERRUPTED
+    except (ValueError, OSError) as error:
+        message = message_of(error)
+        no_path = re.search("embedded null|surrogates not allowed", message)  # in a text or path
+        mistake = isinstance(error, UserError | OSError) or no_path
+        if os.environ.get("DREAM_ENGINE_TRACEBACK") or not mistake:
             raise
-        message = str(error)
     except (RuntimeError, MemoryError) as error:
         scarce = re.search("out of memory|can't allocate memory", str(error))
         if not scarce and not isinstance(error, MemoryError):
@@ -92,6 +156,5 @@ def one_line_errors():
         message = f"too little memory; {smaller}"
     else:
         return
-    message = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(2)

@@ -6,14 +6,14 @@ import os
 import re
 import textwrap
 import unicodedata
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from support.cli import UserError
+from support.cli import UserError, message_of
 
 LONGEST_LINE = 2**20  # bytes of a line of a JSONL file
 
@@ -22,12 +22,45 @@ LONGEST_LINE = 2**20  # bytes of a line of a JSONL file
 def whole(file):
     """Yield a path to write to, which is renamed to file at the end, or deleted after an error."""
     file = Path(file)
-    partial = file.with_name(f".{file.stem}.partial{file.suffix}")
+    partial = fresh(file)
+    mode = partial.stat().st_mode
     try:
         yield partial
+        partial.chmod(mode)  # safetensors sets its own
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def fresh(file):
+    """Make an empty file beside file, with its suffix and a new random name, and return its path.
+
+    No other program can have the same name, and a link of that name is not followed.
+    """
+    suffix = file.suffix if len(os.fsencode(file.suffix)) < 32 else ""  # a name has 255 bytes
+    path = file.with_name(f".{os.urandom(8).hex()}.partial{suffix}")
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        os.close(os.open(path, flags, 0o666))  # less the umask
+    except OSError as error:
+        error.filename = os.fspath(file)
+        raise
+    return path
+
+
+def require_writable(file, option):
+    """Make the folder of file, an option's, and raise UserError unless `whole` can write file."""
+    file = Path(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.lstat(file)  # raises if the name is too long, or none
+        if file.is_dir():
+            raise IsADirectoryError(f"{file}: is a folder")
+        fresh(file).unlink()
+    except (OSError, ValueError) as error:
+        cause = message_of(error).removeprefix(f"{file}: ")
+        raise UserError(f"{option} {file}: cannot be written ({cause})") from error
 
 
 def write_text(file, text):

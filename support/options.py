@@ -82,12 +82,15 @@ def complete(args, recipe, tasks, miniature, rate):
     args.lr = args.lr or (recipe.rate if miniature else rate)
     wanted, total = args.tasks or {}, args.steps * args.accumulate * rank_and_world()[1]
     learns = f"--tasks: {recipe.name} learns {', '.join(sorted(tasks))}"
+    held = runs.weights_without_run(args.out, recipe.checkpoint)
+    kept = f"--out holds {held}, and no checkpoint to go on from; choose another folder"
     refuse(
         (args.tasks and not any(wanted.values()), "--tasks: expected such as t2i=1,edit=2"),
         (wanted.keys() - tasks, learns),
         (not miniature and not args.data, "--data is missing: only the miniature can do without"),
         (total > 10**8, "--steps times --accumulate: over 100 million microbatches in all"),
         (runs.latest(args.out) and not args.resume, f"{args.out} holds a run: --resume goes on"),
+        (held, kept),
     )
     on_gpu = usable_device(args.device).type == "cuda"
     args.workers = (4 if on_gpu else 0) if args.workers is None else args.workers

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -37,6 +38,21 @@ def rank_and_world():
     return rank, world
 
 
+def check_address():
+    """Raise UserError unless the environment says where the processes meet, as torchrun does."""
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    for name, allowed in (("LOCAL_RANK", range(10**6)), ("MASTER_PORT", range(1, 2**16))):
+        value = os.environ.get(name)
+        if not re.fullmatch("[0-9]{1,6}", value or "") or int(value) not in allowed:
+            right = f"a whole number from {allowed[0]} to {allowed[-1]}"
+            raise UserError(f"{name}={value}: torchrun sets it to {right}")
+    try:
+        socket.getaddrinfo(host or "?", port)
+    except (OSError, UnicodeError) as error:
+        right = "torchrun sets it to the address of rank 0"
+        raise UserError(f"MASTER_ADDR={host}: {right} ({error})") from error
+
+
 @contextmanager
 def together(name, advice):
     """Join the processes that torchrun started, if it did; yields the Place of this one.
@@ -47,18 +63,29 @@ def together(name, advice):
     if world == 1:
         yield Place(rank, world, device)
         return
+    check_address()
+    what = "cannot join"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        what = "lost"
         yield Place(rank, world, device)
         dist.barrier()  # rank 0 may still be writing
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not re.search("gloo|onnection", str(error)):
             raise
-        lost = f"lost the other processes ({str(error).splitlines()[0][:160]})"
+        lost = f"{what} the other processes ({str(error).splitlines()[0][:160]})"
         raise UserError(f"rank {rank}: {lost}; {advice()}") from error
     dist.destroy_process_group()
+
+
+def union(lines, world):
+    """A dictionary with the entries of all processes, which must call this together."""
+    parts = [dict(lines)] * world
+    if world > 1:
+        dist.all_gather_object(parts, dict(lines))
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def distribute(engine, learning, shard, world):

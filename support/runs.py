@@ -6,12 +6,15 @@ metrics.jsonl           one line for each step
 loss.png, samples-*.png
 """
 
+import errno
 import json
 import math
 import os
+import re
 import shutil
+import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -23,7 +26,63 @@ from support.cli import UserError, reading
 from support.files import whole, write_png, write_text
 
 BINS = 5  # of t, for the loss
-STATE = "state.pt"
+STATE, LOCK = "state.pt", ".lock"
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of a disk, a quota, a file
+
+
+@contextmanager
+def locked(out, rank=0):
+    """Lock the folder of a run, in rank 0, and remove what a killed run left there.
+
+    UserError if another process holds the lock. The system releases it when a process ends, however
+    it ends. Folders that are made here and empty at the end are removed.
+    """
+    if rank:
+        yield
+        return
+    out = Path(out)
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / LOCK).open("a")
+    with file:
+        lock(file, out)
+        remove_leftovers(out)
+        try:
+            yield
+        finally:
+            remove_leftovers(out)
+            with suppress(OSError):  # Windows removes no open file
+                (out / LOCK).unlink()
+                for folder in made:
+                    folder.rmdir()
+
+
+def lock(file, out):
+    """Lock an open file, or say that this is not possible; UserError if another process holds it."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit it
+        free = os.fstat(file.fileno()).st_nlink  # 0: another run, which just ended, has removed it
+    except OSError as error:
+        free = error.errno not in (errno.EACCES, errno.EAGAIN)
+        print(f"{out}: cannot be locked ({error}): start no other training there", file=sys.stderr)
+    if not free:
+        raise UserError(f"{out}: another training writes to this folder; choose another --out")
+
+
+def remove_leftovers(out):
+    """Remove what a killed run left: unfinished and outdated checkpoints, partial files."""
+    names = "checkpoints/*.partial", "checkpoints/*.old", ".*.partial*", "*/.*.partial*"
+    for leftover in [file for name in names for file in out.glob(name)]:
+        with suppress(OSError):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def save(engine, optimizer, out, step, settings, *, name, keep=2):
@@ -31,6 +90,7 @@ def save(engine, optimizer, out, step, settings, *, name, keep=2):
 
     name: the file or folder in it that the engine writes. A folder without a suffix is complete.
     """
+    require_finite(optimizer, f"step {step}: NaN or infinity in the weights; {advice(out)}")
     folder = out / "checkpoints" / f"{step:06d}"
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -40,15 +100,14 @@ def save(engine, optimizer, out, step, settings, *, name, keep=2):
     state = {"step": step, "settings": settings, "optimizer": optimizer.state_dict()}
     torch.save(state, partial / STATE)
     for written in filter(Path.is_file, partial.rglob("*")):
-        with written.open("rb") as file:
+        with written.open("rb+") as file:  # Windows syncs only what is open for writing
             os.fsync(file.fileno())
     if not folder.exists():
         os.replace(partial, folder)
     publish(out)
     for old in checkpoints(out)[:-keep]:
         os.replace(old, old.with_suffix(".old"))
-    for leftover in (*folder.parent.glob("*.partial"), *folder.parent.glob("*.old")):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(out)
 
 
 def open_folder(out, step, engine=None):
@@ -94,13 +153,22 @@ def latest(out):
     return (checkpoints(out) or [None])[-1]
 
 
+def weights_without_run(out, name):
+    """Weights in a folder that has no checkpoint to go on from, or None; name: of a run's own."""
+    files = [Path(out, name), *sorted(Path(out).glob("*.safetensors"))]
+    return None if latest(out) else next(filter(Path.exists, files), None)
+
+
 def advice(out):
-    return f"the last good checkpoint is {latest(out) or 'none'}, from which --resume goes on"
+    if not (folder := latest(out)):
+        return "no checkpoint was saved yet"
+    return f"the last good checkpoint is {folder}, from which --resume goes on"
 
 
 def restore(out, engine, optimizer, settings):
     """Load the newest checkpoint, if any, into engine and optimizer. Returns its step, or 0."""
     if not (folder := latest(out)):
+        require_finite(optimizer, "NaN or infinity in the weights to start from")
         return 0
     file = folder / STATE
     shapes = [tuple(p.shape) for p in optimizer.param_groups[0]["params"]]
@@ -114,9 +182,20 @@ def restore(out, engine, optimizer, settings):
         found = {i: {k: tuple(x.shape) for k, x in saved.items()} for i, saved in moments.items()}
         if moments and found != expected:  # none before the first good step
             raise ValueError("moments that are not those of these parameters")
+        if not all(x.isfinite().all() for saved in moments.values() for x in saved.values()):
+            raise ValueError("moments that are NaN or infinite")
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    engine.restore(weights_of(folder))
+    engine.restore(weights := weights_of(folder))
+    older = "delete its folder to go on from an older checkpoint"
+    require_finite(optimizer, f"{weights}: holds NaN or infinity; {older}")
     return step
+
+
+def require_finite(optimizer, message):
+    """Raise UserError with a message if a trained weight is NaN or infinite."""
+    finite = [p.isfinite().all() for p in optimizer.param_groups[0]["params"]]
+    if not torch.stack(finite).all():
+        raise UserError(message)
 
 
 def check_settings(before, now, out):
@@ -135,9 +214,11 @@ def writing(out):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        for unfinished in Path(out, "checkpoints").glob("*.partial"):
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(f"{out}: cannot be written ({error}): make room; {advice(out)}") from error
+        # Rust gives the number of an errno, torch only this phrase
+        numbers = "|".join(map(str, FULL))
+        said = re.search(rf"os error ({numbers})\b|failed writing file", str(error))
+        room = ": make room" if said or getattr(error, "errno", None) in FULL else ""
+        raise UserError(f"{out}: cannot be written ({error}){room}; {advice(out)}") from error
 
 
 # ---- metrics ------------------------------------------------------------------------------------

@@ -113,4 +113,4 @@ def test_a_folder_that_cannot_be_made_is_refused_before_measuring(file, monkeypa
     monkeypatch.setitem(bench.PARTS, "step", lambda device: pytest.fail("measured"))
     with pytest.raises(SystemExit), one_line_errors():
         bench.main(["step", "--device", "cpu", "--out", "bench.json"])
-    assert "bench.json: expected a folder that can be written to" in capsys.readouterr().err
+    assert "--out bench.json/bench.json: cannot be written (" in capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tiny import relative, tensors
 import checkpoints
 from checkpoints import build_mmdit, load_mmdit
 from support.cli import UserError
+from trained import read_checkpoint
 
 
 @torch.no_grad()
@@ -206,3 +209,140 @@ def test_damaged_pickles_end_in_a_user_error(kind, tmp_path):
     (tmp_path / "a.bin").write_bytes(data[: rng.choice((len(data), rng.randrange(len(data))))])
     with contextlib.suppress(UserError):
         assert all(map(torch.is_tensor, checkpoints.read_tensors(tmp_path / "a.bin").values()))
+
+
+# ---- files that people have ---------------------------------------------------------------------
+
+
+def test_an_index_whose_files_are_there_is_used(write, tmp_path):
+    """SD3's text_encoder_3 was published so, and people download one of its variants."""
+    folder = write("mmdit/sd3.5-large/single", "", 2)
+    index = folder / "model.safetensors.index.json"
+    expected = checkpoints.read_tensors(folder)
+    for name in ("model.safetensors.index.fp16.json", "model.fp16.safetensors.index.json"):
+        shutil.copy(index, folder / name)
+    index.write_text(index.read_text().replace("model-0", "other-0"))
+    (folder / "model.bin.index.json").write_text('{"weight_map": {"a": "model.bin"}}')
+    assert checkpoints.read_tensors(folder).keys() == expected.keys()
+    for file in folder.glob("*.index.fp16.json"):
+        file.unlink()
+    assert checkpoints.read_tensors(folder).keys() == expected.keys()
+    (folder / "model.fp16.safetensors.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match="other-00001-of-00002.* model.safetensors.index"):
+        checkpoints.read_tensors(folder)
+    save_file({"a": torch.ones(1)}, folder / "model.fp16.safetensors")  # instead of the shards
+    assert checkpoints.read_tensors(folder).keys() == {"a"}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("nested", [(), ("state_dict",), ("model",), ("module", "state_dict")])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_training_programs_wrap_around_weights_is_removed(prefix, nested, zipped, tmp_path):
+    x = torch.arange(6.0).reshape(2, 3)
+    content = {f"{prefix}blocks.0.{prefix}a": x, f"{prefix}b": x[1]}
+    for key in reversed(nested):
+        content = {key: content, "epoch": 3, "optimizer": {"state": {}}}
+    torch.save(content, tmp_path / "a.bin", _use_new_zipfile_serialization=zipped)
+    read = checkpoints.read_tensors(tmp_path / "a.bin")
+    assert read.keys() == {"blocks.0.a", "b"}
+    assert torch.equal(read["blocks.0.a"], x) and torch.equal(read["b"], x[1])
+
+
+def test_a_model_saved_after_torch_compile_loads(good, tmp_path):
+    save_file({f"_orig_mod.{k}": x for k, x in good.items()}, tmp_path / "a.safetensors")
+    state = load_mmdit(tmp_path / "a.safetensors").state_dict()
+    assert all(torch.equal(state[name], x) for name, x in good.items())
+    save_file({k: torch.ones(1) for k in ("a", "module.a")}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="a is stored twice"):
+        checkpoints.read_tensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"GGUF\3\0\0\0" + bytes(99), "is a GGUF file.*expected the model's .safetensors"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer; run"),
+        (b"\n<!DOCTYPE html><html>", "is a web page; download the weights again"),
+        (b"<HTML lang='en'>", "is a web page"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin", "a.gguf"])
+def test_what_is_no_file_of_weights_is_named(content, message, name, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(UserError, match=f"{name}: {message}"):
+            load_mmdit(path)
+
+
+QUANTISED = "expected plain weights: fp32, fp16, bf16, or fp8 without scales"
+WHOLE = "of another program .*; expected a whole model, or a checkpoint of train.py"
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (["joint_blocks.0.x_block.attn.qkv.scale_weight", "scaled_fp8"], f"scaled to fp8.*{QUANTISED}"),
+        (["joint_blocks.0.x_block.attn.qkv.weight_scale"], "scaled to fp8"),
+        (["transformer_blocks.0.attn.to_q.qweight", "a.scales"], f"AWQ or GPTQ.*{QUANTISED}"),
+        (["transformer_blocks.0.attn.to_q.weight.absmax"], "by bitsandbytes"),
+        (["lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight"], WHOLE),
+        (["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"], WHOLE),
+        (["base_model.model.transformer_blocks.0.attn.to_q.lora_B.default.weight"], WHOLE),
+        (["transformer_blocks.0.attn.processor.to_q_lora.down.weight"], WHOLE),
+    ],
+)  # fmt: skip
+def test_weights_in_other_forms_are_named(keys, message, good, tmp_path):
+    other = {name: torch.zeros(2, 2) for name in keys}
+    with pytest.raises(UserError, match=message):
+        build_mmdit(other, "tiny")
+    if message != WHOLE:
+        with pytest.raises(UserError, match=message):
+            build_mmdit(good | other, "tiny")
+    save_file(other, tmp_path / "pytorch_lora_weights.safetensors")
+    for path in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
+        with pytest.raises(UserError, match=f"{path}: holds .*{message}"):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_without_scales_loads(dtype, good):
+    model = build_mmdit({k: x.to(dtype) for k, x in good.items()}, "tiny")
+    name = "joint_blocks.0.x_block.mlp.fc1.weight"
+    assert torch.equal(model.state_dict()[name], good[name].to(dtype).float())
+
+
+@pytest.mark.parametrize("layout, block", [("single", "joint_blocks.{}.x_block.adaLN_modulation.1"),
+                                           ("diffusers", "transformer_blocks.{}.norm1.linear")])  # fmt: skip
+@pytest.mark.parametrize("i", [0, 1])
+def test_a_missing_tensor_of_a_block_is_named_where_blocks_are_counted(layout, block, i, names):
+    damaged = tensors(names[f"mmdit/sd3.5-large/{layout}"])
+    del damaged[f"{block.format(i)}.weight"]
+    with pytest.raises(UserError, match=f"missing {block.format(i)}.weight$"):
+        build_mmdit(damaged, "tiny")
+
+
+def test_a_fifo_is_refused_unopened(tmp_path):
+    for name in ("a.safetensors", "a.bin", "config.json", "a.index.json"):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        os.mkfifo(folder / name)
+        save_file({"a": torch.ones(1)}, folder / "b.safetensors")
+        with pytest.raises(UserError, match=f"{name}: is not a regular file"):
+            load_mmdit(folder / name if name[0] == "a" and "index" not in name else folder)
+
+
+@pytest.mark.parametrize("name", ["a\0b.safetensors", "a\0b"])
+def test_a_path_with_a_null_byte_is_no_file(name, tmp_path):
+    for read in (checkpoints.read_tensors, load_mmdit, checkpoints.load_vae, read_checkpoint):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            read(tmp_path / name)
+    (tmp_path / "x.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        checkpoints.read_tensors(tmp_path)
+
+
+def test_a_folder_without_a_part_says_which(tmp_path):
+    (tmp_path / "text_encoder").mkdir()
+    for load, part in ((load_mmdit, "transformer"), (checkpoints.load_vae, "vae")):
+        with pytest.raises(FileNotFoundError, match=f"has no {part}/, and no .safetensors"):
+            load(tmp_path)

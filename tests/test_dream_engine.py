@@ -279,6 +279,68 @@ def test_settings_that_cannot_be_drawn_are_refused(engine, setting, message):
         engine.generate([["a red circle"]], **setting)
 
 
+@pytest.mark.parametrize("prompts", ["ab", [], None, [3], [PICTURES[0]], (x for x in "ab")])
+def test_what_is_no_list_of_prompts_is_refused(engine, prompts):
+    with pytest.raises(UserError, match="expected a list of prompts, one for each picture, got"):
+        engine.generate(prompts)
+
+
+def test_each_prompt_may_have_its_own_r(engine):
+    prompts, settings = [[PICTURES[0]]] * 2, {"steps": 2, "task": "i2i"}
+    for guidance in (1, 4.5):
+        for r in ([0.0, 1.0], torch.tensor([0.0, 1.0])):
+            together = engine.generate(prompts, guidance=guidance, r=r, **settings)
+            for i, picture in enumerate(together):
+                (alone,) = engine.generate(
+                    prompts[:1], guidance=guidance, r=float(i), seed=i, **settings
+                )
+                assert np.abs(np.asarray(picture, int) - np.asarray(alone, int)).max() <= 1
+
+
+# ---- what is not finite -------------------------------------------------------------------------
+
+
+def test_a_weight_that_is_not_finite_is_named(engine, monkeypatch):
+    for name, made in (
+        ("lmm.language_model.norm.weight", "the condition (of LMM and adapter)"),
+        ("adapter.txt.0.weight", "the condition (of LMM and adapter)"),
+        ("mmdit.x_embedder.proj.bias", "the latent (of the MM-DiT)"),
+        ("vae.decoder.conv_out.bias", "the picture (of the VAE)"),
+    ):
+        for value in (torch.nan, torch.inf):
+            weight = engine.get_parameter(name)
+            before = weight.data.clone()
+            weight.data.flatten()[0] = value
+            try:
+                with pytest.raises(UserError) as end:
+                    engine.generate([["a red circle"]], steps=1)
+            finally:
+                weight.data.copy_(before)
+            said = str(end.value)
+            assert said.startswith(f"{made} holds NaN or infinity; so does {name}: ")
+    engine.generate([["a red circle"]], steps=1)
+
+
+def test_an_overflow_is_refused_with_another_dtype_as_advice(engine):
+    half = copy.deepcopy(engine).half()  # the VAE, too
+    half.adapter.txt[0].weight.data *= 1e5
+    half.adapter.float()
+    expected = "no weight does; or try --dtype float32"
+    with pytest.raises(UserError, match=f"the condition .* holds NaN or infinity; {expected}"):
+        half.generate([["a red circle"]], steps=1)
+
+
+def test_no_step_of_the_sampler_asks_whether_numbers_are_finite(engine, monkeypatch):
+    calls, whole = [], torch.Tensor.isfinite
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda x: calls.append(1) or whole(x))
+    counts = []
+    for steps in (1, 5):
+        calls.clear()
+        engine.generate([["a red circle"]], steps=steps)
+        counts.append(len(calls))
+    assert counts == [4, 4]  # of the condition two, a latent and a picture
+
+
 def test_a_saved_adapter_comes_back(engine, tmp_path):
     engine.save(tmp_path / "a.safetensors", stage=1, step=3)
     again = DreamEngine.load(checkpoint=tmp_path / "a.safetensors", device="cpu")

@@ -238,6 +238,9 @@ def test_an_incomplete_folder_is_named(copy, file):
         ("text_config", "max_position_embeddings", "many"),
         ("text_config", "rope_parameters", {"rope_type": "default", "mrope_section": [4, 6, 7]}),
         ("vision_config", "depth", 9),
+        ("vision_config", "depth", 10**9),
+        ("text_config", "num_hidden_layers", 10**9),
+        ("text_config", "rms_norm_eps", float("nan")),
         ("vision_config", "num_heads", 7),
         ("vision_config", "patch_size", 7),
         ("vision_config", "hidden_size", 96),
@@ -275,6 +278,50 @@ def test_image_sizes_have_two_spellings_and_defaults(copy):
     assert load_lmm(folder).patches == expected
     (folder / "preprocessor_config.json").unlink()
     assert load_lmm(folder).patches == PatchConfig(8, 2)
+
+
+def test_image_sizes_come_from_processor_config_json_first(copy):
+    folder = copy()
+    image_processor = {"size": {"shortest_edge": 1024, "longest_edge": 4096}}
+    file = folder / "processor_config.json"  # as transformers 5 writes it
+    file.write_text(json.dumps({"image_processor": image_processor}))
+    assert load_lmm(folder).patches == PatchConfig(8, 2, 1024, 4096)
+    file.write_text('{"processor_class": "Qwen2VLProcessor"}')  # as transformers 4 does
+    assert load_lmm(folder).patches == PatchConfig(8, 2, 256, 2304)
+    for content in ("[]", '{"image_processor": 3}', '{"image_processor": {"size": 3}}'):
+        file.write_text(content)
+        with pytest.raises(UserError, match="processor_config.json"):
+            load_lmm(folder)
+
+
+def test_layers_are_compared_before_the_model_is_built(copy, monkeypatch):
+    monkeypatch.setattr(lmm, "build", None)
+    for part, name in (("text_config", "num_hidden_layers"), ("vision_config", "depth")):
+        folder = copy()
+        config = json.loads((folder / "config.json").read_text())
+        right = config[part][name]
+        config[part][name] = 10_000
+        config[part].pop("layer_types", None)
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=f"says {name} 10000, its tensors say {right}"):
+            load_lmm(folder)
+
+
+def test_one_file_instead_of_the_folder_is_named():
+    with pytest.raises(UserError, match="is one file; expected the folder of a Qwen2-VL"):
+        load_lmm(LMM / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("model_max_length", "many"), ("unk_token", ""), ("extra_ids", 10**12)],
+)
+def test_a_setting_of_the_tokenizer_that_would_fail_later_is_named(name, value, copy):
+    folder = copy()
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=f"tokenizer_config.json: .*'{name}'"):
+        load_lmm(folder)
 
 
 def test_more_tokens_than_embeddings_are_refused(copy):

@@ -1,8 +1,12 @@
 """Images of many formats; prompts in exactly the official templates."""
 
+import os
+import struct
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 import prompts
 from prompts import apply_task, interleave, read_image
@@ -53,11 +57,31 @@ def test_cmyk_and_one_bit_images_become_rgb(tmp_path):
     assert read_image(tmp_path / "b.png").getpixel((4, 4)) == (255, 255, 255)
 
 
-def test_sixteen_bit_gray_is_scaled_to_eight_bits(tmp_path):
-    levels = np.array([[0, 32768, 65535]], np.uint16)
-    Image.fromarray(levels).save(tmp_path / "a.png")
-    read = read_image(tmp_path / "a.png")
-    assert [read.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
+@pytest.mark.parametrize(
+    "levels, expected",
+    [([0, 32768, 65535], [0, 128, 255]), ([200, 200, 200], [1, 1, 1]), ([0, 1, 128], [0, 0, 0])],
+)
+def test_sixteen_bit_gray_is_scaled_by_its_whole_range(name, levels, expected, tmp_path):
+    Image.fromarray(np.array([levels], np.uint16)).save(tmp_path / name)
+    read = read_image(tmp_path / name)
+    assert [read.getpixel((x, 0)) for x in range(3)] == [(x, x, x) for x in expected]
+
+
+@pytest.mark.parametrize(
+    "kind, top", [(np.float32, 1), (np.float32, 255), (np.int32, 255), (np.int32, 65535)]
+)
+def test_the_range_of_32_bit_gray_is_guessed(kind, top, tmp_path):
+    Image.fromarray(np.array([[0, top]], kind)).save(tmp_path / "a.tif")
+    read = read_image(tmp_path / "a.tif")
+    assert [read.getpixel((x, 0))[0] for x in range(2)] == [0, 255]
+
+
+@pytest.mark.parametrize("level", [np.nan, np.inf, -np.inf])
+def test_levels_that_are_not_finite_are_refused(level, tmp_path):
+    Image.fromarray(np.array([[0.5, level]], np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="a.tif: .*levels that are NaN or infinite"):
+        read_image(tmp_path / "a.tif")
 
 
 def test_an_animation_gives_its_first_frame(tmp_path):
@@ -76,7 +100,9 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
-    for path in (tmp_path / "none.png", tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    for name in ("none.png", "a\0b.png", "fifo.png", ""):
+        path = tmp_path / name
         with pytest.raises(FileNotFoundError, match="no such image"):
             read_image(path)
 
@@ -87,6 +113,126 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(UserError, match="exceeds limit of"):
             read_image(tmp_path / "bomb.png")
+
+
+def test_a_photograph_of_200_megapixels_is_read(tmp_path):
+    width, height = 16320, 12240
+    image = Image.new("1", (width, height), 1)
+    image.putpixel((width - 1, height - 1), 0)
+    image.save(tmp_path / "a.png")
+    del image
+    read = read_image(tmp_path / "a.png")
+    assert read.size == (width, height)
+    assert read.getpixel((0, 0)) == (255, 255, 255)
+    assert read.getpixel((width - 1, height - 1)) == (0, 0, 0)
+
+
+def test_pillow_refuses_larger_pictures_than_its_limit():
+    assert 200e6 < Image.MAX_IMAGE_PIXELS < 300e6
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_png_with_megabytes_of_text_is_read(zipped, tmp_path):
+    about = PngInfo()
+    about.add_text("workflow", "a" * 3_000_000, zip=zipped)
+    random_image(8, 8).save(tmp_path / "a.png", pnginfo=about)
+    assert read_image(tmp_path / "a.png").tobytes() == random_image(8, 8).tobytes()
+    for i in range(22):
+        about.add_text(f"bomb{i}", "a" * 3_000_000, zip=zipped)
+    random_image(8, 8).save(tmp_path / "a.png", pnginfo=about)
+    with pytest.raises(UserError, match="a.png: .*Too much memory used in text chunks"):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    "exif", [b"broken", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff", b"\0"]
+)
+def test_a_broken_exif_chunk_is_ignored(exif, tmp_path):
+    random_image(8, 4).save(tmp_path / "a.png", exif=b"Exif\0\0" + exif)
+    assert read_image(tmp_path / "a.png").tobytes() == random_image(8, 4).tobytes()
+    with Image.open(tmp_path / "a.png") as image:
+        assert prompts.upright_size(image) == (8, 4)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
+def test_every_orientation_is_applied_once(orientation, name, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    random_image(24, 16).save(tmp_path / name, exif=exif)
+    with Image.open(tmp_path / name) as image:
+        expected = ImageOps.exif_transpose(image)
+    read = read_image(tmp_path / name)
+    assert read.tobytes() == expected.tobytes() and read.size == expected.size
+    assert prompts.to_rgb(read).tobytes() == expected.tobytes()
+    with Image.open(tmp_path / name) as image:
+        assert prompts.upright_size(image) == read.size
+
+
+def icc(swapped=True):
+    """sRGB's profile; swapped: with red's primary in the place of green's, and the reverse."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    if not swapped:
+        return profile
+    return profile.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
+
+
+def test_an_icc_profile_is_converted_to_srgb_once(tmp_path):
+    image = Image.new("RGB", (2, 1), (250, 30, 60))
+    for name in ("a.png", "a.tif", "a.webp"):
+        image.save(tmp_path / name, icc_profile=icc(), lossless=True)
+        read = read_image(tmp_path / name)
+        assert np.abs(np.subtract(read.getpixel((0, 0)), (30, 250, 60))).max() <= 1
+        assert prompts.to_rgb(read).tobytes() == read.tobytes()
+    image.putalpha(Image.new("L", (2, 1), 0))
+    image.putpixel((1, 0), (250, 30, 60, 255))
+    image.save(tmp_path / "a.png", icc_profile=icc())
+    read = read_image(tmp_path / "a.png")
+    assert read.getpixel((0, 0)) == (255, 255, 255)
+    assert np.abs(np.subtract(read.getpixel((1, 0)), (30, 250, 60))).max() <= 1
+
+
+@pytest.mark.parametrize("profile", [icc(swapped=False), b"broken", icc()[:200]])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "CMYK", "P"])
+def test_profiles_of_srgb_and_broken_ones_change_nothing(profile, mode, tmp_path):
+    name = "a.tif" if mode == "CMYK" else "a.png"
+    random_image(16, 16).convert(mode).save(tmp_path / name)
+    expected = read_image(tmp_path / name)
+    random_image(16, 16).convert(mode).save(tmp_path / name, icc_profile=profile)
+    assert read_image(tmp_path / name).tobytes() == expected.tobytes()
+
+
+def test_a_gray_profile_is_applied_to_gray():
+    """Gamma 1: the level 55 of 255 is the sRGB level 128."""
+    curve, white = b"curv" + bytes(8), struct.pack(">4s4x3i", b"XYZ ", 63190, 65536, 54061)
+    tags = [(b"kTRC", 156, curve), (b"wtpt", 168, white)]
+    table = b"".join(struct.pack(">4sII", name, at, len(data)) for name, at, data in tags)
+    head = struct.pack(">I4xI4s4s4s", 188, 0x02400000, b"mntr", b"GRAY", b"XYZ ") + bytes(12)
+    head += b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061) + bytes(48)
+    profile = head + struct.pack(">I", 2) + table + curve + white
+    for mode, level in (("L", 55), ("LA", (55, 255))):
+        image = Image.new(mode, (1, 1), level)
+        image.info["icc_profile"] = profile
+        assert abs(prompts.to_rgb(image).getpixel((0, 0))[0] - 128) <= 1
+
+
+def test_postscript_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)
+    text = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n"
+    (tmp_path / "dog.png").write_text(text)
+    with pytest.raises(
+        UserError, match="dog.png: expected a whole PNG, JPEG or similar file, one of AVIF"
+    ):
+        read_image(tmp_path / "dog.png")
+
+
+@pytest.mark.parametrize("name", ["a.avif", "a.bmp", "a.gif", "a.jpg", "a.jp2", "a.mpo", "a.png", "a.ppm",
+                                  "a.tif", "a.webp"])  # fmt: skip
+def test_the_usual_formats_are_read(name, tmp_path):
+    Image.new("RGB", (16, 16), (200, 40, 40)).save(tmp_path / name)
+    assert (
+        np.abs(np.subtract(read_image(tmp_path / name).getpixel((8, 8)), (200, 40, 40))).max() < 5
+    )
 
 
 # ---- prompts ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +252,9 @@ def test_unialignment_reads(uni_folder, capsys):
         (["--prompt", "a <image>"], "1 <image> placeholders, but 0 images"),
         (["--prompt", "a", "--size", "40"], "multiples of 16 up to 384"),
         (["--prompt", "a", "--checkpoint", "dog.png"], "dog.png"),
+        (["--prompt", "caf\udce9"], "half a letter"),
+        (["--prompt", "a", "--negative", "caf\udce9"], "half a letter"),
+        (["--task", "answer", "--image", "dog.png", "--prompt", "caf\udce9"], "half a letter"),
     ],
 )  # fmt: skip
 def test_mistakes_with_unialignment_get_one_line(arguments, said, uni_folder, capsys):
@@ -270,9 +274,59 @@ def test_options_of_the_other_system_get_one_line(arguments, said, capsys):
     assert said in fails(sample.main, arguments, capsys)
 
 
+@pytest.mark.parametrize("more, taken", [([], "x.png"), (["--num", "2"], "x-1.png")])
+@pytest.mark.parametrize("program", [sample, unialignment_sample])
+def test_a_name_that_is_a_folder_is_found_out_before_drawing(more, taken, program, capsys):
+    Path(taken).mkdir()
+    said = fails(
+        program.main, ["--prompt", "a", "--out", "x.png", "--checkpoint", "none", *more], capsys
+    )
+    assert said == f"error: --out {taken}: cannot be written (is a folder)"
+
+
+def test_a_missing_model_is_named_without_the_number_of_the_error(capsys):
+    arguments = ["--prompt", "a", "--lmm", "gone", "--checkpoint", STAGE1, *FAST]
+    assert fails(sample.main, arguments, capsys).endswith(
+        "gone/config.json: no such file or directory"
+    )
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("a" * 252 + ".png", "file name too long"),
+        ("\ud800.png", "surrogates not allowed"),
+        ("a\0.png", "embedded null byte"),
+        ("b\0/a.png", "embedded null byte"),
+        ("/proc/a.png", "no such file or directory"),
+        ("/proc/a/a.png", "no such file or directory"),
+    ],
+)
+def test_names_that_cannot_be_written_are_found_out_before_drawing(name, said, capsys):
+    if name.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("a system without /proc")
+    arguments = ["--prompt", "a", "--out", name, "--checkpoint", "none"]
+    line = fails(sample.main, arguments, capsys)
+    assert line.startswith("error: --out ") and "cannot be written (" in line and said in line
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(capsys):
+    for arguments, name in (([], "a" * 251), (["--num", "2"], "a" * 246)):
+        sample.main(["--prompt", "a", "--out", f"{name}.png", *FAST, *arguments])
+    expected = ["a" * 246 + end for end in ("-0.png", "-1.png", "-grid.png")]
+    assert sorted(os.listdir()) == sorted([*expected, "a" * 251 + ".png", "dog.png"])
+    capsys.readouterr()
+    said = fails(sample.main, ["--prompt", "a", "--out", "a" * 247 + ".png", "--num", "2"], capsys)
+    assert "-grid.png: cannot be written (file name too long)" in said
+
+
 def test_an_unwritable_folder_gets_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    assert "cannot be written" in fails(sample.main, ["--prompt", "a", "--out", "a.png"], capsys)
+    def refuse(path, *_):  # root may write anywhere
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    said = fails(sample.main, ["--prompt", "a", "--out", "a.png"], capsys)
+    assert said == "error: --out a.png: cannot be written (permission denied)"
 
 
 def test_the_program_ends_with_one_line_and_code_two():
@@ -314,3 +368,32 @@ def test_control_c_leaves_nothing_behind(folder):
         .endswith("error: interrupted; files already written are whole")
     )
     assert os.listdir(folder) == ["dog.png"]
+
+
+PROGRAMS = [
+    ["sample.py"],
+    ["train.py"],
+    *(["-m", f"unialignment.{name}"] for name in ("sample", "train")),
+    *(["-m", f"mini.{name}"] for name in ("evaluate", "pretrain", "claims")),
+    *(["-m", f"tools.{name}"] for name in ("bench", "convert", "geneval", "semgen")),
+    *(["-m", f"tools.{name}"] for name in ("reconstruct", "check_manifest")),
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=" ".join)
+def test_control_c_while_a_program_imports_is_one_line(program):
+    command = [sys.executable, "-X", "importtime", *program]  # names each module on stderr
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as run:
+        next(line for line in run.stderr if "numpy" in line or "torch." in line)
+        run.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        said = [line for line in run.stderr if not line.startswith("import time:")]
+        assert run.wait() == 2 and time.monotonic() - start < 2
+    assert said == ["error: interrupted; files already written are whole\n"]
+
+
+def test_an_import_changes_nothing_for_other_programs():
+    code = "import gc, signal, sys; before = signal.getsignal(signal.SIGINT), sys.excepthook; "
+    code += "import dream_engine, sample, train, unialignment.sample; "
+    code += "assert before == (signal.getsignal(signal.SIGINT), sys.excepthook) and gc.isenabled()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,12 +1,16 @@
 """Mistakes end in one line, bugs in a traceback; files are whole or not there."""
 
 import argparse
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from support.cli import Parser, UserError, number, one_line_errors, reading, whole_number
 from support.files import markdown_table, sheet, whole, write_png, write_text
@@ -94,6 +98,73 @@ def test_a_file_is_whole_or_as_before(tmp_path):
     write_png(tmp_path / "a.png", Image.new("RGB", (2, 2), "red"), {"prompt": "ü"})
     assert Image.open(tmp_path / "a.png").text == {"prompt": "ü"}
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.png", "a.txt"]
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    file = tmp_path / "a.bin"
+    with whole(file) as first, whole(file) as second:
+        assert first != second and first.suffix == second.suffix == ".bin"
+        first.write_bytes(b"first" * 9)
+        second.write_bytes(b"second")
+    assert file.read_bytes() == b"first" * 9 and os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
+    """Not even one of the very name that is written first, or of the file's own name."""
+    (tmp_path / "precious").write_text("precious")
+    monkeypatch.setattr(os, "urandom", lambda n: bytes(n))
+    (tmp_path / f".{'00' * 8}.partial.txt").symlink_to("precious")
+    with pytest.raises(FileExistsError):
+        write_text(tmp_path / "a.txt", "new")
+    monkeypatch.undo()
+    (tmp_path / "a.txt").symlink_to("precious")
+    write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert not (tmp_path / "a.txt").is_symlink() and (tmp_path / "a.txt").read_text() == "new"
+
+
+def save_tensors(file):
+    with whole(file) as partial:
+        save_file({"x": torch.zeros(2)}, partial)
+
+
+WRITERS = [
+    save_tensors,
+    partial(write_text, text=""),
+    partial(write_png, image=Image.new("L", (1, 1))),
+]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+@pytest.mark.parametrize("write", WRITERS, ids=["safetensors", "text", "png"])
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_permissions_of_new_files(write, umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        write(tmp_path / ("a" * 251 + ".end"))
+    finally:
+        os.umask(before)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (
+            FileNotFoundError(2, "No such file or directory", "a.png"),
+            "a.png: no such file or directory",
+        ),
+        (OSError(36, "File name too long", "b", None, "a"), "a: file name too long"),
+        (OSError(28, "No space left on device"), "no space left on device"),
+        (FileNotFoundError("a: expected\n a picture"), "a: expected a picture"),
+        (ValueError("embedded null byte"), "embedded null byte"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line_without_its_number(error, said, capsys):
+    with pytest.raises(SystemExit), one_line_errors():
+        raise error
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
 def test_a_sheet_holds_every_picture_where_it_belongs():

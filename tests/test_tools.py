@@ -134,12 +134,11 @@ def test_a_folder_is_not_continued_with_other_settings(options, message, painter
     assert files_in("out") == before and len(painter.calls) == calls
 
 
-@pytest.mark.parametrize("width", [10_000, 40_000])
-def test_a_decompression_bomb_among_the_pictures_is_named(width, painter, bench, capsys):
+def test_a_decompression_bomb_among_the_pictures_is_named(painter, bench, capsys):
     semgen.main([*SEMGEN, "out"])
     file = Path("out/fullset/edit_multi/1.png")
     data = bytearray(file.read_bytes())
-    data[16:24] = width.to_bytes(4, "big") * 2
+    data[16:24] = (40_000).to_bytes(4, "big") * 2
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     file.write_bytes(data)
     said = fails(semgen.main, [*SEMGEN, "out"], capsys)
@@ -367,8 +366,8 @@ def test_check_manifest_prints_no_escape_codes(capsys):
         (geneval, ["--metadata", "none.jsonl"], "error: none.jsonl: no such file"),
         (geneval, ["--metadata", "wide.jsonl"], "wide.jsonl: is UTF-16; save as UTF-8"),
         (geneval, ["--metadata", "array.jsonl"], "is one JSON array; expected one object a line"),
-        (geneval, [*DRAW, "empty.jsonl"], "empty.jsonl: expected a folder that can be w"),
-        (geneval, [*DRAW, "empty.jsonl/x"], "empty.jsonl/x: expected a folder that can be"),
+        (geneval, [*DRAW, "empty.jsonl"], "--out empty.jsonl/grid.png: cannot be written ("),
+        (geneval, [*DRAW, "empty.jsonl/x"], "--out empty.jsonl/x/grid.png: cannot be written"),
         (geneval, [*DRAW, "out", "--engine", "unialignment", "--lmm", "x"], "--lmm is of --engine"),
         (geneval, ["--metadata", "empty.jsonl"], "empty.jsonl: holds no records"),
         (geneval, [*DRAW, "out", "--num", "0"], "expected a whole number from 1 to 1000"),
@@ -383,7 +382,7 @@ def test_check_manifest_prints_no_escape_codes(capsys):
         (
             reconstruct,
             ["photos", "--out", "empty.jsonl"],
-            "empty.jsonl: expected a folder that can be",
+            "empty.jsonl/copies.png: cannot be written",
         ),
         (check_manifest, ["none.jsonl"], "none.jsonl: no such manifest"),
     ],

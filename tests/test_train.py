@@ -1,5 +1,6 @@
 """Training: only the right parameters change, nothing is lost, and many processes equal one."""
 
+import errno
 import json
 import math
 import multiprocessing
@@ -9,17 +10,21 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLConfig, Qwen2VLModel
 
+import data
 import dream_engine
 import flow
 import train
@@ -346,13 +351,80 @@ def test_unialignment_in_two_processes_stops_on_a_signal_and_equals_one(start):
 
 
 def test_a_dead_rank_ends_the_run_with_a_clear_line(start):
-    first, second = launch(start, *arguments(1, 10**6, "run"))
-    wait_for(logged(1), first)
+    first, second = launch(start, *arguments(1, 10**6, "run", "--save-every", "1"))
+    wait_for(lambda: runs.latest("run"), first)
     second.kill()
     first.join(60)
     said = Path("log0").read_text().splitlines()[-1]
     assert first.exitcode == 2
     assert said.startswith("error: rank 0: lost the other processes") and "--resume goes on" in said
+
+
+@pytest.mark.parametrize("bad, code", [(10, 0), (11, 2)])
+def test_a_bad_line_counts_once_however_many_processes_skip_it(bad, code, start):
+    """Each microbatch is an epoch, so that both processes meet every bad line."""
+    Image.new("RGB", (48, 48), "red").save("a.png")
+    lines = [{"task": "t2i", "prompt": "red", "target": f"{x}.png"} for x in "abcdefghijkl"[: 1 + bad]]
+    Path("a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = ["--data", "a.jsonl", "--tasks", "t2i=1", "--batch", str(len(lines))]
+    for rank, process in enumerate(launch(start, *arguments(1, 2, "run", *more))):
+        process.join(60)
+        said = Path(f"log{rank}").read_text()
+        assert process.exitcode == code, said
+        assert "skipped a.jsonl:2" in said
+        if code:
+            assert "error: 11 bad lines are over 1 %: a.jsonl:" in said
+    if not code:
+        assert [record["bad_lines"] for record in runs.read_metrics("run")] == [10.0, 10.0]
+        assert "10 bad lines were skipped" in Path("log0").read_text()
+
+
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({"MASTER_PORT": None}, "MASTER_PORT=None: torchrun sets it to a whole number"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT=x: torchrun sets it to a whole number"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536: .*, from 1 to 65535"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR=None: torchrun sets it to the address of rank 0"),
+        ({"MASTER_ADDR": "a" * 99}, "MASTER_ADDR=aaa.*: torchrun sets it to the address of rank 0"),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK=None: torchrun sets it to a whole number from 0"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x: torchrun sets it to a whole number from 0"),
+        ({"RANK": "x"}, "RANK=x, WORLD_SIZE=2: torchrun sets both to whole numbers"),
+        ({"RANK": None}, "RANK=None, WORLD_SIZE=2: torchrun sets both"),
+        ({"WORLD_SIZE": "-1"}, "RANK=0, WORLD_SIZE=-1: torchrun sets both"),
+        ({"RANK": "2"}, "RANK=2 must be below WORLD_SIZE=2"),
+        ({}, "rank 0: cannot join the other processes .*; no checkpoint was saved yet"),
+    ],
+)
+def test_what_torchrun_sets_is_checked(environment, said, monkeypatch):
+    with socket.create_server(("", 0)) as taken:
+        common = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+        common |= {"MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in (common | environment).items():
+            monkeypatch.delenv(name, False) if value is None else monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"^{said}"):
+            train.main(arguments(1, 1, "run"))
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_every_way_to_start_workers_gives_the_same_run(method):
+    Image.new("RGB", (48, 48), "red").save("a.png")
+    line = {"task": "t2i", "prompt": "red", "target": "a.png"}
+    Path("a.jsonl").write_text(json.dumps(line) + "\n")
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        made = run(1, 2, method, "--data", "a.jsonl", "--workers", "1")
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert equal(made, run(1, 2, "alone", "--data", "a.jsonl"))
+
+
+def test_workers_ignore_ctrl_c_where_there_are_no_process_groups(monkeypatch):
+    monkeypatch.delattr(os, "setpgrp")
+    data.start_worker(0)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 # ---- nothing lost -------------------------------------------------------------------------------
@@ -444,6 +516,130 @@ def test_a_run_killed_again_and_again_goes_on_every_time(start):
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= reached[-1] >= 5
 
 
+def test_two_trainings_in_one_folder_are_refused_and_a_kill_leaves_no_lock(start):
+    leftovers = "checkpoints/000007.old/", "checkpoints/000009.partial/", ".loss.png.partial-1a"
+    first = start(train.main, arguments(1, 10**6, "run", "--workers", "1"))  # which outlives it
+    wait_for(logged(1), first)
+    for more in ([], ["--resume"]):
+        said = fails(1, 2, "run", *more)
+        assert said == "run: another training writes to this folder; choose another --out"
+    first.kill()
+    first.join()
+    for name in leftovers:
+        path = Path("run", name)
+        path.mkdir(parents=True) if name.endswith("/") else path.touch()
+    assert equal(run(1, 2, "run", "--resume"), run(1, 2, "alone"))
+    both = [sorted(f.relative_to(out) for f in Path(out).rglob("*")) for out in ("run", "alone")]
+    assert both[0] == both[1] and Path(".lock") not in both[0]
+
+
+def test_windows_locks_a_byte(monkeypatch):
+    locked = []
+
+    def locking(file, mode, count):
+        if locked:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        locked.append((mode, count))
+
+    windows = SimpleNamespace(LK_NBLCK=2, locking=locking)
+    monkeypatch.setitem(sys.modules, "msvcrt", windows)
+    monkeypatch.setattr(runs.sys, "platform", "win32")
+    with runs.locked("run"):
+        with pytest.raises(UserError, match="^run: another training writes"), runs.locked("run"):
+            pass
+        assert locked == [(2, 1)] and Path("run/.lock").exists()
+    assert not Path("run").exists()
+
+
+def test_a_folder_that_cannot_be_locked_says_so(monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    run(1, 1)
+    assert "run: cannot be locked ([Errno 37] No locks available)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_weights_without_their_run_are_not_trained_over(more):
+    before = run(1, 2, "run")
+    shutil.rmtree("run/checkpoints")
+    Path("other").mkdir()
+    shutil.copy("run/stage1.safetensors", "other/stage2.safetensors")
+    for stage, out in ((1, "run"), (2, "run"), (1, "other")):
+        said = fails(stage, 2, out, *more)
+        assert said.startswith(f"--out holds {out}/stage") and "choose another folder" in said
+    assert equal(load_file("run/stage1.safetensors"), before) and losses("run")
+
+
+def spoil(file, value):
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = value
+    with safe_open(file, "pt") as saved:
+        save_file(tensors, file, saved.metadata())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_neither_resumed_nor_saved(value):
+    run(1, 2, "run", "--save-every", "1")
+    shutil.copytree("run", "copy")
+    spoil("copy/checkpoints/000002/stage1.safetensors", value)
+    said = fails(1, 2, "copy", "--resume")
+    assert said.startswith("copy/checkpoints/000002/stage1.safetensors: holds NaN or infinity")
+    shutil.rmtree("copy/checkpoints/000002")
+    assert equal(
+        run(1, 2, "copy", "--resume", "--save-every", "1"), load_file("run/stage1.safetensors")
+    )
+
+    spoil("run/stage1.safetensors", value)
+    assert "NaN or infinity" in fails(1, 1, "new", "--checkpoint", "run/stage1.safetensors")
+    parameter = torch.nn.Parameter(torch.tensor([1.0, value]))
+    with pytest.raises(UserError, match="^step 7: NaN or infinity in the weights; no checkpoint"):
+        runs.save(None, torch.optim.AdamW([parameter]), Path("new"), 7, SETTINGS, name="x")
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize(
+    "error, room",
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (IsADirectoryError(errno.EISDIR, "Is a directory"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (SafetensorError("I/O error: File too large (os error 27)"), True),
+        (SafetensorError("I/O error: Permission denied (os error 13)"), False),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), True),
+    ],
+)
+def test_only_a_full_disk_asks_for_room(error, room):
+    with pytest.raises(UserError) as end, runs.writing(Path("run")):
+        raise error
+    said = str(end.value)
+    assert said.startswith(f"run: cannot be written ({error})") and ("make room" in said) == room
+    assert said.endswith("; no checkpoint was saved yet") and "resume" not in said
+
+
+def test_killed_trainings_end_as_unbroken_ones():
+    command = [sys.executable, "-m", "tests.kills", "--kills", "2", "--out", "kills.json"]
+    path = {"PYTHONPATH": str(Path(train.__file__).parent)}
+    done = subprocess.run(
+        command, env=os.environ | path, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(Path("kills.json").read_text())
+    assert rows.keys() == {"stage 1", "stage 2", "UniAlignment"}
+    for row in rows.values():
+        assert (row["kills"], row["resumptions"], row["full disks"], row["equal"]) == (
+            2,
+            2,
+            1,
+            True,
+        )
+    assert done.stdout.count("| True |") == 3
+
+
 def test_a_full_disk_keeps_the_previous_checkpoint():
     run(1, 2, "run", "--save-every", "1")
     before = sorted(Path("run/checkpoints").iterdir())
@@ -455,7 +651,8 @@ def test_a_full_disk_keeps_the_previous_checkpoint():
         refused = fails(1, 2, "run", "--resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "cannot be written" in said and "make room" in said and "none" in said
+    assert "cannot be written" in said and "make room" in said
+    assert said.endswith("no checkpoint was saved yet")
     assert "the last good checkpoint is run/checkpoints/000001" in refused
     assert list(Path("run/checkpoints").iterdir()) == before[:1]
     run(1, 2, "run", "--resume")
@@ -522,6 +719,7 @@ DAMAGE = {
     "moments too few": moments(lambda saved: saved.pop(0)),
     "moments of another shape": moments(lambda saved: saved[0].update(exp_avg=torch.zeros(3))),
     "moments missing": moments(lambda saved: saved[1].pop("exp_avg_sq")),
+    "moments NaN": moments(lambda saved: saved[0]["exp_avg"].fill_(math.nan)),
 }
 
 

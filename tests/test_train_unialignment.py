@@ -1,7 +1,9 @@
 """Training UniAlignment: it starts as SD3, trains both passes, and writes a folder that draws and reads."""
 
 import json
+import pickle
 import random
+import shutil
 import signal
 from collections import Counter
 from functools import partial
@@ -13,6 +15,7 @@ import pytest
 import torch
 from cases import T5, t5_tokenizer
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import relative, tensor
 from transformers import T5Config, T5EncoderModel
 
@@ -134,6 +137,7 @@ def test_tasks_take_turns_step_by_step(manifest):
     made = microbatches(manifest, {"t2i": 1, "edit": 1}, count=12, turn=3)
     assert [micro.task for micro in made.load(range(12))] == (["t2i"] * 3 + ["edit"] * 3) * 2
     again = microbatches(manifest, {"t2i": 1, "edit": 1}, count=12, turn=3)
+    again = pickle.loads(pickle.dumps(again))  # as for worker processes that are not forked
     for a, b in zip(made.load(range(12)), again.load(range(12))):
         assert all(
             torch.equal(x, y) for x, y in zip(vars(a.batch).values(), vars(b.batch).values())
@@ -260,6 +264,20 @@ def test_a_resumed_run_is_the_unbroken_one():
     assert [r["step"] for r in runs.read_metrics("whole")] == [1, 2, 3, 4]
     with pytest.raises(UserError, match="weights: .* then, .* now"):
         run(4, "whole", "--resume", "--weights", "text=1")
+
+
+def test_a_folder_of_weights_is_not_trained_over_and_nan_is_not_resumed():
+    run(1)
+    file = next(Path("run/checkpoints").rglob("*.safetensors"))
+    tensors = load_file(file)
+    tensors[min(tensors)].view(-1)[0] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="^run/checkpoints/000001/transformer: holds NaN"):
+        run(1, "run", "--resume")
+    shutil.rmtree("run/checkpoints")
+    for more in ([], ["--resume"]):
+        with pytest.raises(UserError, match="^--out holds run/transformer.*choose another folder"):
+            run(1, "run", *more)
 
 
 def test_weights_and_tasks_can_be_chosen(manifest):

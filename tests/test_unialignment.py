@@ -1,7 +1,9 @@
 """UniAlignment: equal to a reconstruction from diffusers' and transformers' own classes, pitfall by pitfall."""
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import GOLDEN, relative, tensor, uniform
 from unialignment_folder import NAMES, publish, transformer_weights
 
+import dream_engine
 import flow
 import mmdit
 from checkpoints import Part
@@ -403,6 +406,17 @@ def edit(file, **changes):
     return act
 
 
+def fifo(file):
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
+def sd3_alone(folder):
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    weights = load_file(file)
+    save_file({k: x for k, x in weights.items() if k.startswith("transformer_blocks.")}, file)
+
+
 def remove(part):
     return lambda folder: (folder / part).rename(folder / "elsewhere")
 
@@ -410,7 +424,23 @@ def remove(part):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (drop("text_proj_out.weight"), "holds no transformer of UniAlignment"),
+        (drop("text_proj_out.weight"), "missing text_proj_out.weight"),
+        (drop("transformer_blocks.0.norm1.linear.weight"), "missing transformer_blocks.0.norm1.linear.weight"),
+        (drop("transformer_blocks.2.norm1.linear.weight"), "missing transformer_blocks.2.norm1.linear.weight"),
+        (lambda f: sd3_alone(f), "holds no transformer of UniAlignment"),
+        (remove("transformer"), "uni: has no transformer/, and no .safetensors or .bin file"),
+        (edit("text_encoder/config.json", relative_attention_max_distance=0), "distance 0 must be above 2"),
+        (edit("text_encoder/config.json", dropout_rate=float("nan")), "'dropout_rate' cannot be nan"),
+        (edit("text_encoder/config.json", dropout_rate=1.5), "'dropout_rate' cannot be 1.5"),
+        (edit("text_encoder/config.json", num_layers=10**9), "'num_layers' cannot be 1000000000"),
+        (edit("text_encoder/config.json", num_layers=999), "num_layers 999, its tensors say 2"),
+        (edit("tokenizer/tokenizer_config.json", extra_ids=10**12), "'extra_ids' cannot be 10000000"),
+        (edit("tokenizer/tokenizer_config.json", model_max_length="many"), "must be a number, got 'many'"),
+        (edit("tokenizer/tokenizer_config.json", unk_token=""), "'unk_token' cannot be ''"),
+        (edit("scheduler/scheduler_config.json", slots=10**400), "'slots' cannot be 1000"),
+        (edit("scheduler/scheduler_config.json", slots=10**9), "positive and not above 10000"),
+        (lambda f: fifo(f / "tokenizer" / "vocab.json"), "vocab.json: is not a regular file"),
+        (lambda f: fifo(f / "transformer" / "config.json"), "config.json: is not a regular file"),
         (drop("transformer_blocks.1.ff.net.2.bias"), "missing transformer_blocks.1.ff.net.2.bias"),
         (drop("siglip_adapter_text.fc.0.bias"), "missing siglip_adapter_text.fc.0.bias"),
         (drop("transformer_blocks.2.attn.to_add_out.weight"), "missing transformer_blocks.2.attn.to_add"),
@@ -420,7 +450,7 @@ def remove(part):
         (edit("transformer/config.json", vocab_size=32100), "vocab_size 32100, its tensors say 23"),
         (edit("transformer/config.json", num_layers=4), "num_layers 4, its tensors say 3"),
         (edit("transformer/config.json", attention_head_dim=32), "num_attention_heads 2, its tensors say 4"),
-        (edit("text_encoder/config.json", num_layers=9), "missing encoder.block.2"),
+        (edit("text_encoder/config.json", num_layers=9), "num_layers 9, its tensors say 2"),
         (edit("text_encoder/config.json", d_model=64), "has shape"),
         (lambda f: (f / "text_encoder/config.json").unlink(), "No such file.*text_encoder/config.json"),
         (edit("scheduler/scheduler_config.json", shift=0), "shift must be positive"),
@@ -437,6 +467,15 @@ def test_a_bad_folder_is_one_line(damage, message, vae_names, tmp_path):
     damage(folder)
     with pytest.raises((UserError, FileNotFoundError), match=message):
         UniAlignment.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("place", ["/", ".", "t5.safetensors"])
+def test_what_is_no_folder_of_a_t5_is_named(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("t5.safetensors").write_bytes(b"")
+    message = "is one file; expected the folder of a T5" if "t5" in place else "a T5 tokenizer"
+    with pytest.raises(UserError, match=rf"^{place}: .*{message}"):
+        UniAlignment.start(dream_engine.SD3, place, device="cpu")
 
 
 def test_parts_of_other_models_are_refused(uni, tmp_path):
@@ -466,21 +505,69 @@ def test_parts_of_other_models_are_refused(uni, tmp_path):
     "call, message",
     [
         (lambda uni: uni.generate([" "]), "empty prompt"),
-        (lambda uni: uni.generate([]), "empty prompt"),
+        (lambda uni: uni.generate([]), "expected a list of prompts"),
+        (lambda uni: uni.generate("ab"), "expected a list of prompts"),
+        (lambda uni: uni.generate([3]), "expected a list of prompts"),
+        (lambda uni: uni.generate([["a", 3]]), "a list of strings and PIL images"),
+        (
+            lambda uni: uni.generate(["a"], [picture(0)]),
+            "expected a list of PIL images for each prompt",
+        ),
+        (
+            lambda uni: uni.generate(["a", "b"], [[picture(0)]]),
+            "expected a list of PIL images for each",
+        ),
+        (lambda uni: uni.generate(["caf\ud800"]), "half a letter"),
+        (lambda uni: uni.generate(["a"], negative="caf\ud800"), "half a letter"),
+        (lambda uni: uni.answer([picture(0)], ["caf\ud800"]), "half a letter"),
+        (
+            lambda uni: uni.answer([picture(0)], "a"),
+            "expected a list of questions, one for each image",
+        ),
+        (lambda uni: uni.answer(picture(0)), "expected a list of PIL images"),
+        (lambda uni: uni.answer(["a.png"]), "expected a list of PIL images"),
         (lambda uni: uni.generate(["a"], steps=0), "steps must be at least 1"),
         (lambda uni: uni.generate(["a"], guidance=float("nan")), "finite"),
         (lambda uni: uni.generate(["a"], size=(32, 50)), "nearest is 48"),
         (lambda uni: uni.generate(["a", "a"], [[], [picture(0)]]), r"found \[0, 1\]"),
         (lambda uni: uni.answer([picture(0)], ["how " * 20]), "the question fills all 12 slots"),
         (lambda uni: uni.answer([picture(0)], [" "]), "empty question"),
-        (lambda uni: uni.answer([picture(0)], ["a", "b"]), "2 questions to 1 images"),
-        (lambda uni: uni.answer([]), "0 images"),
-        (lambda uni: uni.answer([picture(0)], steps=0), "0 steps: there must be at least 1"),
+        (lambda uni: uni.answer([picture(0)], ["a", "b"]), "questions, one for each image, got"),
+        (lambda uni: uni.answer([]), "expected a list of PIL images, got"),
+        (lambda uni: uni.answer([picture(0)], steps=0), "steps must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_done_is_refused(call, message, uni):
     with pytest.raises(UserError, match=message):
         call(uni)
+
+
+@pytest.mark.parametrize(
+    "name, made, reads",
+    [
+        ("text_encoder.encoder.final_layer_norm.weight", "the condition (of T5)", False),
+        ("mmdit.x_embedder.proj.bias", "the latent (of the MM-DiT)", False),
+        ("vae.decoder.conv_out.bias", "the picture (of the VAE)", False),
+        ("vae.encoder.conv_out.bias", "the latent of an image (of the VAE)", True),
+        ("mmdit.text_head.weight", "the logits (of T5 and MM-DiT)", True),
+        ("text_encoder.encoder.final_layer_norm.weight", "the logits (of T5 and MM-DiT)", True),
+    ],
+)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_named(name, made, reads, value, uni_folder):
+    uni = UniAlignment.load(uni_folder, device="cpu")
+    uni.get_parameter(name).data.flatten()[0] = value
+    with pytest.raises(UserError) as end:
+        uni.answer([picture(0)], steps=2) if reads else uni.generate(["a ring"], steps=1)
+    said = str(end.value)
+    assert said.startswith(f"{made} holds NaN or infinity; so does {name}: look at its file")
+
+
+def test_half_a_letter_in_the_settings_is_one_line(vae_names, tmp_path):
+    for setting in ("sentence", "negative"):
+        folder = publish(tmp_path / setting, vae_names, **{setting: "caf\ud800"})
+        with pytest.raises(UserError, match="scheduler_config.json holds half a letter"):
+            UniAlignment.load(folder, device="cpu")
 
 
 def test_special_tokens_in_what_a_user_types_are_left_out(uni):

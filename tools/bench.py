@@ -15,6 +15,11 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from support.cli import Parser, one_line_errors, reading, starting
+
+if __name__ == "__main__":
+    starting()
+
 import numpy as np
 import torch
 from torch import nn
@@ -26,10 +31,8 @@ from dream_engine import Condition, DreamEngine, denoise
 from mini.cases import picture
 from mmdit import MMDiT, MMDiTConfig
 from prompts import apply_task, to_images
-from support.cli import Parser, one_line_errors, reading
 from support.fast import compile_blocks, usable_device
-from support.files import markdown_table, write_json, write_text
-from tools.engines import make_folder
+from support.files import markdown_table, require_writable, write_json, write_text
 
 try:
     from diffusers import SD3Transformer2DModel
@@ -242,7 +245,7 @@ def main(arguments=None):
         torch.cuda.set_device(device)
         place = torch.cuda.get_device_name()
     if file := args.out and Path(args.out, "bench.json"):
-        make_folder(args.out)
+        require_writable(file, "--out")
     results = read_json(file) if file and file.exists() else {}
     with reading(file, "the results of an earlier run"):
         report(results)  # fails now, not after the measurements, if the file is of another kind

@@ -6,11 +6,15 @@ python -m tools.check_manifest edits.jsonl    # writes edits.check.png; exit cod
 import random
 import sys
 
+from support.cli import Parser, UserError, one_line_errors, printable, starting
+
+if __name__ == "__main__":
+    starting()
+
 from tqdm import tqdm
 
 from data import Manifest, training_example
 from prompts import crop_to
-from support.cli import Parser, UserError, one_line_errors, printable
 from support.files import prompt_row, sheet, write_png
 
 SIDE = 256  # pixels, to which the images are cropped

@@ -21,13 +21,17 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
+from support.cli import Parser, UserError, one_line_errors, printable, reading, starting
+
+if __name__ == "__main__":
+    starting()
+
 from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import read_json
 from data import parse_record
 from prompts import upright_size
-from support.cli import Parser, UserError, one_line_errors, printable, reading
 from support.files import find_file, read_lines, whole
 
 COLUMNS = ["source_image", "edited_image", "edit_prompt"]  # of UltraEdit

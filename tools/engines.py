@@ -1,10 +1,7 @@
 """What geneval, semgen and reconstruct share: options, the engine they choose, JSONL records."""
 
 import json
-import os
 import warnings
-from contextlib import suppress
-from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
@@ -33,14 +30,6 @@ def add_engine_options(parser, out, engines=ENGINES):
     add("--lmm", help="Qwen2-VL: Hugging Face folder (dream-engine only)")
     add("--checkpoint", help="trained weights of the engine; default: the miniature's")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
-
-
-def make_folder(folder):
-    """Make a folder to write to, unless it is there; UserError if that is impossible."""
-    with suppress(FileExistsError, NotADirectoryError):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-        raise UserError(f"{folder}: expected a folder that can be written to")
 
 
 def load_engine(args):

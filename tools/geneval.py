@@ -10,8 +10,12 @@ import json
 from functools import partial
 from pathlib import Path
 
-from support.cli import Parser, UserError, one_line_errors, whole_number
-from support.files import grid, write_png, write_text
+from support.cli import Parser, UserError, one_line_errors, starting, whole_number
+
+if __name__ == "__main__":
+    starting()
+
+from support.files import grid, require_writable, write_png, write_text
 from tools import engines
 from tools.engines import add_engine_options, load_engine, read_jsonl, settings_of
 
@@ -34,7 +38,7 @@ def draw(args):
     """Draw every prompt --num times; skip the folders that are complete."""
     records = read_jsonl(args.metadata, "prompt", "tag")
     left = engines.to_draw(records, partial(is_complete, args), f"{args.out}: prompts")
-    engines.make_folder(args.out)
+    require_writable(Path(args.out, "grid.png"), "--out")
     engine = load_engine(args)
     for i, record in left:
         prompt, folder = record["prompt"], Path(args.out, f"{i:05d}")

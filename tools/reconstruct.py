@@ -9,13 +9,17 @@ squared difference of pixels in [0, 1]. Cosine compares the ViT features, averag
 from pathlib import Path
 from statistics import fmean
 
+from support.cli import Parser, number, one_line_errors, starting
+
+if __name__ == "__main__":
+    starting()
+
 import torch
 from tqdm import tqdm
 
 from prompts import crop_to, read_image, to_tensor
-from support.cli import Parser, number, one_line_errors
-from support.files import sheet, write_json, write_png
-from tools.engines import ENGINES, add_engine_options, load_engine, make_folder, settings_of
+from support.files import require_writable, sheet, write_json, write_png
+from tools.engines import ENGINES, add_engine_options, load_engine, settings_of
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 SHOWN = 20  # pictures on the sheet
@@ -39,7 +43,7 @@ def main(arguments=None):
     files = sorted(f for f in Path(args.folder).glob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
         raise FileNotFoundError(f"{args.folder}: expected a folder of PNG, JPEG or WebP pictures")
-    make_folder(args.out)
+    require_writable(Path(args.out, "copies.png"), "--out")
     engine, out, scores, rows = load_engine(args), Path(args.out), {}, []
     side = args.size or engine.default_size
     options = settings_of(args) | {"size": (side, side), "r": args.blend, "task": "i2i"}

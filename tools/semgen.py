@@ -9,11 +9,15 @@ A second run with the same options draws only what is missing.
 
 from pathlib import Path
 
+from support.cli import Parser, one_line_errors, starting
+
+if __name__ == "__main__":
+    starting()
+
 from PIL import Image
 
 from prompts import read_image
-from support.cli import Parser, one_line_errors
-from support.files import write_png
+from support.files import require_writable, write_png
 from tools import engines
 from tools.engines import add_engine_options, load_engine, read_jsonl, settings_of
 
@@ -41,7 +45,7 @@ def draw(args):
         return all(drawn)
 
     left = engines.to_draw(rows, is_complete, f"{out}: rows")
-    engines.make_folder(out)
+    require_writable(out / "0.png", "--out")
     engine, is_uni = load_engine(args), args.engine == "unialignment"
     side = args.size or engine.default_size
     settings = {"steps": STEPS} | settings_of(args) | {"size": (side, side)}

@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import checkpoints
+from prompts import check_text
 from support.cli import UserError, reading
 from support.files import whole, write_json
+from support.formats import check_folder, part_folder
 from unialignment.transformer import RULES, load_transformer
 
 PARTS = {  # of a pipeline folder, and their names in a folder of SD3-medium
@@ -38,8 +40,8 @@ def load_pipeline(folder, sd3=None, device="cpu", dtype=torch.float32):
         )
     places = {name: find_folder(folder, sd3, name) for name in PARTS}
     sampling = read_sampling(places["scheduler"])
-    tokenizer, inner = load_tokenizer(places["tokenizer"]), folder / "transformer"
-    transformer = load_transformer(inner if inner.is_dir() else folder, device, dtype)
+    tokenizer = load_tokenizer(places["tokenizer"])
+    transformer = load_transformer(part_folder(folder, "transformer"), device, dtype)
     vae = checkpoints.load_vae(places["vae"], device)
     text_encoder = load_text_encoder(places["text_encoder"], device, dtype)
     for file in sorted(folder.glob("mask_token_emb*.pth")):
@@ -51,8 +53,12 @@ def load_pipeline(folder, sd3=None, device="cpu", dtype=torch.float32):
 
 def load_text_encoder(folder, device="cpu", dtype=torch.float32):
     """Load the encoder of a T5, in bfloat16 instead of float16, in which its states overflow."""
+    check_folder(folder, "T5 encoder")
     with reading(folder, "the folder of a T5 encoder"):
         config = T5Config.from_dict(checkpoints.read_json(Path(folder, "config.json")))
+        far = config.relative_attention_max_distance  # no tensor shape shows this
+        if not 0 < (near := config.relative_attention_num_buckets // 4) < far:
+            raise ValueError(f"relative_attention_max_distance {far} must be above {near}")
     layouts = {"encoder.block.": checkpoints.key_map("encoder.embed_tokens.weight  shared.weight")}
     part = checkpoints.find_part(
         checkpoints.read_tensors(folder), folder, "T5 encoder", ("",), layouts
@@ -60,6 +66,8 @@ def load_text_encoder(folder, device="cpu", dtype=torch.float32):
     embeddings = part.tensors.pop("encoder.embed_tokens.weight", None)
     if embeddings is not None:  # a file may hold either name, or both
         part.tensors.setdefault("shared.weight", embeddings)
+    layers = part.count("encoder.block.{}.layer.0.SelfAttention.q.weight")
+    checkpoints.compare(folder, {"num_layers": config.num_layers}, {"num_layers": layers})
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     model = checkpoints.build(part, lambda: T5EncoderModel(config), device, dtype)
     model.encoder.set_input_embeddings(model.shared)  # the same tensor, not two
@@ -68,9 +76,11 @@ def load_text_encoder(folder, device="cpu", dtype=torch.float32):
 
 def load_tokenizer(folder):
     """Load the tokenizer of a T5; UserError if it has no MASK."""
+    check_folder(folder, "T5 encoder")
     with reading(folder, f"a T5 tokenizer with {MASK}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         tokenizer.get_vocab()[MASK], tokenizer.eos_token_id + 0
+        Tokens(tokenizer, 2)(["a"])
     return tokenizer
 
 
@@ -85,6 +95,7 @@ class Tokens:
     def ids(self, text, slots=None):
         """A list of ids without special tokens. With slots, padded or cut, and ended by at least one EOS."""
         special = {self.mask_id, *self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
+        check_text(text)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         ids = [i for i in ids if i not in special]
         return ids if slots is None else ids[: slots - 1] + [self.end] * max(1, slots - len(ids))
@@ -139,10 +150,13 @@ def read_sampling(scheduler):
         if wrong := [name for name, x in known.items() if x != stated[name]]:
             raise ValueError(f"{wrong[0]} {stated[wrong[0]]!r}")
         s = Sampling(**known)
-        if min(s.slots, s.steps, s.text_steps, s.size) < 1 or s.size % 16 or not 0 < s.shift < 1000:
-            raise ValueError("slots, steps, size (a multiple of 16) and shift must be positive")
+        counts = s.slots, s.steps, s.text_steps, s.size
+        if min(counts) < 1 or max(counts) > 10_000 or s.size % 16 or not 0 < s.shift < 1000:
+            names = "slots, steps, size (a multiple of 16) and shift"
+            raise ValueError(f"{names} must be positive and not above 10000")
         if s.order not in ("sampled", "confident"):
             raise ValueError(f"order {s.order!r}")
+        check_text(s.sentence + s.negative, file)
     return s
 
 

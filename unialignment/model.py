@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import flow
 from checkpoints import check, fingerprint, load_mmdit, load_vae
 from prompts import check_drawing, crop_to, split_prompt, to_images, to_rgb, to_tensor
 from support import fast
-from support.cli import UserError
+from support.cli import UserError, check_finite, check_list
 from support.files import prompt_row
 from unialignment.folder import (
     Sampling,
@@ -86,7 +87,7 @@ class UniAlignment(nn.Module):
         """
         device, dtype = fast.device_and_dtype(device, dtype)
         place = Path(text_encoder)  # a tokenizer_3/ stands beside a text_encoder_3/
-        tokenizer = place.with_name(place.name.replace("text_encoder", "tokenizer"))
+        tokenizer = place.parent / place.name.replace("text_encoder", "tokenizer")
         tokenizer = load_tokenizer(tokenizer)
         mmdit = grow(load_mmdit(sd3, device), len(tokenizer))
         t5, vae = load_text_encoder(place, device, dtype), load_vae(sd3, device)
@@ -144,6 +145,7 @@ class UniAlignment(nn.Module):
         """Crop PIL images to size (width, height) and sample their latents (B, C, H, W)."""
         pixels = (to_tensor([crop_to(to_rgb(image), *size)]) for image in images)
         latents = [self.vae.encode(x.to(self.device), g) for x, g in zip(pixels, generators)]
+        check_finite(self, "the latent of an image (of the VAE)", *latents)
         return torch.cat(latents)
 
     @torch.inference_mode()
@@ -158,11 +160,13 @@ class UniAlignment(nn.Module):
         of 16; images are cropped to it. negative: the prompt that guidance moves away from. Image i
         depends on its prompt, its images and seed + i alone. Raises UserError for what cannot be drawn.
         """
+        check_list(prompts, str | list | tuple, "a list of prompts, one for each picture")
         sampling, images = self.sampling, images or [[]] * len(prompts)
+        check_list(images, list | tuple, "a list of PIL images for each prompt", len(prompts))
         prompts = [[p] if isinstance(p, str) else p for p in prompts]
-        prompts = [split_prompt([*p, *more]) for p, more in zip(prompts, images, strict=True)]
+        prompts = [split_prompt([*p, *more]) for p, more in zip(prompts, images)]
         texts, pictures = ([prompt[i] for prompt in prompts] for i in (0, 1))
-        if not texts or not all(text.strip() for text in texts):
+        if not all(text.strip() for text in texts):
             raise UserError("empty prompt: UniAlignment needs a text to draw")
         counts = sorted({len(row) for row in pictures})
         if len(counts) > 1:
@@ -180,6 +184,7 @@ class UniAlignment(nn.Module):
         sources = [source.repeat(copies, 1, 1, 1) for source in sources]
         negative = sampling.negative if negative is None else negative
         context = self.context(self.tokens(texts + [negative] * len(texts) * (copies - 1)))
+        check_finite(self, "the condition (of T5)", context)
 
         def velocity(z, t):
             v = self.draw(z.repeat(copies, 1, 1, 1), t, context, sources).float()
@@ -188,7 +193,9 @@ class UniAlignment(nn.Module):
         sigmas = flow.sigma_schedule(steps, sampling.shift)
         with fast.prepared(self.mmdit, sigmas[:-1].tolist()) as prepared:
             latent = flow.euler(prepared(velocity), noise.to(self.device), sigmas, progress)
-        return to_images(self.vae.decode(latent))
+        check_finite(self, "the latent (of the MM-DiT)", latent)
+        check_finite(self, "the picture (of the VAE)", picture := self.vae.decode(latent))
+        return to_images(picture)
 
     @torch.inference_mode()
     def answer(self, images, questions=None, steps=None, order=None, *, seed=0):
@@ -199,10 +206,11 @@ class UniAlignment(nn.Module):
         """
         sampling = self.sampling
         steps = sampling.text_steps if steps is None else steps
-        if not images or steps < 1:
-            raise UserError(f"{len(images)} images and {steps} steps: there must be at least 1")
-        if questions and len(questions) != len(images):
-            raise UserError(f"{len(questions)} questions to {len(images)} images")
+        check_list(images, Image.Image, "a list of PIL images")
+        if steps < 1:
+            raise UserError(f"steps must be at least 1, got {steps}")
+        if questions:
+            check_list(questions, str, "a list of questions, one for each image", len(images))
         if questions and not all(question.strip() for question in questions):
             raise UserError("empty question")
         rows = [self.tokens.about(question) for question in questions or [None] * len(images)]
@@ -212,11 +220,16 @@ class UniAlignment(nn.Module):
         slots, order = (sampling.slots, self.mmdit.text_head.out_features), order or sampling.order
 
         draws = (torch.stack([torch.rand(slots, generator=g) for g in generators]) for _ in count())
+        peaks = []
+
+        def logits(ids):
+            found = self.read(latent, self.context(ids))
+            peaks.append(found.abs().amax())  # NaN if one is NaN
+            return found
+
         with fast.prepared(self.mmdit, [0.0]):
-            ids = unmask(
-                lambda ids: self.read(latent, self.context(ids)),
-                ids, steps, order, draws, self.tokens.mask_id,
-            )  # fmt: skip
+            ids = unmask(logits, ids, steps, order, draws, self.tokens.mask_id)
+        check_finite(self, "the logits (of T5 and MM-DiT)", *peaks)
         return [self.tokens.text(row[new]) for row, new in zip(ids, hidden)]
 
     def start_training(self):

@@ -13,9 +13,13 @@ from functools import partial
 if not __package__:
     sys.exit("error: start this program as python -m unialignment.sample")
 
-from prompts import read_image
-from sample import add_options, draw, load, read_prompts, writable
-from support.cli import Parser, UserError, one_line_errors, whole_number
+from support.cli import Parser, UserError, one_line_errors, starting, whole_number
+
+if __name__ == "__main__":
+    starting()
+
+from prompts import check_text, read_image
+from sample import add_options, draw, load, output_files, read_prompts
 from unialignment.model import MINI, UniAlignment
 
 TASKS = {
@@ -48,6 +52,7 @@ def parse(arguments=None):
     for name in READING if args.task == "draw" else DRAWING:
         if getattr(args, name) != parser.get_default(name):
             raise UserError(f"--{name} has no effect with --task {args.task}")
+    check_text("".join([*args.prompt, args.negative or ""]))
     return args
 
 
@@ -75,11 +80,12 @@ def main(arguments=None):
         return
     if not all(text.strip() for text in args.prompt or [""]):
         raise UserError("empty prompt: UniAlignment needs a text to draw")
-    prompts, out = read_prompts(args, implied=True), writable(args.out)
+    prompts = read_prompts(args, implied=True)
+    files = output_files(args.out, len(prompts) * args.num)
     engine = load(args, load_engine)
     args.guidance = engine.guidance if args.guidance is None else args.guidance
     args.steps = args.steps or engine.sampling.steps
-    draw(args, engine, prompts, out, negative=args.negative)
+    draw(args, engine, prompts, files, negative=args.negative)
 
 
 if __name__ == "__main__":

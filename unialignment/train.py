@@ -15,12 +15,16 @@ from pathlib import Path
 if not __package__:
     sys.exit("error: start this program as python -m unialignment.train")
 
+from support.cli import Parser, one_line_errors, starting, whole_number
+
+if __name__ == "__main__":
+    starting()
+
 import torch
 
 import train
 from dream_engine import MINI, SD3
 from lmm import load_lmm
-from support.cli import Parser, one_line_errors, whole_number
 from support.fast import device_and_dtype
 from support.options import add_options, complete, refuse, shares
 from unialignment.examples import PairedMicrobatches

@@ -80,12 +80,13 @@ RULES = checkpoints.key_map("""
     text_adapter.*                    siglip_adapter_text.fc.*
 """)
 RULES += checkpoints.MMDIT_DIFFUSERS
+MARKS = ("text_proj_out.", "image_proj_out.", "null_image_embd")  # SD3 has none of these
 
 
 def load_transformer(path, device="cpu", dtype=torch.float32):
     """Load a published transformer/, or a single file; UserError if it holds no Transformer."""
     stated = checkpoints.read_config(path)
-    kind, layouts = "transformer of UniAlignment", {"text_proj_out.weight": RULES}
+    kind, layouts = "transformer of UniAlignment", dict.fromkeys(MARKS, RULES)
     part = checkpoints.find_part(checkpoints.read_tensors(path), path, kind, ("",), layouts)
     aligned = None
     if part.shape("image_adapter.0.weight"):
