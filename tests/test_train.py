@@ -364,7 +364,9 @@ def test_a_dead_rank_ends_the_run_with_a_clear_line(start):
 def test_a_bad_line_counts_once_however_many_processes_skip_it(bad, code, start):
     """Each microbatch is an epoch, so that both processes meet every bad line."""
     Image.new("RGB", (48, 48), "red").save("a.png")
-    lines = [{"task": "t2i", "prompt": "red", "target": f"{x}.png"} for x in "abcdefghijkl"[: 1 + bad]]
+    lines = [
+        {"task": "t2i", "prompt": "red", "target": f"{x}.png"} for x in "abcdefghijkl"[: 1 + bad]
+    ]
     Path("a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     more = ["--data", "a.jsonl", "--tasks", "t2i=1", "--batch", str(len(lines))]
     for rank, process in enumerate(launch(start, *arguments(1, 2, "run", *more))):
