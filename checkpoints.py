@@ -16,10 +16,22 @@ import torch
 from safetensors import safe_open
 
 from mmdit import AdaLN, MMDiT, MMDiTConfig
-from support import formats
 from support.cli import UserError, reading
-from support.formats import SUFFIXES, part_folder
 from vae import SCALE, SHIFT, VAE, VAEConfig
+
+SUFFIXES = (".safetensors", ".bin", ".gguf")  # of weights, in order of preference
+WRAPPERS = r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+NO_WEIGHTS = {  # first bytes of a file: what it is, and what would be right
+    rb"GGUF": "a GGUF file, quantised for llama.cpp; expected the model's .safetensors",
+    rb"version https://git-lfs": "a Git LFS pointer; run `git lfs pull` to get the weights",
+    rb"(?i)\s*<(!doctype|html|\?xml)": "a web page; download the weights again, logged in if need be",
+}
+FOREIGN = {  # in a tensor's name: what the file holds
+    r"[._](scale_weight|weight_scale(_2)?|weight_packed|comfy_quant)$|scaled_fp8$": "scaled fp8",
+    r"\.(qweight|qzeros|wscales)$": "weights quantised by AWQ or GPTQ",
+    r"\.(absmax|quant_map|SCB)$|\.quant_state\.": "weights quantised by bitsandbytes",
+    r"(^|[._])(lora_|lokr_|loha_|hada_)|[._]lora\.": "a LoRA of another program",
+}
 
 
 def read_tensors(path):
@@ -35,7 +47,7 @@ def read_tensors(path):
     tensors = {}
     for file in _files(path):
         for name, x in _read_file(file).items():
-            name = re.sub(formats.WRAPPERS, "", name)
+            name = re.sub(WRAPPERS, "", name)
             if name in tensors:
                 raise UserError(f"{path}: {name} is stored twice, again in {file.name}")
             tensors[name] = x
@@ -68,13 +80,19 @@ def _files(path):
 
 
 def _read_file(file):
-    zipped = formats.first_bytes(file).startswith(b"PK")  # as torch.save writes since 1.6
+    with reading(file, "weights"), open(file, "rb") as stream:
+        head = stream.read(64)
+    for pattern, kind in NO_WEIGHTS.items():
+        if re.match(pattern, head):
+            raise UserError(f"{file}: is {kind}")
     if file.suffix == ".safetensors":
         with reading(file, "a whole .safetensors file"), safe_open(file, framework="pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     with reading(file, "a checkpoint; a pickle may hold tensors only, by name"):
+        zipped = head.startswith(b"PK")  # as torch.save writes since 1.6
         tensors = torch.load(file, map_location="cpu", mmap=zipped, weights_only=True)
-        tensors = formats.innermost(tensors)
+        for key in ("state_dict", "model", "module"):  # where training programs store the tensors
+            tensors = x if isinstance(x := tensors.get(key), dict) else tensors
         for name, x in tensors.items():
             if not isinstance(name, str) or x.layout != torch.strided or x.is_meta:
                 raise TypeError(f"{name!r} is not the name of a plain tensor")
@@ -89,12 +107,48 @@ def metadata(file):
 
 def read_json(file, text=None):
     """Read the JSON object in a file, or in text, which was read from that file."""
-    hook = formats.check_settings if Path(file).name.endswith("config.json") else None
+    hook = check_settings if Path(file).name.endswith("config.json") else None
     with reading(file, "a JSON object"):
         text = Path(file).read_text(encoding="utf-8-sig") if text is None else text
         if not isinstance(value := json.loads(text, object_hook=hook), dict):
             raise TypeError(f"got a {type(value).__name__}")
     return value
+
+
+def check_settings(config):
+    """Return a config; ValueError for a value that would make a library hang or fail later."""
+    for name, x in config.items():
+        is_list = name in ("num_hidden_layers", "num_layers", "depth", "num_labels", "extra_ids")
+        if type(x) in (int, float) and not abs(x) < (10_000 if is_list else 1e300):
+            raise ValueError(f"{name!r} cannot be {x!r:.40}")
+    return config
+
+
+def check_folder(folder, kind):
+    """Check each *config.json of a model's folder, before a library reads it; UserError if damaged."""
+    if Path(folder).is_file():
+        inside = "its config.json, weights and tokenizer"
+        raise UserError(f"{folder}: is one file; expected the folder of a {kind}, with {inside}")
+    for file in sorted(Path(folder).glob("*config.json")):
+        read_json(file)
+
+
+def part_folder(path, name):
+    """A part of a diffusers folder, path/name; or path itself, if that holds the part's weights."""
+    path, inner = Path(path), Path(path, name)
+    if inner.is_dir():
+        return inner
+    if path.is_dir() and not any(file.suffix in SUFFIXES for file in path.iterdir()):
+        raise FileNotFoundError(f"{path}: has no {name}/, and no .safetensors or .bin file")
+    return path
+
+
+def refuse_foreign(names, source):
+    """Raise UserError if names of tensors are those of quantised weights or of a LoRA."""
+    for pattern, kind in FOREIGN.items():
+        if name := next((k for k in names if re.search(pattern, k)), None):
+            right = "expected a whole model in fp32, fp16, bf16 or plain fp8"
+            raise UserError(f"{source}: holds {kind} ({name}); {right}")
 
 
 def read_config(folder):
@@ -168,7 +222,7 @@ class Part:
 
 def find_part(tensors, source, kind, prefixes, layouts):
     """Return the Part with the first prefix and the first of {mark: rules} that begin a name."""
-    formats.refuse_foreign(tensors, source)
+    refuse_foreign(tensors, source)
     for prefix in prefixes:
         for mark, rules in layouts.items():
             if any(name.startswith(prefix + mark) for name in tensors):

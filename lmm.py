@@ -16,10 +16,9 @@ from torch import nn
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from checkpoints import build, compare, find_part, key_map, read_json, read_tensors
+from checkpoints import build, check_folder, compare, find_part, key_map, read_json, read_tensors
 from prompts import to_rgb
 from support.cli import UserError, reading
-from support.formats import check_folder
 
 VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 PLAIN = {"split_special_tokens": True, "add_special_tokens": False}  # encode all text as text

@@ -273,9 +273,12 @@ class MMDiT(nn.Module):
         table = rearrange(self.pos_embed, "1 (h w) D -> h w D", h=side)
         return rearrange(table[top : top + h, left : left + w], "h w D -> 1 (h w) D")
 
-    def run_blocks(self, txt, img, c, mask=None):
-        """All blocks: txt (B, L, D), img (B, n, D), c (B, D) -> txt (None unless text_out), img."""
-        for block in self.joint_blocks:
+    def run_blocks(self, txt, img, c, mask=None, start=0, stop=None):
+        """Blocks start to stop: txt (B, L, D), img (B, n, D), c (B, D) -> txt, img.
+
+        The last block returns None for txt unless config.text_out.
+        """
+        for block in self.joint_blocks[start:stop]:
             if self.checkpointing and torch.is_grad_enabled():
                 txt, img = checkpoint(block, txt, img, c, mask, use_reentrant=False)
             else:

@@ -2,15 +2,20 @@
 
 import re
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
 
 from support.cli import UserError, reading
-from support.formats import FORMATS, SIDEWAYS, to_rgb, upright
+
+# Usual pictures alone: Pillow would hand EPS to Ghostscript
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+Image.MAX_IMAGE_PIXELS = 2**28  # photographs of 200 megapixels pass
+PngImagePlugin.MAX_TEXT_CHUNK = 2**24  # bytes
 
 
 def read_image(path):
@@ -19,15 +24,63 @@ def read_image(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")
     strict = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
-    expected = f"a whole PNG, JPEG or similar file, one of {', '.join(FORMATS)}"
+    expected = f"a whole file in one of the formats {', '.join(FORMATS)}"
     with reading(path, expected), strict, Image.open(path, formats=FORMATS) as image:
         return to_rgb(image)
 
 
 def upright_size(image):
     """(width, height) of a PIL image after its EXIF orientation is applied."""
-    sideways = image.format != "TIFF" and upright(image) in SIDEWAYS  # Pillow turns a TIFF's size
-    return image.size[::-1] if sideways else image.size
+    try:
+        sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # noqa: BLE001 - Pillow raises anything on damaged EXIF data
+        sideways = False
+    return image.size[::-1] if sideways and image.format != "TIFF" else image.size
+
+
+def to_rgb(image):
+    """Convert a PIL image to 8-bit sRGB: EXIF orientation applied, transparency over white.
+
+    Raises ValueError if it has levels that are not finite.
+    """
+    image.load()
+    profile, is_full = image.info.get("icc_profile"), image.format == "PPM" or ";" in image.mode
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # noqa: BLE001 - Pillow raises anything on damaged EXIF data
+        image = image.copy()
+    if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip levels at 255
+        levels = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(levels).all():
+            raise ValueError("it has levels that are NaN or infinite")
+        # 16 bits use their whole range; that of 32 bits is guessed
+        top = next((top for top in (1, 255) if levels.max() <= top and not is_full), 65535)
+        image = Image.fromarray((levels / top * 255).clip(0, 255).round().astype(np.uint8))
+    mode, alpha = {"L": "L", "C": "CMYK"}.get(image.getbands()[0], "RGB"), None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    if profile:
+        image = to_srgb(image.convert(mode), profile)
+    image = image.convert("RGB")
+    if alpha:
+        image.putalpha(alpha)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image.info = {}  # neither profile nor orientation applies any more
+    return image
+
+
+def to_srgb(image, profile):
+    """Convert a PIL image to sRGB by its ICC profile; one that is damaged is ignored, as in browsers."""
+    try:
+        target = ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, BytesIO(profile), target, outputMode="RGB")
+    except (OSError, ValueError, TypeError, ImageCms.PyCMSError):
+        return image
+    if image.mode != "RGB":
+        return converted
+    moved = ImageChops.difference(converted, image).getextrema()
+    return converted if max(high for _, high in moved) > 2 else image  # 2: rounding within sRGB
 
 
 def crop_to(image, width, height):

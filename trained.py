@@ -7,9 +7,17 @@ from pathlib import Path
 import torch
 
 from adapter import Adapter
-from checkpoints import Part, build, key_map, metadata, read_json, read_tensors
+from checkpoints import (
+    Part,
+    build,
+    key_map,
+    metadata,
+    part_folder,
+    read_json,
+    read_tensors,
+    refuse_foreign,
+)
 from support.cli import UserError, reading
-from support.formats import part_folder, refuse_foreign
 
 
 @dataclass

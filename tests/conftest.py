@@ -13,6 +13,15 @@ from dream_engine import DreamEngine
 torch.set_num_threads(1)  # test processes run side by side
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="pretend", help="where test_device.py runs: cuda, ...")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return request.config.getoption("--device")
+
+
 @pytest.fixture(scope="session")
 def answers():
     return load_file(GOLDEN / "golden.safetensors")

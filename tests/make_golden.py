@@ -10,6 +10,7 @@ golden.json holds names and shapes of all weights, golden.safetensors the answer
   official/CASE                 velocities of DreamEngine as its authors run it
 unialignment.json and unialignment.safetensors hold the same for UniAlignment, built of its authors'
 description from blocks of diffusers and T5 of transformers.
+operations.json holds how many operations a guided sampling step of diffusers takes; see `operations`.
 Inputs are tensors of tiny.py as well, named in the code of the tests.
 """
 
@@ -47,8 +48,10 @@ from cases import (
     drift,
     t5_tokenizer,
 )  # fmt: skip
+from operations import LATENT, TOKENS, Operations, on_meta
 from tiny import GOLDEN, tensor, tensors, uniform
 
+from mmdit import FAMILIES as PUBLISHED
 from mmdit import MMDiT, MMDiTConfig
 from vae import VAE, VAEConfig
 
@@ -419,6 +422,41 @@ def text(model, t5, answers):
     answers["text"] = log_p(x).argmax(-1)
 
 
+@torch.inference_mode()
+def operations():
+    """{family: operations} of one guided step at the sizes of SD3.5, on the meta device in bf16.
+
+    Counted as operations.py says, and so is ours in test_device.py: both branches of guidance as one
+    batch through the transformer, the guided velocity, and Euler's step on a latent in fp32.
+    """
+    counts = {}
+    for family in ("SD3.5-medium", "SD3.5-large"):
+        config = PUBLISHED[family]
+        with torch.device("meta"):
+            reference = SD3Transformer2DModel(
+                sample_size=LATENT[1],
+                num_layers=config.depth,
+                attention_head_dim=config.head_dim,
+                num_attention_heads=config.width // config.head_dim,
+                joint_attention_dim=config.context_dim,
+                caption_projection_dim=config.width,
+                pooled_projection_dim=config.pooled_dim,
+                pos_embed_max_size=config.positions,
+                qk_norm="rms_norm",
+                dual_attention_layers=config.dual,
+            )
+        reference = reference.to(torch.bfloat16).eval()
+        latent, t = on_meta(1, *LATENT).float(), on_meta(2).float()
+        context, pooled = on_meta(2, TOKENS, config.context_dim), on_meta(2, config.pooled_dim)
+        with Operations() as counter:
+            batch = latent.to(torch.bfloat16).repeat(2, 1, 1, 1)
+            velocity = reference(batch, context, pooled, t, return_dict=False)[0].float()
+            cond, null = velocity.chunk(2)
+            latent = latent + 0.1 * (null + 4.5 * (cond - null))
+        counts[family] = counter.count
+    return counts
+
+
 def write(name, names, answers):
     answers = {k: v.float().contiguous() for k, v in answers.items()}
     save_file(answers, GOLDEN / f"{name}.safetensors")
@@ -436,3 +474,4 @@ if __name__ == "__main__":
             for make in makers:
                 make(names, answers)
         write(name, names, answers)
+    (GOLDEN / "operations.json").write_text(json.dumps(operations()) + "\n")

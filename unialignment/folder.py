@@ -14,8 +14,7 @@ import checkpoints
 from prompts import check_text
 from support.cli import UserError, reading
 from support.files import whole, write_json
-from support.formats import check_folder, part_folder
-from unialignment.transformer import RULES, load_transformer
+from unialignment.transformer import RULES, grow, load_transformer
 
 PARTS = {  # of a pipeline folder, and their names in a folder of SD3-medium
     "vae": "vae",
@@ -41,7 +40,7 @@ def load_pipeline(folder, sd3=None, device="cpu", dtype=torch.float32):
     places = {name: find_folder(folder, sd3, name) for name in PARTS}
     sampling = read_sampling(places["scheduler"])
     tokenizer = load_tokenizer(places["tokenizer"])
-    transformer = load_transformer(part_folder(folder, "transformer"), device, dtype)
+    transformer = load_transformer(checkpoints.part_folder(folder, "transformer"), device, dtype)
     vae = checkpoints.load_vae(places["vae"], device)
     text_encoder = load_text_encoder(places["text_encoder"], device, dtype)
     for file in sorted(folder.glob("mask_token_emb*.pth")):
@@ -51,9 +50,24 @@ def load_pipeline(folder, sd3=None, device="cpu", dtype=torch.float32):
     return transformer, text_encoder, tokenizer, vae, sampling
 
 
+def new_pipeline(sd3, text_encoder, device, dtype, *, slots=256, size=512, sentence=""):
+    """The same parts before training, from SD3 and T5; new weights come from torch's generator.
+
+    sd3: single file or diffusers folder; text_encoder: the folder of the T5 that sd3 was trained with,
+    its tokenizer inside or beside it.
+    """
+    place = Path(text_encoder)  # a tokenizer_3/ stands beside a text_encoder_3/
+    tokenizer = load_tokenizer(place.parent / place.name.replace("text_encoder", "tokenizer"))
+    transformer = grow(checkpoints.load_mmdit(sd3, device), len(tokenizer))
+    size, texts = min(size, transformer.config.largest), {"negative": "", "sentence": sentence}
+    sampling = Sampling(slots, size, text_steps=min(slots, 64), order="confident", **texts)
+    t5, vae = load_text_encoder(place, device, dtype), checkpoints.load_vae(sd3, device)
+    return transformer, t5, tokenizer, vae, sampling
+
+
 def load_text_encoder(folder, device="cpu", dtype=torch.float32):
     """Load the encoder of a T5, in bfloat16 instead of float16, in which its states overflow."""
-    check_folder(folder, "T5 encoder")
+    checkpoints.check_folder(folder, "T5 encoder")
     with reading(folder, "the folder of a T5 encoder"):
         config = T5Config.from_dict(checkpoints.read_json(Path(folder, "config.json")))
         far = config.relative_attention_max_distance  # no tensor shape shows this
@@ -76,7 +90,7 @@ def load_text_encoder(folder, device="cpu", dtype=torch.float32):
 
 def load_tokenizer(folder):
     """Load the tokenizer of a T5; UserError if it has no MASK."""
-    check_folder(folder, "T5 encoder")
+    checkpoints.check_folder(folder, "T5 encoder")
     with reading(folder, f"a T5 tokenizer with {MASK}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         tokenizer.get_vocab()[MASK], tokenizer.eos_token_id + 0

@@ -13,7 +13,6 @@ losses in fp32.
 Letters: B batch, L text slots, N image tokens, D width, V vocabulary, C channels, M the teacher's width.
 """
 
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -23,23 +22,15 @@ from PIL import Image
 from torch import nn
 
 import flow
-from checkpoints import check, fingerprint, load_mmdit, load_vae
+from checkpoints import check, fingerprint
 from prompts import check_drawing, crop_to, split_prompt, to_images, to_rgb, to_tensor
 from support import fast
 from support.cli import UserError, check_finite, check_list
 from support.files import prompt_row
-from unialignment.folder import (
-    Sampling,
-    Tokens,
-    load_pipeline,
-    load_text_encoder,
-    load_tokenizer,
-    save_frozen,
-    save_transformer,
-)
+from unialignment.folder import Tokens, load_pipeline, new_pipeline, save_frozen, save_transformer
 from unialignment.masked import loss as text_loss
 from unialignment.masked import unmask
-from unialignment.transformer import grow, load_transformer
+from unialignment.transformer import load_transformer
 
 MINI = Path(__file__).parent.parent / "weights" / "mini" / "unialignment"
 LOSSES = {"velocity": 1.0, "text": 0.2, "csa": 0.05, "isa": 0.1}  # published weights
@@ -62,8 +53,7 @@ class UniAlignment(nn.Module):
         ):
             if found != expected:
                 raise UserError(f"{found} {what}: this transformer was trained with {expected}")
-        if entries > text_encoder.config.vocab_size:
-            known = text_encoder.config.vocab_size
+        if entries > (known := text_encoder.config.vocab_size):
             raise UserError(f"a tokenizer of {entries} entries: T5 has embeddings of {known}")
         self.tokens = Tokens(tokenizer, sampling.slots, sampling.sentence)
         self.guidance = sampling.guidance
@@ -78,23 +68,13 @@ class UniAlignment(nn.Module):
         return cls(*parts).requires_grad_(False).eval()
 
     @classmethod
-    def start(cls, sd3, text_encoder, device=None, dtype=None, *, slots=256, size=512, sentence=""):
+    def start(cls, sd3, text_encoder, device=None, dtype=None, **texts):
         """SD3 and T5 before training: it draws what SD3 draws with a vec of zero, and cannot read yet.
 
-        sd3: single file or diffusers folder; text_encoder: the folder of the T5 that sd3 was trained
-        with, its tokenizer inside or beside it. The MM-DiT is fp32; new weights come from torch's
-        global generator.
+        The MM-DiT is fp32; see `folder.new_pipeline`.
         """
-        device, dtype = fast.device_and_dtype(device, dtype)
-        place = Path(text_encoder)  # a tokenizer_3/ stands beside a text_encoder_3/
-        tokenizer = place.parent / place.name.replace("text_encoder", "tokenizer")
-        tokenizer = load_tokenizer(tokenizer)
-        mmdit = grow(load_mmdit(sd3, device), len(tokenizer))
-        t5, vae = load_text_encoder(place, device, dtype), load_vae(sd3, device)
-        size = min(size, mmdit.config.largest)
-        texts = {"text_steps": min(slots, 64), "order": "confident", "sentence": sentence}
-        sampling = Sampling(slots, size, negative="", **texts)
-        return cls(mmdit, t5, tokenizer, vae, sampling).requires_grad_(False).eval()
+        parts = new_pipeline(sd3, text_encoder, *fast.device_and_dtype(device, dtype), **texts)
+        return cls(*parts).requires_grad_(False).eval()
 
     @property
     def device(self):
@@ -114,32 +94,31 @@ class UniAlignment(nn.Module):
         """Predict the velocity (B, C, H, W) at a noisy latent (B, C, H, W); t (B,) or a number.
 
         sources: clean latents of the same shape: one to edit, several to compose. With features=k,
-        also returns the final image features and the image tokens after block k, from 1: (B, N, D).
+        also the final image features and the image tokens after block k, from 1: (B, N, D).
         """
         mmdit = self.mmdit
         c = mmdit.embed_time(t, len(latent))
         img = [mmdit.embed_image(x.to(mmdit.pos_embed.dtype)) for x in (latent, *sources)]
         n = img[0].shape[1]  # the tokens of the target come first
-        with tokens_after(mmdit, features) as middle:
-            _, img = mmdit.run_blocks(context, torch.cat(img, dim=1), c)
+        middle = mmdit.run_blocks(context, torch.cat(img, dim=1), c, stop=features or 0)
+        _, img = mmdit.run_blocks(*middle, c, start=features or 0)
         final = mmdit.final_layer.features(img[:, :n], c)
         velocity = mmdit.unpatch(mmdit.final_layer.linear(final), latent)
-        return (velocity, final, middle[0][1][:, :n]) if features else velocity
+        return (velocity, final, middle[1][:, :n]) if features else velocity
 
     def read(self, latent, context, features=None):
         """Predict logits (B, L, V) of a text about a clean latent (B, C, H, W), from a masked context.
 
-        With features=k, also returns the final text features and the text tokens after block k, from 1:
-        (B, L, D).
+        With features=k, also the final text features and the text tokens after block k: (B, L, D).
         """
         mmdit = self.mmdit
         img = mmdit.embed_image(latent.to(mmdit.pos_embed.dtype))
         c = mmdit.embed_time(0.0, len(latent))
-        with tokens_after(mmdit, features) as middle:
-            txt, _ = mmdit.run_blocks(context, img, c)
+        middle = mmdit.run_blocks(context, img, c, stop=features or 0)
+        txt, _ = mmdit.run_blocks(*middle, c, start=features or 0)
         final = F.layer_norm(txt, txt.shape[-1:], eps=1e-6)
         logits = mmdit.text_head(final)
-        return (logits, final, middle[0][0]) if features else logits
+        return (logits, final, middle[0]) if features else logits
 
     def encode(self, images, size, generators):
         """Crop PIL images to size (width, height) and sample their latents (B, C, H, W)."""
@@ -220,16 +199,14 @@ class UniAlignment(nn.Module):
         slots, order = (sampling.slots, self.mmdit.text_head.out_features), order or sampling.order
 
         draws = (torch.stack([torch.rand(slots, generator=g) for g in generators]) for _ in count())
-        peaks = []
 
         def logits(ids):
             found = self.read(latent, self.context(ids))
-            peaks.append(found.abs().amax())  # NaN if one is NaN
+            check_finite(self, "the logits (of T5 and MM-DiT)", found)
             return found
 
         with fast.prepared(self.mmdit, [0.0]):
             ids = unmask(logits, ids, steps, order, draws, self.tokens.mask_id)
-        check_finite(self, "the logits (of T5 and MM-DiT)", *peaks)
         return [self.tokens.text(row[new]) for row, new in zip(ids, hidden)]
 
     def start_training(self):
@@ -282,9 +259,8 @@ class UniAlignment(nn.Module):
             x = lmm.language_model.embed_tokens(batch.ids)
             features = lmm.visual(batch.patches.to(x.dtype), batch.grids).pooler_output
         x[batch.image_mask] = features
-        words = (
-            torch.arange(x.shape[1], device=x.device) < first[:, None] - 1
-        )  # the picture follows them
+        # The words come first, then the start of the picture
+        words = torch.arange(x.shape[1], device=x.device) < first[:, None] - 1
         masks = batch.image_mask[..., None], words[..., None]
         return [(x * mask).sum(1) / mask.sum(1) for mask in masks]
 
@@ -332,20 +308,6 @@ class UniAlignment(nn.Module):
         saved = load_transformer(folder, self.device).state_dict()
         check(saved, self.mmdit.state_dict(), folder)
         self.mmdit.load_state_dict(saved)
-
-
-@contextmanager
-def tokens_after(mmdit, k=None):
-    """Collect (text tokens, image tokens) after block k, from 1, of each forward; None: nothing."""
-    found, blocks = [], [mmdit.joint_blocks[k - 1]] if k else []
-    hooks = [
-        b.register_forward_hook(lambda _, inputs, outputs: found.append(outputs)) for b in blocks
-    ]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def contrast(image, text, ids=None, temperature=0.07):
