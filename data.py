@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-from support.cli import UserError, reading
+from support.cli import UserError, printable, reading
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from lmm import Batch
 from prompts import apply_task, crop_to, read_image, reference_prompt, to_tensor, upright_size
+from support.files import LONGEST_LINE, find_file, read_lines
 
 FIELDS = {  # of a line of each task, besides "task"
     "t2i": ("target", "prompt"),
@@ -42,7 +43,6 @@ FIELDS = {  # of a line of each task, besides "task"
     "answer": ("image", "question", "answer"),
 }
 LONGEST = 4000  # characters of a text
-LONGEST_LINE = 2**20  # bytes
 
 
 def parse_record(line):
@@ -58,12 +58,18 @@ def parse_record(line):
         if name == "segments":
             with reading('"segments"', "a list of [text, [[x1, y1, x2, y2], ...]]"):
                 boxes = [box for _, inside in text for box in inside]
-                if not all(0 <= a < c <= 1000 and 0 <= b < d <= 1000 for a, b, c, d in boxes):
+                kinds = {type(x) for box in boxes for x in box} | {type(x) for _, x in text}
+                right = (0 <= a < c <= 1000 and 0 <= b < d <= 1000 for a, b, c, d in boxes)
+                if not (kinds <= {list, int, float} and all(right)):
                     raise ValueError("a box that is not x1 < x2, y1 < y2 within 0 to 1000")
                 name, text = "text of segments", "".join(words for words, _ in text)
         halves = isinstance(text, str) and re.search("[\ud800-\udfff]", text)  # lone surrogates
         if not isinstance(text, str) or halves or not text.strip() or len(text) > LONGEST:
             raise UserError(f'"{name}" must be a text of 1 to {LONGEST} characters')
+    size = record.get("size")
+    right = isinstance(size, list) and [type(x) in (int, float) and 1 <= x < 1e9 for x in size]
+    if size is not None and right != [True, True]:
+        raise UserError('"size" must be [width, height] in pixels')
     return record
 
 
@@ -80,17 +86,16 @@ class Manifest:
         if not self.file.is_file():
             raise FileNotFoundError(f"{file}: no such manifest")
         rows, starts, crc, self.bad_lines = {task: [] for task in FIELDS}, [0], 0, {}
-        with self.file.open("rb") as stream:
-            for row, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), b""), 1):
-                if len(line) == LONGEST_LINE:
-                    raise UserError(f"{file}:{row}: over {LONGEST_LINE:,} bytes; expected JSONL")
-                try:
-                    if line.strip():
-                        rows[parse_record(line)["task"]].append(row)
-                except UserError as error:
-                    self.bad_lines[row] = str(error)
-                starts.append(stream.tell())
-                crc = zlib.crc32(line, crc)
+        for row, line in read_lines(file):
+            if len(line) == LONGEST_LINE:
+                raise UserError(f"{file}:{row}: over {LONGEST_LINE:,} bytes; expected JSONL")
+            try:
+                if line.strip():
+                    rows[parse_record(line)["task"]].append(row)
+            except UserError as error:
+                self.bad_lines[row] = str(error)
+            starts.append(starts[-1] + len(line))
+            crc = zlib.crc32(line, crc)
         self.starts = np.array(starts)
         self.by_task = {task: np.array(numbers, int) for task, numbers in rows.items()}
         self.total = sum(map(len, rows.values())) + len(self.bad_lines)
@@ -111,7 +116,7 @@ class Manifest:
         """The example in a row, for a task, with its images; rng: for sources that draw images."""
         record = self.line(row) | {"task": task}
         for name in {"source", "target", "image"} & {*FIELDS[task]}:
-            record[name] = read_image(self.file.parent / record[name])
+            record[name] = read_image(find_file(self.file.parent, record[name]))
         return record
 
     def ratio(self, row):
@@ -119,7 +124,8 @@ class Manifest:
         try:
             record = self.line(row)
             if not (size := record.get("size")):
-                with Image.open(self.file.parent / record[FIELDS[record["task"]][0]]) as image:
+                name = record[FIELDS[record["task"]][0]]
+                with Image.open(find_file(self.file.parent, name)) as image:
                     size = upright_size(image)
             return min(max(size[0] / size[1], 0.01), 100)
         except Exception:  # noqa: BLE001 - `record` will say what is wrong
@@ -307,8 +313,7 @@ class BadLines(dict):
     def __init__(self, sources):
         for source, _ in sources:
             self |= {f"{source.name}:{row}": why for row, why in source.bad_lines.items()}
-        self.scanned = len(self)
-        self.allowed = max(1, sum(source.total for source, _ in sources) / 100)
+        self.scanned, self.allowed = len(self), sum(source.total for source, _ in sources) / 100
         self.check(0, 0)
 
     @property
@@ -325,11 +330,11 @@ class BadLines(dict):
 
     def report(self, lines=None):
         for place, reason in (self if lines is None else lines).items():
-            tqdm.write(f"skipped {place}: {reason}", file=sys.stderr)
+            tqdm.write(printable(f"skipped {place}: {reason}"), file=sys.stderr)
 
     def check(self, found, examples):
         """Raise UserError if over 1 % of all lines are bad, or of all examples read in training."""
         bad = self.scanned + found
-        if bad > self.allowed or found > max(10, examples / 100):
+        if bad > max(10, self.allowed) or found > max(10, examples / 100):
             lines = "; ".join(f"{place}: {why}" for place, why in self.items())
             raise UserError(f"{bad:.0f} bad lines are over 1 %: {lines[:600]}")

@@ -2,7 +2,7 @@
 
     python train.py --stage 1     # the adapter alone: text -> image and image -> image
     python train.py --stage 2     # the adapter, and LoRA on the MM-DiT: also editing and objects
-    torchrun --nproc-per-node 8 train.py --stage 2 --data edits.jsonl --sd3 ... --lmm ...
+    torchrun --nproc-per-node 8 train.py --stage 1 --data photos.jsonl --sd3 ... --lmm ...
 
 Without --data the miniature trains on rendered scenes. LMM, MM-DiT and VAE stay frozen, in bf16 on a
 GPU; trainable parameters are fp32. --out receives metrics, pictures, and checkpoints from which

@@ -329,6 +329,8 @@ def main(arguments=None):
         raise UserError(f"unknown row {unknown.pop()!r}: expected some of {expected}, or guidance")
     if args.run and not Path(args.run, "minutes.txt").is_file():
         raise UserError(f"--run {args.run}: expected a folder of speedrun.sh, with a minutes.txt")
+    DreamEngine.load(SD3, LMM, args.checkpoint, args.device)  # fails now, not after minutes
+    unified.load(args)
     args.out.mkdir(parents=True, exist_ok=True)
     guidance = "each checkpoint's own" if args.guidance is None else args.guidance
     settings = {"checkpoint": args.checkpoint.name, "guidance": guidance, "r": args.blend}

@@ -72,6 +72,11 @@ def whole_number(low, high=10**9):
     return number(low, high, int)
 
 
+def printable(text):
+    """A text as one line, with ? for each character that a terminal would not show."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+
+
 @contextmanager
 def reading(file, expected=None):
     """Run code that parses a user's file or builds a module from it; any fault becomes a UserError.
@@ -140,8 +145,7 @@ def one_line_errors():
         message = f"too little memory; {smaller}"
     else:
         return
-    message = "".join(c if c.isprintable() else "?" for c in message)
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(2)
 
 

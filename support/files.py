@@ -1,9 +1,11 @@
-"""Files that are written whole or not at all, sheets of pictures, tables."""
+"""Files: found, read by lines, written whole or not at all. Also sheets of pictures, and tables."""
 
 import json
 import math
 import os
+import re
 import textwrap
+import unicodedata
 from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
@@ -12,6 +14,8 @@ from support.cli import UserError, message_of
 
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
+
+LONGEST_LINE = 2**20  # bytes of a line of a JSONL file
 
 
 @contextmanager
@@ -121,3 +125,29 @@ def prompt_row(task, prompt, target):
     pictures = [part for part in prompt if not isinstance(part, str)]
     text = "".join(part if isinstance(part, str) else " [image] " for part in prompt)
     return [*pictures, target], f"{task}: {text.strip()}"
+
+
+# ---- finding and reading ------------------------------------------------------------------------
+
+
+def find_file(folder, name):
+    """The picture of a name in a folder, also with \\ for /, or in Unicode's other normal form."""
+    slashes = name.replace("\\", "/")
+    names = name, *(unicodedata.normalize(form, slashes) for form in ("NFC", "NFD"))
+    if file := next((f for x in names if os.path.isfile(f := Path(folder, x))), None):
+        return file
+    raise FileNotFoundError(f"{Path(folder, name)}: no such image file")
+
+
+def read_lines(file, longest=LONGEST_LINE):
+    """Yield (number, bytes) of the lines of a JSONL file, from 1; longer lines come in pieces."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    with open(file, "rb") as stream:
+        start = stream.read(1000)
+        if re.match(rb"\xff\xfe|\xfe\xff|\0[^\0]|[^\0]\0", start):
+            raise UserError(f"{file}: is UTF-16; save as UTF-8")
+        if re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", start):
+            raise UserError(f"{file}: is one JSON array; expected one object a line")
+        stream.seek(0)
+        yield from enumerate(iter(lambda: stream.readline(longest), b""), 1)

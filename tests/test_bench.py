@@ -108,3 +108,10 @@ def test_a_user_error_is_one_line(arguments, content, message, file, capsys):
     with pytest.raises(SystemExit), one_line_errors():
         bench.main([*arguments.split(), "--out", "."])
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_measuring(file, monkeypatch, capsys):
+    monkeypatch.setitem(bench.PARTS, "step", lambda device: pytest.fail("measured"))
+    with pytest.raises(SystemExit), one_line_errors():
+        bench.main(["step", "--device", "cpu", "--out", "bench.json"])
+    assert "--out bench.json/bench.json: cannot be written (" in capsys.readouterr().err

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import Manifest
 from tools import convert
 
 
@@ -129,6 +130,109 @@ def test_journeydb_skips_and_counts_faulty_annotations(capsys):
     report = said(capsys)
     assert report.startswith("j.jsonl: 3 lines written, 12 records skipped; anno.jsonl:3: record: ")
     assert report.count("expected a JSON object (") == 3 and report.endswith("; ...")
+
+
+@pytest.mark.parametrize(
+    "path", ["../secret.png", "..\\secret.png", "./000/../../secret.png", "/ROOT/work/secret.png"]
+)
+def test_journeydb_takes_no_picture_from_outside_of_its_folder(path, folder, capsys):
+    Path("secret.png").write_bytes(picture(9, kind="PNG"))
+    write_journeydb(annotation(path.replace("/ROOT", str(folder))))
+    assert len(run("journeydb anno.jsonl --images imgs --out j.jsonl")) == 2
+    report = said(capsys)
+    assert "1 records skipped; anno.jsonl:3: expected a JPEG, PNG or WebP image inside i" in report
+    os.chdir("imgs")  # inside of "." is not whatever lies above it
+    arguments = "journeydb ../anno.jsonl --images . --out ../j.jsonl"
+    assert len(run(arguments)) == 2
+
+
+@pytest.mark.parametrize(
+    "start, encoding, message",
+    [("", "utf-16", "is UTF-16; save as UTF-8"), ("[", "utf-8", "is one JSON array; expected one")],
+)
+def test_what_is_no_jsonl_is_named(start, encoding, message, capsys):
+    Path("imgs").mkdir()
+    Path("anno.jsonl").write_text(start + json.dumps(annotation("a.jpg")), encoding=encoding)
+    line = fails("journeydb anno.jsonl --images imgs --out j.jsonl", capsys)
+    assert f"no record is good; anno.jsonl: {message}" in line
+
+
+def test_a_folder_of_pictures_with_captions(capsys):
+    names = "a.jpg", "deep/b.PNG", "deep/Bär.webp", "blank.jpg", "alone.jpg", "damaged.jpg"
+    Path("photos/deep").mkdir(parents=True)
+    for i, name in enumerate(names):
+        file = Path("photos", name)
+        kind = {".jpg": "JPEG", ".PNG": "PNG", ".webp": "WEBP"}[file.suffix]
+        file.write_bytes(picture(i, (12 + i, 8), kind))
+        file.with_suffix(".txt").write_text(f" caption {i},\nüber\n", encoding="utf-8-sig")
+    Path("photos/blank.txt").write_text(" \n")
+    Path("photos/alone.txt").unlink()
+    Path("photos/damaged.jpg").write_bytes(b"no picture")
+    Path("photos/notes.txt").write_text("beside no picture")
+    os.mkfifo("photos/fifo.jpg")
+    lines = run("folder photos --out data/x.jsonl")
+    found = [(line["target"], line["prompt"], line["size"]) for line in lines]
+    assert found == [
+        ("../photos/a.jpg", "caption 0,\nüber", [12, 8]),
+        ("../photos/deep/Bär.webp", "caption 2,\nüber", [14, 8]),
+        ("../photos/deep/b.PNG", "caption 1,\nüber", [13, 8]),
+    ]
+    assert {line["task"] for line in lines} == {"t2i"} and os.listdir("data") == ["x.jsonl"]
+    assert said(capsys) == (
+        "data/x.jsonl: 3 lines written, 3 records skipped; photos:alone.jpg: expected its caption "
+        "in alone.txt; photos:blank.jpg: '.txt' must hold text; "
+        "photos:damaged.jpg: expected a JPEG, PNG or WebP image"
+    )
+
+
+def test_a_folder_with_metadata_of_hugging_face(capsys):
+    Path("set/train/0").mkdir(parents=True)
+    Path("set/train/0/a.jpg").write_bytes(picture(0))
+    Path("set/secret.jpg").write_bytes(picture(1))
+    rows = [
+        {"file_name": "0/a.jpg", "text": "a cat", "objects": {"bbox": []}},
+        {"file_name": "0\\a.jpg", "text": "again"},
+        {"file_name": "../secret.jpg", "text": "outside"},
+        {"file_name": "0/gone.jpg", "text": "gone"},
+        {"file_name": "0/a.jpg"},
+        ["no object"],
+    ]
+    text = "\n\n".join(map(json.dumps, rows))
+    Path("set/train/metadata.jsonl").write_text(text, encoding="utf-8-sig")
+    for arguments in "folder set --out x.jsonl", "folder set/train --out x.jsonl":
+        lines = run(arguments)
+        assert [(x["target"], x["prompt"]) for x in lines] == [
+            ("set/train/0/a.jpg", "a cat"),
+            ("set/train/0/a.jpg", "again"),
+        ]
+        assert "2 lines written, 4 records skipped; metadata.jsonl:5: expected a" in said(capsys)
+    assert Manifest("x.jsonl").record(1, "t2i")["target"].size == (12, 8)
+    line = fails("folder set --out set/train/metadata.jsonl", capsys)
+    assert "would overwrite the dataset" in line
+
+
+def test_cc12m_takes_captions_from_json(capsys):
+    members = [
+        *sample("0", picture(0), "a cat")[:1],
+        ("0.json", json.dumps({"caption": "from its JSON", "key": "0"}).encode()),
+        *sample("1", picture(1), "from its text", width=3),
+        *sample("2", picture(2), "x")[:1],
+        ("2.json", b"{}"),
+    ]
+    write_tar("0.tar", members)
+    lines = run("cc12m 0.tar --out c.jsonl")
+    assert [line["prompt"] for line in lines] == ["from its JSON", "from its text"]
+    assert said(capsys).endswith("1 records skipped; 0.tar:2: 'caption' must hold text")
+
+
+def test_another_picture_of_the_same_size_is_written_again():
+    first = picture(0, kind="PNG")
+    second = first[:-1] + b"\x00"
+    write_tar("00000.tar", sample("0", first, "old"))
+    run("cc12m 00000.tar --out c.jsonl")
+    write_tar("00000.tar", sample("0", second, "new"))
+    assert run("cc12m 00000.tar --out c.jsonl")[0]["prompt"] == "new"
+    assert len(first) == len(second) and Path("c/00000/000000000.png").read_bytes() == second
 
 
 def test_cc12m(capsys):
@@ -381,7 +485,7 @@ def test_a_full_disk_leaves_no_partial_image(monkeypatch, capsys):
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(SystemExit), one_line_errors():
         convert.main(["cc12m", "00000.tar", "--out", "c.jsonl"])
-    assert "No space left" in capsys.readouterr().err
+    assert "no space left" in capsys.readouterr().err.lower()
     assert files_in(Path()) == ["00000.tar"]
 
 
@@ -389,6 +493,9 @@ def test_a_full_disk_leaves_no_partial_image(monkeypatch, capsys):
     "arguments, reason",
     [
         ("laion 00000.tar --out c.jsonl", "invalid choice: 'laion'"),
+        ("folder none --out c.jsonl", "none: expected a folder of images"),
+        ("folder a.jsonl --out c.jsonl", "a.jsonl: expected a folder of images"),
+        ("folder empty --out c.jsonl", "empty: holds no JPEG, PNG or WebP image"),
         ("cc12m none --out c.jsonl", "none: expected a .tar file or a folder of .tar files"),
         ("cc12m empty --out c.jsonl", "empty: expected a .tar file or a folder of .tar files"),
         ("journeydb /dev/zero --images empty --out c.jsonl", "/dev/zero: expected a .jsonl file"),

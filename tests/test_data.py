@@ -2,6 +2,7 @@
 
 import json
 import random
+import unicodedata
 import zlib
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,15 @@ def same(a, b):
         ('{"task": "objects", "target": "a", "segments": [["a", [[9, 2, 3, 4]]]]}', "x1"),
         ('{"task": "objects", "target": "a", "segments": [["a", [["1", 2, 3, 4]]]]}', "x1"),
         ('{"task": "objects", "target": "a", "segments": [["a", 3]]}', '"segments": expected'),
+        ('{"task": "objects", "target": "a", "segments": [["a", {}]]}', '"segments": expected'),
+        ('{"task": "objects", "target": "a", "segments": [["a", true]]}', '"segments": expected'),
+        ('{"task": "objects", "target": "a", "segments": [["a", [[0, 0, true, true]]]]}', "x1"),
+        ('{"task": "objects", "target": "a", "segments": [["a", [[0, 0, NaN, 1]]]]}', "x1"),
+        *(
+            (f'{{"task": "i2i", "target": "a", "size": {size}}}', '"size" must be .width, height.')
+            for size in ("[NaN, 1]", "[1, NaN]", "[0, 1]", "[1]", "[true, 5]", '["x"]', "{}", "5")
+        ),
+        (f'{{"task": "i2i", "target": "a", "size": [1, {10**400}]}}', '"size" must be'),
         ('{"task": "objects", "target": "a", "segments": [["a", [[0, 0, 1e999, 4]]]]}', "x1"),
         ('{"task": "objects", "target": "a", "segments": [["\\udc00", []]]}', "text of segments"),
         ('{"task": "t2i", "prompt": "\\ud83d", "target": "a.png"}', '"prompt" must be a text'),
@@ -123,6 +133,39 @@ def test_what_is_no_manifest_ends_in_one_line(folder):
         file.truncate(10**12)
     with pytest.raises(UserError, match="holes.jsonl:1: over 1,048,576 bytes"):
         Manifest("holes.jsonl")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_named(folder, encoding):
+    text = Path("a.jsonl").read_text()
+    Path("b.jsonl").write_bytes(text.encode(encoding))
+    with pytest.raises(UserError, match="b.jsonl: is UTF-16; save as UTF-8"):
+        Manifest("b.jsonl")
+    Path("b.jsonl").write_bytes(text.encode("utf-8-sig"))
+    assert Manifest("b.jsonl").total == 12 and not Manifest("b.jsonl").bad_lines
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_array_is_named(folder, indent):
+    lines = list(map(json.loads, Path("a.jsonl").read_text().splitlines()))
+    Path("b.jsonl").write_text(json.dumps(99 * lines, indent=indent))
+    with pytest.raises(UserError, match="is one JSON array; expected one object a line"):
+        Manifest("b.jsonl")
+
+
+@pytest.mark.parametrize("on_disk, named", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_picture_is_found_by_the_other_spellings_of_its_name(folder, on_disk, named):
+    """Back-slashes of Windows, and the two forms in which Unicode spells an umlaut."""
+    file = Path(unicodedata.normalize(on_disk, "Übung/Bär.png"))
+    file.parent.mkdir()
+    Image.new("RGB", (40, 20), "red").save(file)
+    name = unicodedata.normalize(named, "Übung\\Bär.png")
+    Path("b.jsonl").write_text(json.dumps({"task": "i2i", "target": name}))
+    manifest = Manifest("b.jsonl")
+    assert manifest.record(1, "i2i")["target"].getpixel((0, 0)) == (255, 0, 0)
+    assert manifest.ratio(1) == 2
+    Image.new("RGB", (30, 30), "blue").save(name)  # the exact name comes first
+    assert manifest.record(1, "i2i")["target"].size == (30, 30)
 
 
 def test_examples_of_a_manifest_are_its_lines(folder):
@@ -198,7 +241,7 @@ def test_buckets_keep_the_ratio_and_batches_rectangular(folder, microbatches):
     with open("a.jsonl", "a") as file:
         file.write('{"task": "t2i", "prompt": "tall", "target": "tall.png"}\n')
         file.write('{"task": "t2i", "prompt": "stated", "target": "a.png", "size": [50, 50]}\n')
-        file.write('{"task": "t2i", "prompt": "odd", "target": "a.png", "size": ["x"]}\n')
+        file.write('{"task": "t2i", "prompt": "gone", "target": "gone.png", "size": null}\n')
     sources = [(Manifest("a.jsonl"), 1)]
     batches = microbatches(sources, {"t2i": 1}, side=64, buckets=True)
     sizes = {pool.size: len(pool.rows) for pool in batches.pools}
@@ -303,16 +346,24 @@ class Lines:
 
 
 def test_more_than_one_percent_of_all_lines_ends_the_run(capsys):
-    bad_lines = BadLines([(Lines(200, 1), 1), (Examples(), 1)])
-    bad_lines.add([("a.jsonl:9", "no such image file")])
-    bad_lines.add([("a.jsonl:9", "no such image file")])  # the same line once more
+    bad_lines = BadLines([(Lines(1500, 14), 1), (Examples(), 1)])
+    bad_lines.add([("a.jsonl:90", "\x1b[2Jno such image file")])
+    bad_lines.add([("a.jsonl:90", "no such image file")])  # the same line once more
     bad_lines.check(len(bad_lines) - bad_lines.scanned, 16)
-    bad_lines.add([("a.jsonl:11", "damaged")])
-    with pytest.raises(UserError, match="3 bad lines.*a.jsonl:7: not JSON; a.jsonl:9"):
+    bad_lines.add([("a.jsonl:91", "damaged")])
+    with pytest.raises(UserError, match="16 bad lines.*a.jsonl:7: not JSON; a.jsonl:8"):
         bad_lines.check(len(bad_lines) - bad_lines.scanned, 24)
-    assert capsys.readouterr().err.count("skipped a.jsonl") == 2
-    with pytest.raises(UserError, match="3 bad lines"):
-        BadLines([(Lines(200, 3), 1)])
+    said = capsys.readouterr().err
+    assert said.count("skipped a.jsonl") == 2 and "\x1b" not in said
+    with pytest.raises(UserError, match="16 bad lines"):
+        BadLines([(Lines(1500, 16), 1)])
+
+
+@pytest.mark.parametrize("total, most", [(12, 10), (200, 10), (1000, 10), (1200, 12)])
+def test_ten_bad_lines_do_not_end_a_run(total, most):
+    BadLines([(Lines(total, most), 1)])
+    with pytest.raises(UserError, match=f"{most + 1} bad lines are over 1 %"):
+        BadLines([(Lines(total, most + 1), 1)])
 
 
 def test_more_than_one_percent_of_what_was_read_ends_the_run():

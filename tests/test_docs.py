@@ -1,13 +1,16 @@
 """What the documents say and show is what the programs wrote, and every link leads somewhere."""
 
+import argparse
+import ast
 import importlib
 import json
 import re
 import shlex
+import sys
 from functools import reduce
 from pathlib import Path
 
-from support.cli import UserError
+from support.cli import Parser, UserError
 
 import pytest
 from PIL import Image
@@ -27,6 +30,23 @@ REPORTS["alignment"] = claims.report
 FOREIGN = ("venv", "pytest", "pip")  # modules of other people
 FENCED = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
+SOURCES = sorted(
+    f
+    for part in (".", "support", "unialignment", "mini", "tools")
+    for f in ROOT.glob(f"{part}/*.py")
+)
+
+
+def docstrings(file):
+    """All docstrings of a module, as a document: their commands stand in lines of their own, or quoted."""
+    kinds = ast.Module, ast.ClassDef, ast.FunctionDef
+    nodes = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, kinds))
+    text = "\n".join(filter(None, map(ast.get_docstring, nodes)))
+    return f"```\n{text}\n```\n{text}"
+
+
+PROGRAMS = {str(file.relative_to(ROOT)): docstrings(file) for file in SOURCES}
+
 each_document = pytest.mark.parametrize("document", DOCUMENTS)
 
 
@@ -35,7 +55,7 @@ def commands(text):
     quoted = "".join(FENCED.findall(text)).replace("\\\n", " ").splitlines()
     quoted += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", FENCED.sub("", text))]
     for line in quoted:
-        for part in line.split(" && "):
+        for part in line.strip().split(" && "):
             if re.match(r"(\S*/)?(python3?|torchrun) ", part):
                 words = shlex.split(part, comments=True)
                 i = next(
@@ -85,13 +105,22 @@ def test_two_commands_start_and_the_documents_stay_short():
     assert len(RESULTS.splitlines()) <= 250
 
 
-@each_document
+class ParsedError(Exception):
+    """Raised by `parse_and_stop`."""
+
+
+def parse_and_stop(parser, arguments=None):
+    argparse.ArgumentParser.parse_args(parser, arguments)
+    raise ParsedError
+
+
+@pytest.mark.parametrize("document", DOCUMENTS | PROGRAMS)
 def test_commands_are_understood_by_their_programs(document, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # where no earlier run lies in runs/
-    for program, arguments, words in commands(DOCUMENTS[document]):
+    for program, arguments, words in commands((DOCUMENTS | PROGRAMS)[document]):
         assert (ROOT / program).is_file(), program
         module = module_of(program)
-        if arguments[-1:] == ["..."]:
+        if arguments[-1:] == ["..."] and not arguments[-2].startswith("--"):
             del arguments[-1]
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "8")) if words[0] == "torchrun" else ():
             monkeypatch.setenv(name, value)
@@ -100,16 +129,22 @@ def test_commands_are_understood_by_their_programs(document, monkeypatch, tmp_pa
                 pass
             elif hasattr(module, "parse"):
                 module.parse(arguments)
-            elif hasattr(module, "options"):
-                module.options().parse_args(arguments)
             else:
-                sources = "".join(f.read_text() for f in (ROOT / program).parent.glob("*.py"))
-                unknown = [w for w in arguments if w.startswith("--") and f'"{w}"' not in sources]
-                assert not unknown, program
+                with monkeypatch.context() as patch, pytest.raises(ParsedError):
+                    patch.setattr(Parser, "parse_args", parse_and_stop)
+                    patch.setattr(sys, "argv", [program, *arguments])
+                    module.main()
         except UserError as error:
             pytest.fail(f"{shlex.join(words)}: {error}")
         monkeypatch.delenv("RANK", raising=False)
         monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+def test_every_program_shows_its_command():
+    """What can be started, and says so: its docstring has a command that the test above has parsed."""
+    for name, text in PROGRAMS.items():
+        if '__name__ == "__main__"' in (ROOT / name).read_text():
+            assert name in {program for program, _, _ in commands(text)}, name
 
 
 def test_functions_that_the_documents_name_exist():

@@ -96,9 +96,14 @@ def test_the_committed_scores_have_every_row():
         (["--num", "3"], "--num: '3': expected a whole number from 6"),
         (["--run", "nowhere"], "--run nowhere: expected a folder of speedrun.sh"),
         (["copies", "--blend", "2"], "--blend: '2': expected a number from 0 to 1"),
+        (["vae", "--checkpoint", "x"], "x: "),
+        (["vae", "--unialignment", "x"], "x: "),
+        (["base", "--device", "x"], "device x: not usable on this machine"),
     ],
 )
-def test_mistakes_name_what_would_be_right(arguments, message):
-    with pytest.raises(UserError) as error:
+def test_mistakes_name_what_would_be_right(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load_vae", lambda file: pytest.fail("scored first"))
+    with pytest.raises((UserError, FileNotFoundError)) as error:
         evaluate.main(arguments)
     assert message in str(error.value)

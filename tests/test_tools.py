@@ -1,6 +1,7 @@
 """GenEval, SemGen-Bench, reconstruction and the check of manifests: files, resuming, messages."""
 
 import json
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,9 +78,10 @@ def test_geneval_draws_into_the_public_layout(monkeypatch, engine):
     assert json.loads(Path("out/00000/metadata.jsonl").read_text()) == METADATA[0]
     pictures = [Image.open(Path("out", sample)) for sample in samples]
     expected = engine.generate([["a red circle"]] * 3, steps=2, seed=7)
+    about = {"prompt": "a red circle", "engine": "dream-engine", "steps": "2"}
     for k, picture in enumerate(pictures):
         assert np.array_equal(picture, expected[k])
-        assert picture.text == {"prompt": "a red circle", "seed": str(7 + k)}
+        assert picture.text == about | {"seed": str(7 + k)}
     grid = np.asarray(Image.open("out/00000/grid.png"))  # 2 x 2 without gaps
     assert grid.shape == (96, 96, 3)
     assert np.array_equal(grid[:48, 48:], pictures[1])
@@ -110,6 +112,40 @@ def test_geneval_draws_only_what_is_missing(painter, capsys):
     assert "00000: holds pictures of another prompt" in fails(geneval.main, [*DRAW, "out"], capsys)
 
 
+OTHERS = [
+    (["--seed", "8"], "drawn with --seed 7, not --seed 8"),
+    (["--engine", "unialignment"], "drawn with --engine dream-engine, not --engine unialignment"),
+    (["--steps", "3"], "drawn with --steps 2, not --steps 3"),
+    (["--size", "32"], "drawn with no --size, not --size 32"),
+    (["--guidance", "2"], "drawn with no --guidance, not --guidance 2.0"),
+    (["--checkpoint", "x"], "drawn with no --checkpoint, not --checkpoint x"),
+]
+
+
+@pytest.mark.parametrize("options, message", OTHERS)
+def test_a_folder_is_not_continued_with_other_settings(options, message, painter, bench, capsys):
+    geneval.main([*DRAW, "out", "--seed", "7", "--steps", "2"])
+    semgen.main([*SEMGEN, "out", "--seed", "7"])
+    Path("out/00000/grid.png").unlink()  # nothing of it may be drawn anew, either
+    Path("out/fullset/t2i_long/0.png").unlink()
+    before, calls = files_in("out"), len(painter.calls)
+    for program, arguments in (geneval, [*DRAW, "out", "--steps", "2"]), (semgen, [*SEMGEN, "out"]):
+        said = fails(program.main, [*arguments, "--seed", "7", *options], capsys)
+        assert f".png: {message}; choose another --out" in said
+    assert files_in("out") == before and len(painter.calls) == calls
+
+
+def test_a_decompression_bomb_among_the_pictures_is_named(painter, bench, capsys):
+    semgen.main([*SEMGEN, "out"])
+    file = Path("out/fullset/edit_multi/1.png")
+    data = bytearray(file.read_bytes())
+    data[16:24] = (40_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    file.write_bytes(data)
+    said = fails(semgen.main, [*SEMGEN, "out"], capsys)
+    assert "1.png: expected a PNG of this program (DecompressionBomb" in said
+
+
 def test_geneval_shares_the_prompts_among_processes(painter, monkeypatch):
     geneval.main([*DRAW, "out", "--num", "1"])
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -118,6 +154,22 @@ def test_geneval_shares_the_prompts_among_processes(painter, monkeypatch):
         geneval.main([*DRAW, "split", "--num", "1"])
         assert {folder.name for folder in Path("split").iterdir()} == folders
     assert files_in("split") == files_in("out")
+
+
+@pytest.mark.parametrize(
+    "rank, world", [(None, "2"), ("0", None), ("x", "2"), ("0", "x"), ("2", "2"), ("-1", "2")]
+)
+@pytest.mark.parametrize("program", [geneval, semgen])
+def test_odd_numbers_of_processes_end_before_drawing(
+    program, rank, world, painter, bench, monkeypatch, capsys
+):
+    for name, value in ("RANK", rank), ("WORLD_SIZE", world):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    arguments = {geneval: [*DRAW, "out"], semgen: [*SEMGEN, "out"]}[program]
+    said = fails(program.main, arguments, capsys)
+    assert f"RANK={rank}" in said and "WORLD_SIZE" in said
+    assert not painter.calls and not Path("out").exists()
 
 
 GOOD = b'{"prompt": "a", "tag": "b", "exclude": []}\n'
@@ -183,7 +235,8 @@ def test_semgen_draws_into_the_published_layout(bench, engine, monkeypatch):
         picture = Image.open(f"out/fullset/{group}/1.png")
         (expected,) = engine.generate([prompt], steps=2, seed=7, task=task)
         assert np.array_equal(picture, expected)
-        assert picture.text == {"prompt": bench[1][group], "seed": "7"}
+        settings = {"seed": "7", "engine": "dream-engine", "steps": "2"}
+        assert picture.text == settings | {"prompt": bench[1][group]}
 
 
 def test_semgen_draws_with_unialignment(bench, uni_folder):
@@ -234,7 +287,7 @@ def test_semgen_draws_only_what_is_missing(painter, bench, capsys, monkeypatch):
         ({"image_path": "none/3.jpg"}, "picture at none/3.jpg or at bench/images/3.jpg"),
         ({"edit_multi": " "}, "semgen_bench.jsonl:2: expected a JSON object with text in"),
         ({"t2i_long": None}, "semgen_bench.jsonl:2: expected a JSON object with text in"),
-        ({"image_path": "cut.jpg"}, "cut.jpg: expected a whole PNG, JPEG or similar file"),
+        ({"image_path": "cut.jpg"}, "cut.jpg: expected a whole file in one of the formats"),
     ],
 )
 def test_a_bad_row_of_semgen_is_a_user_error(change, message, painter, bench, capsys):
@@ -298,24 +351,47 @@ def test_check_manifest_counts_examples_and_names_bad_lines(capsys):
     assert "a.jsonl:6: none.png" in said and "a.jsonl:7: cut.png" in said
 
 
+def test_check_manifest_prints_no_escape_codes(capsys):
+    write_jsonl("a.jsonl", [{"task": "i2i", "target": "\x1b[2J\x1b]0;title\x07\u202enone.png"}])
+    with pytest.raises(SystemExit):
+        check_manifest.main(["a.jsonl"])
+    said = capsys.readouterr().out
+    assert "a.jsonl:1: ?[2J?]0;title??none.png: no such image file" in said
+    assert all(line.isprintable() for line in said.splitlines())
+
+
 @pytest.mark.parametrize(
     "program, arguments, message",
     [
         (geneval, [], "required: --metadata"),
-        (geneval, ["--metadata", "none.jsonl"], "none.jsonl"),
+        (geneval, ["--metadata", "none.jsonl"], "error: none.jsonl: no such file"),
+        (geneval, ["--metadata", "wide.jsonl"], "wide.jsonl: is UTF-16; save as UTF-8"),
+        (geneval, ["--metadata", "array.jsonl"], "is one JSON array; expected one object a line"),
+        (geneval, [*DRAW, "empty.jsonl"], "--out empty.jsonl/grid.png: cannot be written ("),
+        (geneval, [*DRAW, "empty.jsonl/x"], "--out empty.jsonl/x/grid.png: cannot be written"),
+        (geneval, [*DRAW, "out", "--engine", "unialignment", "--lmm", "x"], "--lmm is of --engine"),
         (geneval, ["--metadata", "empty.jsonl"], "empty.jsonl: holds no records"),
         (geneval, [*DRAW, "out", "--num", "0"], "expected a whole number from 1 to 1000"),
         (geneval, [*DRAW, "out", "--num", "100000000000000000000"], "expected a whole number"),
         (geneval, [*DRAW, "out", "--steps", "0"], "--steps: '0': expected a whole number"),
         (geneval, [*DRAW, "out", "--guidance", "nan"], "--guidance: 'nan': expected a number"),
         (geneval, [*DRAW, "out", "--seed", "-1"], "--seed: '-1': expected a whole number"),
-        (semgen, ["--bench", "none.jsonl"], "none.jsonl"),
+        (semgen, ["--bench", "none.jsonl"], "error: none.jsonl: no such file"),
         (semgen, ["--bench", "metadata.jsonl"], "metadata.jsonl:1: expected a JSON object with"),
         (reconstruct, ["."], ".: expected a folder of PNG, JPEG or WebP pictures"),
         (reconstruct, [".", "--blend", "1.5"], "--blend: '1.5': expected a number from 0 to 1"),
+        (
+            reconstruct,
+            ["photos", "--out", "empty.jsonl"],
+            "empty.jsonl/copies.png: cannot be written",
+        ),
         (check_manifest, ["none.jsonl"], "none.jsonl: no such manifest"),
     ],
 )
 def test_user_errors_are_one_line(program, arguments, message, capsys):
     Path("empty.jsonl").write_bytes(b"\n")
+    Path("wide.jsonl").write_text(json.dumps(METADATA[0]), encoding="utf-16")
+    Path("array.jsonl").write_text(json.dumps(METADATA))
+    Path("photos").mkdir()
+    Image.new("RGB", (8, 8)).save("photos/a.png")
     assert message in fails(program.main, arguments, capsys)

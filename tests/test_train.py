@@ -361,11 +361,13 @@ def test_a_dead_rank_ends_the_run_with_a_clear_line(start):
     assert said.startswith("error: rank 0: lost the other processes") and "--resume goes on" in said
 
 
-@pytest.mark.parametrize("bad, code", [(1, 0), (2, 2)])
+@pytest.mark.parametrize("bad, code", [(10, 0), (11, 2)])
 def test_a_bad_line_counts_once_however_many_processes_skip_it(bad, code, start):
     """Each microbatch is an epoch, so that both processes meet every bad line."""
     Image.new("RGB", (48, 48), "red").save("a.png")
-    lines = [{"task": "t2i", "prompt": "red", "target": f"{x}.png"} for x in "abc"[: 1 + bad]]
+    lines = [
+        {"task": "t2i", "prompt": "red", "target": f"{x}.png"} for x in "abcdefghijkl"[: 1 + bad]
+    ]
     Path("a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     more = ["--data", "a.jsonl", "--tasks", "t2i=1", "--batch", str(len(lines))]
     for rank, process in enumerate(launch(start, *arguments(1, 2, "run", *more))):
@@ -374,10 +376,10 @@ def test_a_bad_line_counts_once_however_many_processes_skip_it(bad, code, start)
         assert process.exitcode == code, said
         assert "skipped a.jsonl:2" in said
         if code:
-            assert "error: 2 bad lines are over 1 %: a.jsonl:" in said
+            assert "error: 11 bad lines are over 1 %: a.jsonl:" in said
     if not code:
-        assert [record["bad_lines"] for record in runs.read_metrics("run")] == [1.0, 1.0]
-        assert "1 bad lines were skipped" in Path("log0").read_text()
+        assert [record["bad_lines"] for record in runs.read_metrics("run")] == [10.0, 10.0]
+        assert "10 bad lines were skipped" in Path("log0").read_text()
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from mini.cases import picture
 from mmdit import MMDiT, MMDiTConfig
 from prompts import apply_task, to_images
 from support.fast import compile_blocks, usable_device
-from support.files import markdown_table, write_json, write_text
+from support.files import markdown_table, require_writable, write_json, write_text
 
 try:
     from diffusers import SD3Transformer2DModel
@@ -241,14 +241,14 @@ def main(arguments=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         place = torch.cuda.get_device_name()
-    file = args.out and Path(args.out, "bench.json")
+    if file := args.out and Path(args.out, "bench.json"):
+        require_writable(file, "--out")
     results = read_json(file) if file and file.exists() else {}
     with reading(file, "the results of an earlier run"):
         report(results)  # fails now, not after the measurements, if the file is of another kind
     for name in tqdm(args.parts, "parts"):
         results[name] = {"about": PARTS[name].__doc__} | PARTS[name](device=device) | {"on": place}
         if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, results)
             write_text(file.with_suffix(".md"), report(results))
     print(report(results))

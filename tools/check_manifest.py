@@ -6,7 +6,7 @@ python -m tools.check_manifest edits.jsonl    # writes edits.check.png; exit cod
 import random
 import sys
 
-from support.cli import Parser, UserError, one_line_errors
+from support.cli import Parser, UserError, one_line_errors, printable
 
 from tqdm import tqdm
 
@@ -42,7 +42,7 @@ def main(arguments=None):
             with_caption = f", {captions} with the caption that UniAlignment needs"
             print(f"{task}: {good} examples{with_caption * (task == 'edit')}")
     for line in sorted(bad_lines)[:10]:
-        print(f"{manifest.name}:{line}: {bad_lines[line]}")
+        print(printable(f"{manifest.name}:{line}: {bad_lines[line]}"))
     print(f"{len(bad_lines)} of {manifest.total} lines are bad")
     if rows:
         picture = manifest.file.with_suffix(".check.png")

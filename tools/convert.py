@@ -1,8 +1,11 @@
-"""Convert the published files of JourneyDB, CC12M, UltraEdit or GRIT into a manifest for training.
+"""Make a manifest for training from a folder, or from JourneyDB, CC12M, UltraEdit or GRIT.
 
     python -m tools.convert journeydb train_anno_realease_repath.jsonl --images imgs --out j.jsonl
     python -m tools.convert cc12m shards/ --out cc12m.jsonl     # also grit; ultraedit: .parquet
+    python -m tools.convert folder pictures/ --out pictures.jsonl
 
+A folder holds pictures, each beside a .txt file with its caption: dog.jpg and dog.txt. Or it holds
+Hugging Face's metadata.jsonl, whose lines name a picture ("file_name") and its caption ("text").
 Shards are .tar files of img2dataset; GRIT needs --resize_mode keep_ratio: padding shifts the
 boxes. Images in shards and .parquet files are copied byte for byte to a folder named after the
 manifest. Faulty records are skipped and counted; tools.check_manifest finds damaged images.
@@ -11,12 +14,14 @@ manifest. Faulty records are skipped and counted; tools.check_manifest finds dam
 import json
 import os
 import tarfile
+from contextlib import suppress
+from functools import partial
 from io import BytesIO
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
-from support.cli import Parser, UserError, one_line_errors, reading
+from support.cli import Parser, UserError, one_line_errors, printable, reading
 
 from PIL import Image
 from tqdm import tqdm
@@ -24,11 +29,11 @@ from tqdm import tqdm
 from checkpoints import read_json
 from data import parse_record
 from prompts import upright_size
-from support.files import whole
+from support.files import find_file, read_lines, whole
 
 COLUMNS = ["source_image", "edited_image", "edit_prompt"]  # of UltraEdit
-PARTS = {".txt": "txt", ".json": "json"}  # of a sample of img2dataset
-PARTS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), "image")
+IMAGES = dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), "image")
+PARTS = {".txt": "txt", ".json": "json"} | IMAGES  # of a sample of img2dataset
 LARGEST = 10**8  # bytes; larger files in a shard are skipped
 
 
@@ -48,19 +53,34 @@ def store(data, path):
         raise UserError("no image")
     suffix, size = measure(BytesIO(data))
     file = path.with_name(path.name + suffix)
-    if not file.is_file() or file.stat().st_size != len(data):
+    if not file.is_file() or file.read_bytes() != data:
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole(file) as unfinished:
             unfinished.write_bytes(data)
     return file, size
 
 
+def inside(folder, name):
+    """The image of a name in a folder; UserError if it is not there, or outside of the folder."""
+    with suppress(FileNotFoundError):
+        file = Path(os.path.abspath(find_file(folder, name)))  # without ..; links stay links
+        if file.is_relative_to(os.path.abspath(folder)):
+            return file
+    raise UserError(f"expected a JPEG, PNG or WebP image inside {folder}, got {name[:100]!r}")
+
+
 # ---- readers: file -> (place in the file, record) of every record --------------------------------
 
 
-def read_lines(file):
-    with file.open("rb") as stream:
-        yield from enumerate(stream, 1)
+def read_folder(place):
+    """(folder, line) of every line of a metadata.jsonl; or (folder, file) of every image inside."""
+    if place.is_file():
+        yield from ((row, (place.parent, line)) for row, line in read_lines(place) if line.strip())
+    else:
+        files = sorted(f for f in place.rglob("*") if f.suffix.lower() in IMAGES and f.is_file())
+        if not files:
+            raise UserError(f"{place}: holds no JPEG, PNG or WebP image")
+        yield from ((file.relative_to(place), (place, file)) for file in files)
 
 
 def read_samples(file):
@@ -103,13 +123,30 @@ def text_at(record, key):
 
 def convert_journeydb(line, _, images):
     record = read_json("record", line)
-    prompt, file = text_at(record, "prompt"), Path(images, text_at(record, "img_path"))
+    prompt, file = text_at(record, "prompt"), inside(images, text_at(record, "img_path"))
+    return {"task": "t2i", "prompt": prompt, "target": file, "size": measure(file)[1]}
+
+
+def convert_folder(place, *_):
+    folder, found = place
+    if isinstance(found, bytes):
+        record = read_json("record", found)
+        file, prompt = inside(folder, text_at(record, "file_name")), text_at(record, "text")
+    else:
+        file, caption = found, found.with_suffix(".txt")
+        if not caption.is_file():
+            raise UserError(f"expected its caption in {caption.name}")
+        with reading(caption.name, "a caption in UTF-8"), caption.open("rb") as stream:
+            prompt = text_at({".txt": stream.read(LARGEST).decode("utf-8-sig").strip()}, ".txt")
     return {"task": "t2i", "prompt": prompt, "target": file, "size": measure(file)[1]}
 
 
 def convert_cc12m(sample, path, _):
-    with reading("txt", "UTF-8"):
-        prompt = text_at({"txt": sample.get("txt", b"").decode()}, "txt")
+    if "txt" not in sample and "json" in sample:
+        prompt = text_at(read_json("json", sample["json"]), "caption")
+    else:
+        with reading("txt", "UTF-8"):
+            prompt = text_at({"txt": sample.get("txt", b"").decode()}, "txt")
     file, size = store(sample.get("image"), path)
     return {"task": "t2i", "prompt": prompt, "target": file, "size": size}
 
@@ -155,22 +192,31 @@ def split_caption(caption, chunks):
 
 
 DATASETS = {
-    "journeydb": (".jsonl", read_lines, convert_journeydb),
+    "journeydb": (".jsonl", partial(read_lines, longest=-1), convert_journeydb),
     "cc12m": (".tar", read_samples, convert_cc12m),
     "ultraedit": (".parquet", read_rows, convert_ultraedit),
     "grit": (".tar", read_samples, convert_grit),
+    "folder": (None, read_folder, convert_folder),
 }
 
 
 def find_files(paths, suffix):
-    """The files among paths, and those with the suffix in folders; UserError if names clash."""
+    """The files among paths, and those with the suffix in folders; UserError if names clash.
+
+    Without a suffix: the files metadata.jsonl in each folder, or if there is none, the folder.
+    """
     files = []
     for path in map(Path, paths):
+        if not suffix and not path.is_dir():
+            raise UserError(f"{path}: expected a folder of images")
+        if not suffix:
+            files += sorted(path.rglob("metadata.jsonl")) or [path]
+            continue
         found = sorted(path.glob(f"*{suffix}")) if path.is_dir() else [path]
         if not found or not all(map(Path.is_file, found)):
             raise UserError(f"{path}: expected a {suffix} file or a folder of {suffix} files")
         files += found
-    if len({file.stem for file in files}) < len(files):  # the folders of their images would clash
+    if suffix and len({f.stem for f in files}) < len(files):  # folders of images would clash
         raise UserError("several files have the same name; convert them one at a time")
     return files
 
@@ -197,10 +243,7 @@ def write_manifest(file, records, convert):
                 written += stream.write(line + "\n") > 0
             except UserError as error:
                 faults.append(f"{place}{error}")
-        reasons = "; ".join(["", *faults[:3], *["..."][: len(faults) // 4]])
-        reasons = "".join(
-            c if c.isprintable() else "?" for c in reasons
-        )  # names in shards may not be
+        reasons = printable("; ".join(["", *faults[:3], *["..."][: len(faults) // 4]]))
         if not written:
             raise UserError(f"{file}: not written, as no record is good{reasons}")
     print(f"{file}: {written} lines written, {len(faults)} records skipped{reasons}")
@@ -209,7 +252,7 @@ def write_manifest(file, records, convert):
 def main(arguments=None):
     parser = Parser(prog="python -m tools.convert", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", choices=DATASETS)
-    parser.add_argument("files", nargs="+", help="files of the dataset, or folders of them")
+    parser.add_argument("files", nargs="+", help="files of the dataset, or folders")
     parser.add_argument("--out", required=True, help="manifest to write (.jsonl)")
     parser.add_argument("--images", help="folder of the images (journeydb only)")
     args = parser.parse_args(arguments)

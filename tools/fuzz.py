@@ -41,12 +41,7 @@ import unialignment.train as uni_train
 from checkpoints import metadata
 from dream_engine import MINI
 from mini import evaluate
-<<<<<<< HEAD
-from support.files import write_json
-=======
-from support.cli import Parser, number, one_line_errors, whole_number
 from support.files import require_writable, write_json
->>>>>>> 04ec8c78d02ae1fbbaaf1f21da3f6fb66a5d4778
 from tools import bench, check_manifest, convert, geneval, reconstruct, semgen
 
 LIMIT, BUGS, ROOT = 50, ("tracebacks", "wrong", "hangs"), Path(__file__).parent.parent

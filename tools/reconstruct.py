@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from prompts import crop_to, read_image, to_tensor
-from support.files import sheet, write_json, write_png
+from support.files import require_writable, sheet, write_json, write_png
 from tools.engines import ENGINES, add_engine_options, load_engine, settings_of
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -40,6 +40,7 @@ def main(arguments=None):
     files = sorted(f for f in Path(args.folder).glob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
         raise FileNotFoundError(f"{args.folder}: expected a folder of PNG, JPEG or WebP pictures")
+    require_writable(Path(args.out, "copies.png"), "--out")
     engine, out, scores, rows = load_engine(args), Path(args.out), {}, []
     side = args.size or engine.default_size
     options = settings_of(args) | {"size": (side, side), "r": args.blend, "task": "i2i"}
@@ -50,7 +51,6 @@ def main(arguments=None):
         text = f"{file.name}: L2 {score['l2']:.4f}, cosine {score['cosine']:.4f}"
         rows += [([source, copy], text)] if len(rows) < SHOWN else []
     mean = {k: fmean(score[k] for score in scores.values()) for k in ("l2", "cosine")}
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", {"mean": mean, **scores})
     write_png(out / "copies.png", sheet(rows, 128))
     print(f"L2 {mean['l2']:.4f}, cosine {mean['cosine']:.4f}, n = {len(scores)}")
