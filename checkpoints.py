@@ -31,7 +31,7 @@ FOREIGN = {  # in a tensor's name: what the file holds
     r"[._](scale_weight|weight_scale(_2)?|weight_packed|comfy_quant)$|scaled_fp8$": "weights scaled to fp8",
     r"\.(qweight|qzeros|wscales)$": "weights quantised by AWQ or GPTQ",
     r"\.(absmax|quant_map|SCB)$|\.quant_state\.": "weights quantised by bitsandbytes",
-    r"(^|[._])(lora_|lokr_|loha_|hada_)|[._]lora\.": "a LoRA of another program",
+    r"(^|[._])(lora_(?!magnitude)|lokr_|loha_|hada_)|[._]lora\.": "a LoRA of another program",
 }
 
 

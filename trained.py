@@ -57,6 +57,8 @@ def read_saved(file):
         for name in sorted(required | ({"guidance"} & config.keys())):
             if not 0 < config[name] < 1e9:
                 raise ValueError(f"{name!r} must be a positive number, got {config[name]}")
+        if not all(x.isfinite().all() for x in tensors.values()):
+            raise ValueError("it holds NaN or infinity")
     adapter = {k: x for k, x in tensors.items() if k.startswith("adapter.")}
     return Checkpoint(file, Part(adapter, file, prefix="adapter."), config, tensors)
 

@@ -287,7 +287,7 @@ def test_semgen_draws_only_what_is_missing(painter, bench, capsys, monkeypatch):
         ({"image_path": "none/3.jpg"}, "picture at none/3.jpg or at bench/images/3.jpg"),
         ({"edit_multi": " "}, "semgen_bench.jsonl:2: expected a JSON object with text in"),
         ({"t2i_long": None}, "semgen_bench.jsonl:2: expected a JSON object with text in"),
-        ({"image_path": "cut.jpg"}, "cut.jpg: expected a whole file in one of the formats"),
+        ({"image_path": "cut.jpg"}, "cut.jpg: expected a whole PNG, JPEG or similar file"),
     ],
 )
 def test_a_bad_row_of_semgen_is_a_user_error(change, message, painter, bench, capsys):
