@@ -74,7 +74,7 @@ def metadata(file):
 
 
 def read_json(file, text=None):
-    """Read the JSON object in a file, or in text, which was read from that file."""
+    """Read the JSON object in a file, or in a text that was already read from the file."""
     with reading(file, "a JSON object"):
         value = json.loads(Path(file).read_text(encoding="utf-8-sig") if text is None else text)
         if not isinstance(value, dict):
@@ -136,7 +136,7 @@ class Part:
         return shape[axis]
 
     def count(self, name):
-        """How many of name.format(0), name.format(1), ... the file has in sequence."""
+        """Count name.format(0), name.format(1), ... up to the first that the file lacks."""
         return next(i for i in count() if self.shape(name.format(i)) is None)
 
     def stored(self, model):
@@ -150,7 +150,7 @@ class Part:
 
 
 def find_part(tensors, source, kind, prefixes, layouts):
-    """Return the Part with the first prefix and the first of {mark: rules} that begin a name."""
+    """Return the Part of the first prefix + mark that starts a name. layouts: {mark: rules}."""
     for prefix in prefixes:
         for mark, rules in layouts.items():
             if any(name.startswith(prefix + mark) for name in tensors):
@@ -344,5 +344,5 @@ def infer_vae(part, stated):
 
 
 def fingerprint(weight):
-    """The norm of a weight, rounded: a number that identifies a trained model in any dtype."""
+    """The norm of a weight, rounded, which identifies a trained model in any dtype."""
     return round(weight.float().norm().item(), 4)

@@ -1,4 +1,4 @@
-"""Prompts (lists of strings and PIL images), the templates of their tasks, and image conversion."""
+"""Prompts (lists of strings and PIL images), a template for each task, and image conversion."""
 
 import re
 import warnings
@@ -42,7 +42,7 @@ def upright_size(image):
 
 
 def crop_to(image, width, height):
-    """Scale and centre-crop a PIL image to exactly width x height."""
+    """Scale and center-crop a PIL image to exactly width x height."""
     return ImageOps.fit(image, (width, height), Image.BICUBIC)
 
 
@@ -59,7 +59,7 @@ def to_images(batch):
 
 
 def check_drawing(steps, guidance, width, height, largest):
-    """Raise UserError for settings that cannot be drawn. largest: longest side, in pixels."""
+    """Raise UserError for invalid settings. largest: the longest side allowed, in pixels."""
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}")
     if not abs(guidance) < float("inf"):
@@ -107,7 +107,7 @@ def apply_task(task, prompt):
         raise UserError("a prompt must be a list of strings and PIL images")
     text, images = split_prompt(prompt)
     task = task or ("objects" if images else "t2i")
-    if re.search("[\ud800-\udfff]", text):  # a terminal without UTF-8 makes these of an umlaut
+    if re.search("[\ud800-\udfff]", text):  # e.g. an umlaut typed in a terminal without UTF-8
         raise UserError("the prompt holds half a letter (a lone surrogate): use a UTF-8 terminal")
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
@@ -150,8 +150,8 @@ def apply_task(task, prompt):
 def reference_prompt(segments, named):
     """Return (task, prompt) for segments of a text with images: [(text, [image, ...]), ...].
 
-    named: task combine. Each image follows its name, the segment's text; the whole text is last.
-    Without named, or if an image has no name: task objects, in the given order.
+    named: use task combine, in which each image follows its name, the segment's text, and the whole
+    text comes last. Without named, or if an image has no name: task objects, in the given order.
     """
     objects = [(text.strip(" ,"), image) for text, images in segments for image in images]
     if named and objects and all(name for name, _ in objects):

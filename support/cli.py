@@ -1,8 +1,8 @@
-"""How a program ends after its user's mistake: with one line and exit code 2, without a traceback.
+"""Report a user's mistake in one line, with exit code 2 and without a traceback.
 
-Such a mistake is a `UserError`, whatever fails inside `reading(file)`, or an OSError (a missing file, a
-full disk). Any other exception is a bug and shows its traceback; DREAM_ENGINE_TRACEBACK=1 shows that
-of a UserError, too. This module imports nothing slow.
+A mistake is a `UserError`, an OSError (a missing file, a full disk), or any failure inside
+`reading(file)`. Any other exception is a bug and shows its traceback. DREAM_ENGINE_TRACEBACK=1
+shows the traceback of a mistake, too. This module imports nothing slow.
 """
 
 import argparse
@@ -18,7 +18,7 @@ class UserError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser without abbreviations whose errors are UserErrors."""
+    """An ArgumentParser whose errors are UserErrors and whose options cannot be abbreviated."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, allow_abbrev=False, **options)

@@ -1,4 +1,4 @@
-"""What geneval, semgen and reconstruct share: options, the engine they choose, JSONL records."""
+"""Options, loading of an engine, and JSONL reading for geneval, semgen and reconstruct."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def add_engine_options(parser, out, engines=ENGINES):
 
 
 def load_engine(args):
-    """The engine of --engine, with the chosen models; raises UserError or FileNotFoundError."""
+    """Load the engine that --engine names; raises UserError or FileNotFoundError."""
     if args.engine == "unialignment":
         return UniAlignment.load(args.checkpoint or MINI, args.sd3, args.device)
     return DreamEngine.load(args.sd3 or SD3, args.lmm, args.checkpoint or STAGE2, args.device)

@@ -1,4 +1,4 @@
-"""The published pipeline folder of UniAlignment: T5, its tokens, settings, and writing the folder.
+"""Read and write UniAlignment's pipeline folder: T5, its tokenizer, settings of sampling.
 
 transformer/  vae/  text_encoder/  tokenizer/  scheduler/
 """
@@ -15,14 +15,14 @@ from support.cli import UserError, reading
 from support.files import whole, write_json
 from unialignment.transformer import RULES, load_transformer
 
-PARTS = {  # of a pipeline folder, and their names in a folder of SD3-medium
+PARTS = {  # folder in a pipeline folder: its name in a folder of SD3-medium
     "vae": "vae",
     "text_encoder": "text_encoder_3",
     "tokenizer": "tokenizer_3",
     "scheduler": "scheduler",
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-MASK = "<extra_id_0>"  # the entry of T5's vocabulary that hides a token
+MASK = "<extra_id_0>"  # the entry of T5's vocabulary that replaces a hidden token
 
 
 def load_pipeline(folder, sd3=None, device="cpu", dtype=torch.float32):
@@ -50,7 +50,7 @@ def load_pipeline(folder, sd3=None, device="cpu", dtype=torch.float32):
 
 
 def load_text_encoder(folder, device="cpu", dtype=torch.float32):
-    """Load the encoder of a T5, in bfloat16 instead of float16, in which its states overflow."""
+    """Load a T5 encoder. Its states overflow in float16, so bfloat16 replaces that dtype."""
     with reading(folder, "the folder of a T5 encoder"):
         config = T5Config.from_dict(checkpoints.read_json(Path(folder, "config.json")))
     layouts = {"encoder.block.": checkpoints.key_map("encoder.embed_tokens.weight  shared.weight")}
@@ -83,7 +83,7 @@ class Tokens:
         self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
 
     def ids(self, text, slots=None):
-        """A list of ids without special tokens. With slots, padded or cut, and ended by at least one EOS."""
+        """The ids of a text, without special tokens. With slots: cut or padded, EOS at the end."""
         special = {self.mask_id, *self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         ids = [i for i in ids if i not in special]
@@ -94,7 +94,7 @@ class Tokens:
         return torch.tensor([self.ids(text, self.slots) for text in texts])
 
     def about(self, question=None, text=None):
-        """The ids (L,) of a caption, or of a question with its answer, and the slots to predict, (L,) bool.
+        """Ids (L,) of a caption, or of a question and answer, and which slots to predict (L,) bool.
 
         Without a text, these slots hold MASK. Raises UserError if the question leaves no slot.
         """
@@ -114,7 +114,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: what the folder's scheduler_config.json says, else as in the authors' code."""
+    """Settings of sampling, from the folder's scheduler_config.json; defaults: the authors'."""
 
     slots: int = 256  # of every text; padding is attended to, so their number matters
     size: int = 512  # side of a picture
@@ -126,7 +126,7 @@ class Sampling:
     )
     text_steps: int = 32
     order: str = "sampled"  # see `masked.unmask`
-    sentence: str = ""  # before every caption: T5 cannot tell positions in a row of MASKs alone
+    sentence: str = ""  # before every caption; T5 gives all MASKs the same state without it
     shift: float = 3.0  # of the noise levels; the only setting that published folders state
 
 

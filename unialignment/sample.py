@@ -1,4 +1,4 @@
-"""Draw, edit and perceive pictures with UniAlignment, or read them.
+"""Draw, edit, segment and read pictures with UniAlignment.
 
 python -m unialignment.sample --prompt "a blue square above a green ring"
 python -m unialignment.sample --image room.png --prompt "make the wall blue"
@@ -19,7 +19,7 @@ from support.cli import Parser, UserError, one_line_errors, whole_number
 from unialignment.model import MINI, UniAlignment
 
 TASKS = {
-    "draw": "draw the prompt, starting from the images, if any",
+    "draw": "draw the prompt, or edit the image by it",
     "caption": "say what each image shows",
     "answer": "answer the prompt, a question about the image",
 }
@@ -52,7 +52,7 @@ def parse(arguments=None):
 
 
 def read_questions(args):
-    """The images to read, and a question about each, or None; a single image may have many questions."""
+    """The images to read, and a question for each, or None. One image may have many questions."""
     images, questions = [read_image(path) for path in args.image], args.prompt
     if len(images) == 1:
         images *= max(1, len(questions))
