@@ -163,7 +163,7 @@ def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
 
 RULES = {  # beginning of a name in the file: rules from the model's names to the file's
     "model.language_model.": key_map("*  model.*"),  # saved by transformers since 4.52
-    "language_model.": (),  # likewise, without the language model's head
+    "language_model.": (),  # the same, saved without the output layer
     "model.": key_map("language_model.*  model.*"),  # as published
 }
 

@@ -137,7 +137,7 @@ def train(args, recipe, engine, data, place):
         if stopping and not done:
             bar.close()
             if rank == 0:
-                print(f"stopped after step {step + 1}: saved; --resume goes on", file=sys.stderr)
+                print(f"stopped after step {step + 1}: saved; --resume continues", file=sys.stderr)
             return (stopped or [signal.SIGTERM])[0]
     if rank == 0 and bad_lines.scanned + bad:
         print(f"{bad_lines.scanned + bad:.0f} bad lines were skipped")
@@ -251,7 +251,7 @@ def parse(arguments=None):
         (not is_first and not args.checkpoint, "--checkpoint is missing: give stage 1, or none"),
         (args.lmm_lora and not args.rank, "--lmm-lora needs a --rank of at least 1"),
         (start and shape, "--layers and --mlp-dim are for a new adapter: --checkpoint has its own"),
-        (foreign, f"--checkpoint {start}: no run of train.py; only such runs can go on"),
+        (foreign, f"--checkpoint {start}: no run of train.py; only its own runs can continue"),
         (args.shard and rank_and_world()[1] == 1, "--shard needs several processes: use torchrun"),
     )
     args.checkpoint, args.alpha = start, args.alpha or args.rank

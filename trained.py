@@ -20,7 +20,7 @@ class Checkpoint:
     config: dict = field(default_factory=dict)  # of our files: stage, alpha, base, lmm, ...
     tensors: dict | None = None  # all tensors of our file: adapter.*, lora.*
     dit: dict | None = None  # published MM-DiT with LoRA merged, {name in the file: tensor}
-    lmm: dict | None = None  # published LMM, likewise
+    lmm: dict | None = None  # published LMM, in the same form
 
 
 def read_checkpoint(path, lora_scale=1.0, dtype=torch.float32):

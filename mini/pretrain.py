@@ -155,7 +155,7 @@ class TextCondition:
     def __call__(self, texts, pads=None, pooled=None):
         """Texts -> Condition.
 
-        pads: add so many pads and attend to all pads, as UniAlignment does; None: attend to none.
+        pads: add this many pads and attend to all, as UniAlignment does; None: attend to none.
         pooled (n,): 0 replaces the pooled vector of a text by zeros; default: all 1.
         """
         device = self.model.pos_embed.device

@@ -95,7 +95,7 @@ def latest(out):
 
 
 def advice(out):
-    return f"the last good checkpoint is {latest(out) or 'none'}, from which --resume goes on"
+    return f"the last good checkpoint is {latest(out) or 'none'}, from which --resume continues"
 
 
 def restore(out, engine, optimizer, settings):
