@@ -49,7 +49,7 @@ class Adapter(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A frozen Linear plus (alpha / rank) * B A. A fused qkv has three pairs (A, B), one per third.
+    """A frozen Linear plus (alpha / rank) * B A. A fused qkv has one pair (A, B) for each third.
 
     A starts Gaussian with standard deviation 1 / rank. B starts at zero: the output is unchanged.
     """
@@ -73,7 +73,7 @@ PROJECTIONS = {"qkv": 3, "proj": 1, "q_proj": 1, "k_proj": 1, "v_proj": 1, "o_pr
 
 
 def lora_sites(model, kind=nn.Linear):
-    """Yield (path, (module, number of fused matrices)) of each attention projection of a kind."""
+    """Yield (path, (module, number of fused matrices)) of attention projections of class kind."""
     for path, module in list(model.named_modules()):
         parent, _, name = path.rpartition(".")
         if isinstance(module, kind) and name in PROJECTIONS and "attn" in parent:
@@ -81,7 +81,7 @@ def lora_sites(model, kind=nn.Linear):
 
 
 def add_lora(model, rank=32, alpha=None, paths=None):
-    """Add LoRA at paths (default: all lora_sites) as the only trainable part: {name: parameter}."""
+    """Freeze a model and add LoRA at paths (default: all lora_sites): {name: new parameter}."""
     model.requires_grad_(False)
     for path, (linear, parts) in lora_sites(model):
         if paths is None or path in paths:

@@ -416,5 +416,5 @@ def infer_vae(part, stated):
 
 
 def fingerprint(weight):
-    """The norm of a weight, rounded: a number that identifies a trained model in any dtype."""
+    """The norm of a weight, rounded, which identifies a trained model in any dtype."""
     return round(weight.float().norm().item(), 4)

@@ -8,9 +8,9 @@ A manifest is a JSONL file. Each line is an example of one of five tasks; paths 
     {"task": "objects", "target": "a.jpg", "segments": [["a dog", [[120, 300, 480, 910]]], [" on a beach", []]]}
     {"task": "answer", "image": "a.jpg", "question": "how many dogs are there?", "answer": "two"}
 
-Dream Engine learns every task but answer. A segment is a piece of the caption, and the boxes of what it
-names, in thousandths of the target. A t2i or edit line may have a "caption" of its target, for systems
-that read. A "size": [width, height] of the target saves opening the images for --buckets.
+Dream Engine learns every task but answer. A segment is a piece of the caption with the boxes of the
+objects that it names, in thousandths of the target. A t2i or edit line may have a "caption" of its
+target, for systems that read. If it states "size": [width, height], --buckets opens no image.
 """
 
 import json
@@ -35,7 +35,7 @@ from lmm import Batch
 from prompts import apply_task, crop_to, read_image, reference_prompt, to_tensor, upright_size
 from support.files import LONGEST_LINE, find_file, read_lines
 
-FIELDS = {  # of a line of each task, besides "task"
+FIELDS = {  # that a line of each task must have, besides "task"
     "t2i": ("target", "prompt"),
     "i2i": ("target",),
     "edit": ("target", "source", "instruction"),
@@ -74,10 +74,10 @@ def parse_record(line):
 
 
 class Manifest:
-    """A JSONL file of examples; a row is the number of a line, from 1.
+    """A JSONL file of examples. A row is a line number, from 1.
 
-    Any source of examples, this one or `mini.world.Examples`, has `name`, `identity` (which a resumed
-    run compares), `bad_lines` {row: reason}, the `total` number of rows, and the methods `rows`,
+    A source of examples, this class or `mini.world.Examples`, has `name`, `identity` (compared by
+    --resume), `bad_lines` {row: reason}, the `total` number of rows, and the methods `rows`,
     `record` and `ratio`.
     """
 
@@ -113,7 +113,7 @@ class Manifest:
             return parse_record(stream.readline(LONGEST_LINE))
 
     def record(self, row, task, rng=None):
-        """The example in a row, for a task, with its images; rng: for sources that draw images."""
+        """The example in a row, for a task, with its images. rng: for sources that render them."""
         record = self.line(row) | {"task": task}
         for name in {"source", "target", "image"} & {*FIELDS[task]}:
             record[name] = read_image(find_file(self.file.parent, record[name]))
@@ -133,7 +133,7 @@ class Manifest:
 
 
 def training_example(record, size, rng):
-    """Turn a record into (task, prompt, target): the prompt, and the picture it should draw.
+    """Turn a record into (task, prompt, target); target is the picture that the prompt describes.
 
     Target and source are cropped alike, to size. At most three objects are cut from the target.
     """
@@ -159,7 +159,7 @@ def training_example(record, size, rng):
 def visible_box(box, old, new):
     """Map a box in thousandths of size old to pixels of the crop to size new; None if it is unfit.
 
-    Unfit is a box that is small or thin, that lies mostly outside, or that covers over half the crop.
+    A box is unfit if it is small or thin, lies mostly outside the crop, or covers over half of it.
     """
     scale = max(new[0] / old[0], new[1] / old[1])
     shifts = [(a * scale - b) / 2 for a, b in zip(old, new)]
@@ -184,7 +184,7 @@ def bucket_sizes(side):
 class Pool:
     """Examples of one source, task and size, from which whole microbatches are drawn."""
 
-    source: object  # a Manifest, or what offers the same
+    source: object  # a Manifest, or another class with its methods
     task: str
     size: tuple[int, int]
     weight: float
@@ -261,7 +261,7 @@ class Microbatches(torch.utils.data.Dataset):
         try:
             return self.microbatch(j)
         except UserError as error:
-            return error  # `load` raises it: from a worker process it would come with a traceback
+            return error  # raised by `load`, because worker processes would add a traceback
 
     def microbatch(self, j):
         pool, bad_lines, examples = self.pools[self.pool_of[j]], [], []
@@ -293,7 +293,7 @@ class Microbatches(torch.utils.data.Dataset):
         raise UserError(f"100 bad lines in a row, the last one {place}: {reason}")
 
     def load(self, numbers, workers=0):
-        """Yield the microbatches of these numbers, made by worker processes (0: by this one)."""
+        """Yield the microbatches of these numbers. workers: processes to make them; 0: this one."""
         options = {"batch_size": None, "num_workers": workers, "sampler": numbers}
         for item in torch.utils.data.DataLoader(self, **options, worker_init_fn=start_worker):
             if isinstance(item, UserError):
@@ -308,7 +308,7 @@ def start_worker(_):
 
 
 class BadLines(dict):
-    """Lines that were skipped, {file:line: reason}: as manifests were opened, or in training."""
+    """Lines skipped while opening manifests or in training: {file:line: reason}."""
 
     def __init__(self, sources):
         for source, _ in sources:

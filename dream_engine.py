@@ -1,11 +1,11 @@
-"""Dream Engine (arXiv 2502.20172): prompts that mix text and images draw pictures.
+"""Dream Engine (arXiv 2502.20172): draw pictures from prompts that mix text and images.
 
     engine = DreamEngine.load()                       # the miniature
     engine.generate([["a red circle and a blue star"]])[0].save("out.png")
 
-The LMM (Qwen2-VL) encodes the prompt once; the adapter turns its hidden states into the conditions of
-the MM-DiT; `flow.euler` integrates from noise to a latent; the VAE decodes the latent. Precision: LMM
-and MM-DiT in `dtype` (fp32 on a CPU, bf16 on a GPU); adapter, VAE, sampled latents and times in fp32.
+The LMM (Qwen2-VL) encodes the prompt once; the adapter turns its hidden states into txt and vec,
+the inputs of the MM-DiT; `flow.euler` integrates noise to a latent; the VAE decodes the latent.
+Precision: LMM and MM-DiT in `dtype` (fp32 on a CPU, bf16 on a GPU); all else in fp32.
 """
 
 import json
@@ -35,7 +35,7 @@ STAGE1, STAGE2 = MINI / "stage1.safetensors", MINI / "stage2.safetensors"
 
 @dataclass
 class Condition:
-    """The conditions of the MM-DiT for B prompts."""
+    """What the MM-DiT gets of B prompts."""
 
     txt: torch.Tensor  # (B, L, D)
     mask: torch.Tensor  # (B, L) bool, False at padding
@@ -75,7 +75,7 @@ class DreamEngine(nn.Module):
 
         checkpoint: a file written by `save`, or its run folder; or a folder of the published
         DreamEngine, whose LMM and MM-DiT replace those of lmm and sd3; or None, for a new adapter.
-        Its LoRA is merged into the weights; merge=False leaves our own LoRA apart, to train it on.
+        LoRA is merged into the weights; merge=False keeps our own LoRA separate, for more training.
         lora_scale: alpha / rank of the published LoRA (1 in the official demo, 2 in its training; the
         files do not say). mrope=False: positions as in early transformers. Raises FileNotFoundError or
         UserError.
@@ -120,7 +120,7 @@ class DreamEngine(nn.Module):
         return min(1024, self.mmdit.config.largest)
 
     def condition(self, batch, r=0.0):
-        """Encode a Batch with gradients; r in [0, 1], a number or one for each row (B,)."""
+        """Batch -> Condition, with gradients. r in [0, 1]: a number, or (B,), one for each row."""
         hidden, vit = self.lmm(batch)
         hidden = blend(hidden, vit, batch.image_mask, r)
         txt, vec = self.adapter(hidden.float(), batch.mask)
@@ -142,8 +142,8 @@ class DreamEngine(nn.Module):
         """Draw one PIL image for each prompt, an interleaved list of strings and PIL images.
 
         guidance: None is the checkpoint's own. r: see `adapter.blend`. size: (width, height) in pixels,
-        multiples of 16. task: one of prompts.TASKS. Image i is drawn from seed + i, the same alone as
-        in any batch. progress wraps the steps. Raises UserError for what cannot be drawn.
+        multiples of 16. task: one of prompts.TASKS. Image i uses seed + i, and is the same in any
+        batch. progress wraps the steps. Raises UserError for an unfit prompt or setting.
         """
         width, height = size or (self.default_size, self.default_size)
         guidance = self.guidance if guidance is None else guidance
@@ -166,8 +166,8 @@ class DreamEngine(nn.Module):
     def start_training(self, rank=None, alpha=None, lmm_lora=False, r=None):
         """Make the adapter trainable and, with a rank, LoRA on the MM-DiT (and the LMM).
 
-        LoRA that a checkpoint has is trained on; UserError if it is of another kind. r: one for all
-        examples, or None to draw one for each. Returns the trainable {name: parameter}.
+        LoRA of a checkpoint is trained further; UserError if its rank or alpha differs. r: a number
+        for all examples, or None to draw one for each. Returns the trainable {name: parameter}.
         """
         self.requires_grad_(False)
         self.adapter.requires_grad_(True)
@@ -213,7 +213,7 @@ class DreamEngine(nn.Module):
         return flow.velocity_loss(velocity, x0, noise, t if weighted else None)
 
     def tokens_of_example(self, picture, prompt):
-        """How many tokens of an example the MM-DiT sees, from those of a picture and of a prompt."""
+        """Tokens of an example in the MM-DiT, given those of a picture and those of a prompt."""
         return picture + prompt
 
     def preview(self, task, prompt, target):
@@ -236,7 +236,7 @@ class DreamEngine(nn.Module):
             save_file(self.learned(), partial, {"config": json.dumps({**config, **self.base})})
 
     def save_frozen(self, folder):
-        """Write nothing: a checkpoint is used beside the frozen models it was trained on."""
+        """Write nothing: a checkpoint is loaded beside the frozen models it was trained with."""
 
     def restore(self, file, tensors=None):
         """Load what `save` wrote into an engine with the same trainable parameters."""
@@ -258,7 +258,7 @@ def new_adapter(lmm, mmdit, layers=2, mlp_dim=None):
 def denoise(mmdit, condition, noise, steps=28, guidance=4.5, progress=iter):
     """Sample latents (B, C, h, w) from noise, by Euler steps with classifier-free guidance.
 
-    condition: of B prompts and then of their B null prompts, or of B prompts alone: no guidance.
+    condition: of B prompts, then of their B null prompts; of B prompts alone: without guidance.
     """
     sigmas, mask = flow.sigma_schedule(steps), condition.padding
     copies = len(condition.vec) // len(noise)

@@ -11,7 +11,7 @@ import torch
 
 
 def shift_sigmas(sigma, shift):
-    """Raise noise levels, which larger pictures need (SD3 paper, section 5.3.2)."""
+    """Shift noise levels up, as larger pictures need (SD3 paper, section 5.3.2)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 

@@ -125,7 +125,7 @@ def mrope_positions(image_mask, grids, merge=2):
 def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
     """Tokenize and pad prompts (lists of strings and PIL images, in templates) -> Batch.
 
-    The name of a special token in a text is encoded as plain text. mrope=False: positions are
+    Names of special tokens in a text are encoded as plain text. mrope=False: positions are
     0, 1, 2, ... in all three rows, as in transformers before 4.47.
     """
     start, pad, end = tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
@@ -164,13 +164,13 @@ def collate(prompts, tokenizer, config=PatchConfig(), mrope=True):
 
 RULES = {  # beginning of a name in the file: rules from the model's names to the file's
     "model.language_model.": key_map("*  model.*"),  # saved by transformers since 4.52
-    "language_model.": (),  # likewise, without the language model's head
+    "language_model.": (),  # the same, saved without the output layer
     "model.": key_map("language_model.*  model.*"),  # as published
 }
 
 
 def load_lmm(folder, device="cpu", dtype=torch.float32, mrope=True, checkpoint=None):
-    """Load the Hugging Face folder of a Qwen2-VL, without its head.
+    """Load a Qwen2-VL, without its output layer, from its Hugging Face folder.
 
     checkpoint: a `trained.Checkpoint`; if it has an LMM, its weights replace those of the folder.
     mrope: see `collate`. Raises FileNotFoundError, or UserError naming what does not fit.

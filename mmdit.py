@@ -1,9 +1,9 @@
 """MM-DiT, the denoiser of SD3 and SD3.5 (arXiv 2403.03206), for all three published models.
 
 A text stream and an image stream have separate weights and share one joint attention per block.
-Modules have the names of the published single file (below `model.diffusion_model.`), so loading it
+Module names are those of the published single file (below `model.diffusion_model.`), so loading it
 is a strict load. Letters: B batch, L text tokens, N image tokens, D width, d width of a head,
-C latent channels, h w sides of the latent in patches (N = h w).
+C latent channels, h w sides of the latent in patches (N = h w), c the embedded time plus vec.
 """
 
 import math
@@ -54,7 +54,7 @@ def timestep_embedding(t, dim=256):
 
 
 def position_table(side, width):
-    """2-D sine-cosine table (1, side * side, width), columns first, for training from scratch."""
+    """2-D sine-cosine table (1, side * side, width), column half first; to train from scratch."""
     omega = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
@@ -100,7 +100,7 @@ class Modulation(NamedTuple):
 
 
 class AdaLN(nn.Sequential):
-    """c (B, D) -> one Modulation per three chunks: shift, 1 + scale, gate (of two: no gate)."""
+    """c (B, D) -> one Modulation per three chunks: shift, scale, gate. Two chunks: no gate."""
 
     def __init__(self, width, chunks):
         super().__init__(nn.SiLU(), nn.Linear(width, chunks * width))

@@ -1,4 +1,4 @@
-"""Prompts (lists of strings and PIL images), the templates of their tasks, and image conversion."""
+"""Prompts (lists of strings and PIL images), a template for each task, and image conversion."""
 
 import re
 import warnings
@@ -79,7 +79,7 @@ def to_srgb(image, profile):
 
 
 def crop_to(image, width, height):
-    """Scale and centre-crop a PIL image to exactly width x height."""
+    """Scale and center-crop a PIL image to exactly width x height."""
     return ImageOps.fit(image, (width, height), Image.BICUBIC)
 
 
@@ -96,7 +96,7 @@ def to_images(batch):
 
 
 def check_drawing(steps, guidance, width, height, largest):
-    """Raise UserError for settings that cannot be drawn. largest: longest side, in pixels."""
+    """Raise UserError for invalid settings. largest: the longest side allowed, in pixels."""
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}")
     if not abs(guidance) < float("inf"):
@@ -192,8 +192,8 @@ def apply_task(task, prompt):
 def reference_prompt(segments, named):
     """Return (task, prompt) for segments of a text with images: [(text, [image, ...]), ...].
 
-    named: task combine. Each image follows its name, the segment's text; the whole text is last.
-    Without named, or if an image has no name: task objects, in the given order.
+    named: use task combine, in which each image follows its name, the segment's text, and the whole
+    text comes last. Without named, or if an image has no name: task objects, in the given order.
     """
     objects = [(text.strip(" ,"), image) for text, images in segments for image in images]
     if named and objects and all(name for name, _ in objects):

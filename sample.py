@@ -41,7 +41,7 @@ def task(text):
 
 
 def add_options(parser):
-    """The options of every program that draws, whatever the system."""
+    """Add the options that both systems' programs for drawing share."""
     add = parser.add_argument
     # fmt: off
     add("--prompt", action="append", default=[],
@@ -71,8 +71,8 @@ def options():
     add_options(parser)
     add("--sd3", default=SD3, help="SD3 / SD3.5: single file or diffusers folder")
     add("--lmm", default=LMM, help="Qwen2-VL: Hugging Face folder")
-    add("--checkpoint", help="of train.py, or the folder of the published DreamEngine")
-    add("--lora-scale", type=number(-100, 100), default=1.0, help="of published weights: 1 or 2")
+    add("--checkpoint", help="file or run folder of train.py, or the published DreamEngine folder")
+    add("--lora-scale", type=number(-100, 100), default=1.0, help="of published LoRA; default: 1")
     add("--positions", choices=("mrope", "arange"), default="mrope", help="of the LMM's tokens")
     # fmt: on
     return parser
@@ -82,13 +82,13 @@ def parse(arguments=None):
     args = options().parse_args(arguments)
     if args.checkpoint is None:
         if (args.sd3, args.lmm) != (SD3, LMM):
-            raise UserError("--checkpoint is missing: only the miniature's models can do without")
+            raise UserError("--checkpoint is missing: only the miniature's models have a default")
         args.checkpoint = STAGE2
     return args
 
 
 def read_prompts(args, implied):
-    """The interleaved prompts; implied: images without a placeholder stand before the text."""
+    """Make interleaved prompts. implied: images go before a text that has no <image>."""
     images, prompts, texts = [read_image(path) for path in args.image], [], args.prompt or [""]
     for i, text in enumerate(texts, 1):
         if implied and images and "<image>" not in text:
@@ -112,7 +112,7 @@ def output_files(out, count):
 
 
 def load(args, load_engine):
-    """load_engine(device=..., dtype=...), and what --low-memory and --compile do with its engine."""
+    """Load an engine with load_engine(device, dtype), and apply --low-memory and --compile."""
     dtype = args.dtype and getattr(torch, args.dtype)
     device, dtype = fast.device_and_dtype(args.device, dtype)
     engine = load_engine(device="cpu" if args.low_memory else device, dtype=dtype)

@@ -1,13 +1,13 @@
-"""Train Dream Engine (section 3.4 of its paper).
+"""Train Dream Engine in two stages (section 3.4 of its paper).
 
     python train.py --stage 1     # the adapter alone: text -> image and image -> image
     python train.py --stage 2     # the adapter, and LoRA on the MM-DiT: also editing and objects
     torchrun --nproc-per-node 8 train.py --stage 1 --data photos.jsonl --sd3 ... --lmm ...
 
 Without --data the miniature trains on rendered scenes. LMM, MM-DiT and VAE stay frozen, in bf16 on a
-GPU; trainable parameters are fp32. --out receives metrics, pictures, and checkpoints from which
---resume goes on. A microbatch and its noise depend on (seed, number) alone: a resumed run gets the
-examples of an unbroken one, and N processes match one process with --accumulate N.
+GPU; trainable parameters are fp32. Metrics, pictures and checkpoints go to --out; --resume
+continues from the last checkpoint. A microbatch and its noise depend on (seed, number) alone, so a
+resumed run gets the same examples, and N processes match one process with --accumulate N.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from support.files import sheet
 from support.options import add_options, complete, positive, refuse
 from support.processes import catch_signals, distribute, rank_and_world, together, union
 
-PATIENCE = 5  # steps in a row that may fail
+PATIENCE = 5  # failed steps in a row that end the run
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training of a system: its tasks, and defaults that suit the miniature."""
+    """A kind of training: its tasks, and defaults that suit the miniature."""
 
     name: str  # of its folder in runs/
     shares: dict[str, float]  # of each task among the microbatches
@@ -60,9 +60,9 @@ STAGES = {
 def train(args, recipe, engine, data, place):
     """Train all parameters of an engine that require gradients, with AdamW.
 
-    args: options, see `support.options`; data: the Microbatches of the whole run; place: this process, see
-    `support.processes.together`. The engine computes losses (`forward`) from a microbatch and from its
-    own random draws (`training_noise`), draws a `preview`, and can `save` and `restore` itself.
+    args: see `support.options`. data: the Microbatches of the whole run. place: this process, see
+    `support.processes.together`. The engine makes random draws for a microbatch (`training_noise`),
+    computes losses from both (`forward`), draws a `preview`, and can `save` and `restore` itself.
     Returns the signal that stopped the run, or None.
     """
     rank, world, device = place
@@ -141,14 +141,14 @@ def train(args, recipe, engine, data, place):
         if stopping and not done:
             bar.close()
             if rank == 0:
-                print(f"stopped after step {step + 1}: saved; --resume goes on", file=sys.stderr)
+                print(f"stopped after step {step + 1}: saved; --resume continues", file=sys.stderr)
             return (stopped or [signal.SIGTERM])[0]
     if rank == 0 and bad_lines.scanned + bad:
         print(f"{bad_lines.scanned + bad:.0f} bad lines were skipped")
 
 
 def learning_rate(step, args):
-    """A linear warm-up, then constant, then linear to zero over the last share of the steps."""
+    """Rise linearly for args.warmup steps; fall linearly to 0 over the last share args.decay."""
     left = (args.steps - step) / (args.decay * args.steps)
     return args.lr * min(1, (step + 1) / args.warmup, left)
 
@@ -159,9 +159,9 @@ def generator(seed, number):
 
 
 def load_data(args, recipe, engine, sources, world, kind=Microbatches, **options):
-    """All microbatches of a run, from [(source, weight)]; see `data.Manifest` for a source.
+    """Make the Microbatches of a run from [(source, weight)]; see `data.Manifest` for a source.
 
-    kind: a class of Microbatches, which takes options. Sets args.size if --size was not given.
+    kind: Microbatches or a subclass, which takes options. Sets args.size if --size was not given.
     """
     args.size = args.size or min(512, engine.default_size)
     tasks, progress = args.tasks or recipe.shares, tqdm if args.buckets else iter
@@ -192,7 +192,7 @@ def load_engine(args, device):
 
 
 def preview_examples(data):
-    """Three examples of each task, which the engine draws while it trains."""
+    """Choose three examples of each task, which the engine draws during training."""
     pools = {pool.task: pool for pool in reversed(data.pools)}.values()
     return [data.example(pool, i, random.Random(i), []) for pool in pools for i in range(3)]
 
@@ -201,7 +201,7 @@ SETTINGS = "stage steps batch lr warmup decay clip seed rank alpha lmm_lora loss
 
 
 def run_settings(args, engine, pools, world):
-    """What a run and the run that resumes it must have in common."""
+    """The settings that must be the same when a run is resumed."""
     settings = {name: getattr(args, name) for name in SETTINGS.split() if hasattr(args, name)}
     settings["microbatches a step"] = args.accumulate * world
     shapes = {name: list(p.shape) for name, p in engine.named_parameters() if "adapter." in name}
@@ -252,10 +252,10 @@ def parse(arguments=None):
     shape = args.layers or args.mlp_dim
     refuse(
         (is_first and lora, "--rank, --alpha and --lmm-lora belong to --stage 2"),
-        (not is_first and not args.checkpoint, "--checkpoint is missing: of stage 1, or none"),
+        (not is_first and not args.checkpoint, "--checkpoint is missing: give stage 1, or none"),
         (args.lmm_lora and not args.rank, "--lmm-lora needs a --rank of at least 1"),
         (start and shape, "--layers and --mlp-dim are for a new adapter: --checkpoint has its own"),
-        (foreign, f"--checkpoint {start}: no run of train.py, which alone it can go on from"),
+        (foreign, f"--checkpoint {start}: no run of train.py; only its own runs can continue"),
         (args.shard and rank_and_world()[1] == 1, "--shard needs several processes: use torchrun"),
     )
     args.checkpoint, args.alpha = start, args.alpha or args.rank
@@ -264,7 +264,7 @@ def parse(arguments=None):
 
 
 def run(args, recipe, load_engine, load_data=load_data, **rendering):
-    """Train as the options say and exit as the run ends; rendering: of `mini.world.Examples`."""
+    """Train, and exit if a signal stopped the run. rendering: options of `mini.world.Examples`."""
     sources = [(Manifest(file), weight) for file, weight in args.data]
     if not sources:
         from mini.world import Examples

@@ -1,4 +1,4 @@
-"""Loads checkpoints: this project's own files, and the published DreamEngine's folder."""
+"""Load trained checkpoints: this project's own files, and the published DreamEngine folder."""
 
 import re
 from dataclasses import dataclass, field
@@ -23,21 +23,21 @@ from checkpoints import (
 
 @dataclass
 class Checkpoint:
-    """A trained adapter; our files add a config and LoRA, the published folder adds both models."""
+    """A trained adapter. Our files add a config and LoRA, the published folder LMM and MM-DiT."""
 
     source: Path
     adapter: Part
     config: dict = field(default_factory=dict)  # of our files: stage, alpha, base, lmm, ...
     tensors: dict | None = None  # all tensors of our file: adapter.*, lora.*
     dit: dict | None = None  # published MM-DiT with LoRA merged, {name in the file: tensor}
-    lmm: dict | None = None  # published LMM, likewise
+    lmm: dict | None = None  # published LMM, in the same form
 
 
 def read_checkpoint(path, lora_scale=1.0, dtype=torch.float32):
     """Read a Checkpoint: a file of `DreamEngine.save`, a run's folder, or a published DreamEngine.
 
-    lora_scale: alpha / rank of a published LoRA, which its files omit. dtype: of the weights after
-    merging that LoRA. Raises FileNotFoundError, or UserError naming what does not fit.
+    lora_scale: alpha / rank of a published LoRA, which its files omit. dtype: of the weights into
+    which that LoRA is merged. Raises FileNotFoundError, or UserError naming what does not fit.
     """
     path = Path(path)
     if saved := sorted(path.glob("stage?.safetensors")):
@@ -67,7 +67,7 @@ ADAPTER_PUBLISHED = key_map("""
     txt.*   input_embeds_align_mlp.*
     vec.*   condition_embeds_align_mlp.*
 """)
-UNUSED = ("norm_lmm_out.weight", "pooled_proj.weight", "pooled_proj.bias")  # in official forward
+UNUSED = ("norm_lmm_out.weight", "pooled_proj.weight", "pooled_proj.bias")  # by the official code
 
 
 def read_published(folder, scale=1.0, dtype=torch.float32):
@@ -105,7 +105,7 @@ def merge_published_lora(tensors, source, scale, dtype):
 
 
 def build_adapter(part, lmm, mmdit):
-    """Build the Adapter between lmm and mmdit from a Part; its shapes give the adapter's sizes."""
+    """Build the Adapter between lmm and mmdit from a Part, with sizes read off its shapes."""
     widths = lmm.config.text_config.hidden_size, mmdit.config.width
     mlp_dim = part.dimension("txt.0.weight", 0)
     layers = sum(part.shape(f"txt.{2 * i}.weight") is not None for i in range(9))

@@ -1,6 +1,6 @@
-"""SD3.5's autoencoder: a 64x64 picture becomes an 8x8 latent of C channels, and back.
+"""SD3.5's autoencoder: it turns a 64x64 picture into an 8x8 latent of C channels, and back.
 
-Modules have the names of the published single file (below `first_stage_model.`), so loading it is
+Module names are those of the published single file (below `first_stage_model.`), so loading it is
 a strict load. Letters: B batch, C latent channels (16 in SD3.5), H W pixels, h w = H/8 W/8.
 """
 
@@ -24,7 +24,7 @@ class VAEConfig:
     base: int = 128
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
     blocks: int = 2  # residual blocks per level of the encoder; the decoder has one more
-    groups: int = 32  # of each GroupNorm; groups of fewer than 4 channels would erase flat colour
+    groups: int = 32  # of each GroupNorm; groups of fewer than 4 channels would erase flat color
 
 
 class ResnetBlock(nn.Module):

@@ -1,8 +1,8 @@
 """Sample the miniature's test sets, and judge the pictures that a model draws for them.
 
-A case is a prompt with an exact check of the picture. The scenes and prompts are the eighth of the
-world that `world.is_reserved` holds out: no training draws them. The verdicts on a test set form a string
-of 0 and 1, one for each case, so that two models can be compared case by case.
+A case is a prompt with an exact check of the picture. Its scenes and prompts are from the eighth
+that `world.is_reserved` holds out from every training. The verdicts on a test set form a string of
+0 and 1, one for each case, so that two models can be compared case by case.
 """
 
 import random
@@ -24,7 +24,7 @@ from prompts import to_images, to_tensor
 
 STREAM = "second edition"  # seed of the test cases; no weight or setting was chosen on them
 HELD = ", held-out pairs"
-PAIR_SETS = {"": SEEN, HELD: HELD_OUT}  # ending of a row's name: pairs of color and shape to draw
+PAIR_SETS = {"": SEEN, HELD: HELD_OUT}  # suffix of a row's name: pairs of color and shape
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Case:
 
     task: str  # of prompts.TASKS
     prompt: list  # strings and PIL images
-    target: Scene  # a right answer
+    target: Scene  # of one right picture
     is_right: Callable[[Reading], bool]
     source: Image.Image | None = None  # of an edit
 
 
 def picture(pair):
-    """A color and shape, alone on white."""
+    """A picture of one object, with this color and shape, on white."""
     return world.portrait(Object(*pair, 4))
 
 
@@ -54,7 +54,7 @@ def shows(scene):
 
 
 def edit_case(source, instruction, target):
-    """A Case of an edit: one result is right, and it leaves everything else untouched."""
+    """A Case of an edit. Only the target is right: all other objects must stay unchanged."""
     return Case("edit", [source, instruction], target, shows(target), source)
 
 
@@ -77,7 +77,7 @@ def copy_cases(n, seed, pairs=SEEN):
 
 
 def edit_cases(n, seed, pairs=SEEN):
-    """Instructions of every kind."""
+    """Edits: an equal number of each kind."""
     kinds = ("recolor", "add") if pairs is HELD_OUT else edits.EDITS
     return {kind: edits_of(kind, n // len(kinds), seed, pairs) for kind in kinds}
 
@@ -102,7 +102,7 @@ def object_cases(n, seed, pairs=SEEN):
 
 
 def mixing_cases(n, seed, pairs=SEEN):
-    """The shape of one picture in the color of another, which no training draws."""
+    """The shape of one picture in the color of another. Neither stage is trained on these."""
     rng, cases = random.Random(f"mixing {seed}"), []
     while len(cases) < n:
         first, second = (world.sample_scene("single", rng, reserved=True) for _ in range(2))
@@ -118,7 +118,7 @@ def mixing_cases(n, seed, pairs=SEEN):
 
 
 def semgen_cases(n, seed, pairs=SEEN):
-    """The four groups of SemGen-Bench, in shapes, n // 2 cases each; no training draws them."""
+    """The four groups of SemGen-Bench, in shapes, n // 2 cases each. No system trains on them."""
 
     def prompts(sample, stream, accept):
         rng = random.Random(f"{stream} {seed}")
@@ -211,7 +211,7 @@ def reconstruct(vae, images):
 
 
 def controls(vae, cases, images):
-    """Judge true pictures, their reconstructions, other cases' drawings and unedited sources."""
+    """Judge baselines: true pictures, VAE copies, other cases' drawings, unedited sources."""
     renders = [world.render(case.target) for case in cases]
     pictures = {"renders": renders, "VAE": reconstruct(vae, renders)}
     pictures["shuffled"] = [*images[1:], images[0]]

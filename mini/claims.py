@@ -26,8 +26,8 @@ from mini.cases import bits, difference, draw, judge, random_scenes, sample, sco
 from support.files import markdown_table, write_json, write_text
 from unialignment import UniAlignment
 
-# Trainings that are compared. program: the module that trains. runs: {name: its flags}; a word of
-# STARTS in them stands for a path. score(folder, rows, seed) -> {row: verdicts} of a trained run.
+# Trainings to compare. program: the module that trains. runs: {name: flags}; a key of STARTS among
+# the flags stands for a path. score(folder, rows, seed) -> {row: verdicts} of a trained run.
 Study = namedtuple("Study", "title program runs comparisons score")
 # Is run `second` (B) better than run `first` (A)? rows: test sets, separated by commas.
 Comparison = namedtuple("Comparison", "claim question first second rows seeds", defaults=[3])
@@ -92,13 +92,13 @@ def score_drawing(folder, rows, seed):
 
 
 def both(folder, seed):
-    """The run "both" of the same seed, to start from."""
+    """Train the run "both" with the same seed, and return its folder, to start from."""
     run(DREAM_ENGINE, "both", seed, folder.parent)
     return folder.with_name(f"both-{seed}")
 
 
 def random_lmm(folder, seed):
-    """The miniature's LMM with random weights."""
+    """Write the miniature's LMM with random weights, and return its folder."""
     torch.manual_seed(seed)
     shutil.copytree(LMM, folder / "lmm", dirs_exist_ok=True)
     model = Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_pretrained(LMM))
@@ -140,7 +140,7 @@ UNI_COMPARISONS = [Comparison(*fields) for fields in (
 
 
 def score_all(folder, _, seed):
-    """Score UniAlignment on the rows of ALL; agreement: is its caption of its own drawing right?"""
+    """Score UniAlignment on the rows of ALL. agreement: captions of its own drawings are right."""
     engine, stream = UniAlignment.load(folder), f"claims {seed}"
     generate = partial(unified.without_task(engine.generate), guidance=GUIDANCE, steps=14)
     scores = {row: score(generate, row, 100, stream, row) for row in ("edits", "segmentation")}
@@ -153,7 +153,7 @@ def score_all(folder, _, seed):
 
 
 def start(folder, _):
-    """The run "start" of seed 0, from which all others continue."""
+    """Train the run "start" with seed 0, and return its folder; all other runs continue it."""
     run(UNIALIGNMENT, "start", 0, folder.parent)
     return folder.with_name("start-0")
 
@@ -161,7 +161,7 @@ def start(folder, _):
 UNIALIGNMENT = Study(
     "Does alignment help?", "unialignment.train", UNI_RUNS, UNI_COMPARISONS, score_all
 )
-STARTS = {"BOTH": both, "RANDOM-LMM": random_lmm, "START": start}  # make what a run starts from
+STARTS = {"BOTH": both, "RANDOM-LMM": random_lmm, "START": start}  # functions that make a folder
 STUDIES = (DREAM_ENGINE, UNIALIGNMENT)
 
 # ---- running and comparing ----------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Edits: instructions to change a scene, each with the one scene that is the right result.
 
-The target is a Scene, so `scenes.detect` decides whether an edited picture is right. The function
-of each kind draws a random Edit of a source, or returns None if the source allows no such edit.
+The target is a Scene, so `scenes.detect` decides whether an edited picture is right. Each kind has
+a function that draws a random Edit of a source, or returns None if the source allows none.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ def sample_edit(kind, rng, pairs=SEEN, reserved=False):
 
 
 def name_of(obj, scene, rng):
-    """'circle' or 'red circle', whichever names only this object; None if neither does."""
+    """'circle' or 'red circle', if that names only this object in the scene; else None."""
     if sum(o.pair == obj.pair for o in scene.objects) > 1:
         return None
     alone = sum(o.shape == obj.shape for o in scene.objects) == 1

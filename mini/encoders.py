@@ -1,7 +1,7 @@
 """The miniature T5 and Qwen2-VL: tokenizers, sizes and training losses.
 
-Both are small models of the transformers library. They are trained from scratch to predict words
-and, through the linear probes of `mini.lessons`, the facts of each noun and each image token.
+Both are small models of the transformers library, trained from scratch to predict words. Through
+the linear probes of `mini.lessons`, they also learn the facts of each noun and each image token.
 """
 
 import json
@@ -25,7 +25,7 @@ from mini.lessons import FACTS, Probes
 # ---- tokenizers ---------------------------------------------------------------------------------
 
 NOUNS = tuple(noun for shape in scenes.SHAPES for noun in (shape, scenes.plural(shape)))
-TEMPLATES = (  # further words, mostly of the task templates in prompts.py
+TEMPLATES = (  # more words, mostly from the task templates in prompts.py
     "Generate Image Copy Edit image following Combine the objects and generate an shape of in color"
     " replace into with next object it them keep then bigger smaller photo picture Draw Segment"
     " Describe"

@@ -4,8 +4,8 @@
     python -m mini.evaluate guidance       # find the best guidance for --checkpoint and store it there;
                                            # a UniAlignment folder is also copied to weights/mini/
 
-An exact detector judges every picture: it is right only if it shows exactly what the prompt describes.
-No training draws the test cases, and no weight or setting was chosen on them.
+An exact detector judges every picture. A picture is right only if it shows exactly what the prompt
+describes. No model was trained on the test cases, and no setting was chosen on them.
 """
 
 import json
@@ -39,7 +39,7 @@ STEPS = (1, 2, 4, 8, 14, 28)  # of Euler
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)  # r
 UNI = "unialignment"
 UNI_ALONE = ("segmentation", "composed", "words alone")  # Dream Engine is not trained on these
-ALONE = "base, by time alone"  # the pooled vector is left out: only time modulates the blocks
+ALONE = "base, by time alone"  # without the pooled vector: only time modulates the blocks
 CONTROLS = {"renders": "true pictures", "VAE": "reconstructions", "shuffled": "another case's drawing",
             "unedited": "unedited source"}  # name: column of the report  # fmt: skip
 TABLES = {  # measure: title and columns in the report
@@ -61,7 +61,7 @@ TABLES = {  # measure: title and columns in the report
 
 
 class Base:
-    """The miniature SD3.5 with its own T5, which draws as `DreamEngine.generate` does."""
+    """The miniature SD3.5 with its own T5, with the interface of `DreamEngine.generate`."""
 
     def __init__(self, device=None):
         device = device or "cpu"
@@ -81,9 +81,9 @@ class Base:
 
 
 def score_drawing(args, name, engine, row, generate=None, **settings):
-    """Score a test set of CASES, with trained pairs and with held-out ones, and write sheets of it."""
+    """Score a test set of CASES with trained and with held-out pairs, and write sheets of both."""
     for suffix, pairs in PAIR_SETS.items():
-        if suffix and row == "semgen":  # has no edits to held-out pairs
+        if suffix and row == "semgen":  # its edits have no held-out pairs
             return
         title, groups, tiles = name + suffix, {}, []
         sampled = CASES[row](args.num, STREAM, pairs)
@@ -144,7 +144,7 @@ for row in ("t2i", "edits", "semgen", *UNI_ALONE):
 
 
 def tile(case, image, right):
-    """A case as a picture: its inputs, the drawing, in a red frame if wrong, and the prompt below."""
+    """Show a case: its inputs, the drawing, with a red frame if wrong, and the prompt below."""
     (*inputs, _), text = files.prompt_row(case.task, case.prompt, image)
     framed = ImageOps.expand(image, 2, "white" if right == "1" else "red")
     row = files.sheet([[*inputs, framed]], height=128 if not inputs else 80)
@@ -189,7 +189,7 @@ MEASURES = {"variety": variety, "steps": by_steps, **unified.MEASURES}
 
 
 def best_guidance(generate, rows, n):
-    """Find the guidance with the best mean score, on n cases of each row from a stream of their own."""
+    """Find the guidance with the best mean score over rows, on n cases each, drawn separately."""
     means = {}
     for guidance in GUIDANCES:
         what, settings = f"guidance {guidance:g}", {"guidance": guidance}
@@ -240,7 +240,7 @@ def totals(rows):
 
 
 def ratio(row, total):
-    """A score as a share of its reference, the row of trained pairs or the base; "" without one."""
+    """A score divided by that of the row with trained pairs, or of the base; "" if neither fits."""
     of_base = row in ("stage 1", "t2i", "UniAlignment, t2i", ALONE)
     reference = row.removesuffix(HELD) if row.endswith(HELD) else "base" if of_base else None
     beside = share(total[reference]["exact"]) if reference in total else 0
@@ -313,7 +313,7 @@ def main(arguments=None):
     parser = Parser(description=__doc__.splitlines()[0])
     expected = ", ".join((*ROWS, *MEASURES))
     add = parser.add_argument
-    add("rows", nargs="*", metavar="row", help=f"of {expected}; default: all; or: guidance")
+    add("rows", nargs="*", metavar="row", help=f"some of {expected}; default: all. Or: guidance")
     add("--num", type=whole_number(6, 10_000), default=300, help="cases a row; default: 300")
     add("--checkpoint", default=STAGE2, type=Path, help="of Dream Engine; default: stage 2")
     add("--unialignment", default=MINI, type=Path, help="folder; default: the miniature's")

@@ -1,9 +1,9 @@
 """The training set of the miniature's text encoders: prompts with labels for their tokens.
 
-A noun helps the MM-DiT most if its state holds all that the prompt says about its object. Encoders
-as small as these do not learn this by predicting words alone. During training, linear probes
-therefore predict five facts from the state of each noun: shape, color, count, place and relation.
-The token of a picture is labelled like a noun. The probes are thrown away after training.
+The state of a noun helps the MM-DiT most if it holds all that the prompt says about the object.
+Encoders as small as these do not learn this by predicting words alone. During training, linear
+probes therefore predict five facts from the state of each noun: shape, color, count, place and
+relation. The token of a picture is labelled like a noun. The probes are discarded after training.
 """
 
 from dataclasses import dataclass, replace
@@ -41,7 +41,7 @@ class Probes(nn.Module):
 
 
 def facts_of(mention, relation=None):
-    """The five labels of a mention; 0: not said; count 0: the object is removed or excluded."""
+    """The five labels of a mention. 0 means not said; count 0 means removed or excluded."""
     shape, color = (None, *SHAPES).index(mention.shape), (None, *COLORS).index(mention.color)
     place, relation = (None, *range(9)).index(mention.place), (None, *RELATIONS).index(relation)
     return shape, color, mention.count, place, relation
@@ -52,12 +52,12 @@ class LabelledPrompt:
     """A prompt of strings and pictures, with labels for its tokens.
 
     The label of an image token is (word, facts). The word is the shape of its object, or else the
-    color of the background. Facts of None are not trained.
+    color of the background. Where the facts are None, none are predicted.
     """
 
     prompt: list
     nouns: list | None  # facts of each noun of the text; None: not trained
-    image_tokens: list = ()  # labels for the LMM, which has read the text before a picture
+    image_tokens: list = ()  # labels for the LMM, whose states depend on the text before a picture
     vit_tokens: list | None = None  # labels for the ViT, which reads no text; None: the same
     outcome: tuple | None = None  # facts at the last token before the last part of the prompt
 
@@ -78,7 +78,7 @@ def sample_answer(rng):
 
 
 def text_of(kind, rng):
-    """A LabelledPrompt of one text, of a kind of TEXTS."""
+    """Draw a LabelledPrompt of one text. kind: a key of TEXTS."""
     if kind == "caption":
         return caption_text(rng)
     if kind == "question":

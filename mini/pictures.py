@@ -1,7 +1,7 @@
 """The training set of the miniature's VAE: random pictures, about half of them rendered scenes.
 
-A VAE trained on the world's six colours alone would memorise them. The other half therefore shows
-shapes in any colours, outlines, stripes, gradients, blobs and noise that resembles photographs.
+A VAE trained on the six colors of scenes alone would memorise them. The other half therefore shows
+shapes in any colors, outlines, stripes, gradients, blobs, and noise like that of photographs.
 """
 
 import numpy as np
@@ -27,8 +27,8 @@ def drawn_scene(rng):
 
 
 def any_colors(rng):
-    """A scene in nearly its own colours, or up to nine shapes of any colour on any background."""
-    if rng.random() < 0.5:  # teaches the VAE to distinguish similar colours
+    """A scene in nearly its own colors, or up to nine shapes of any color on any background."""
+    if rng.random() < 0.5:  # teaches the VAE to distinguish similar colors
         scene = scenes.sample_scene("scene", rng, PAIRS)
         shapes = [(o.place, o.shape, near(scenes.COLORS[o.color], rng)) for o in scene.objects]
         return scenes.paint(near(scenes.BACKGROUNDS[scene.background], rng), shapes)
@@ -42,7 +42,7 @@ def outlines(rng):
 
 
 def stripes(rng):
-    """Waves between two colours, of any direction and width."""
+    """Waves between two colors, of any direction and width."""
     wave = np.sin(slope(rng) * rng.uniform(2, 25) + rng.uniform(0, 7))
     return mixed((wave * rng.uniform(1, 6)).clip(-1, 1) / 2 + 0.5, rng)
 
@@ -75,7 +75,7 @@ def noise(rng):
     spectrum = random.standard_normal((2, SIZE, SIZE // 2 + 1, 3))
     waves = np.fft.irfft2((spectrum[0] + 1j * spectrum[1]) * amplitude, (SIZE, SIZE), axes=(0, 1))
     gray = waves.mean(2, keepdims=True)
-    waves = gray + (waves - gray) * rng.uniform(0, 1)  # photographs have correlated colour channels
+    waves = gray + (waves - gray) * rng.uniform(0, 1)  # photographs have correlated color channels
     waves = (waves - waves.mean()) / waves.std()
     return np.array(color(rng)) + waves * rng.uniform(15, 60)
 
@@ -96,5 +96,5 @@ def slope(rng):
 
 
 def mixed(share, rng):
-    """Mix two random colours: share (48, 48, 1) in [0, 1] -> pixels (48, 48, 3)."""
+    """Mix two random colors: share (48, 48, 1) in [0, 1] -> pixels (48, 48, 3)."""
     return share * np.array(color(rng)) + (1 - share) * np.array(color(rng))

@@ -7,8 +7,8 @@
     python -m mini.pretrain decoder   # the VAE's decoder again, on noisy latents
     python -m mini.pretrain export    # writes weights/mini/ in the published layouts
 
-The published weights are too large to train on a CPU. `bash mini/speedrun.sh` runs all these
-commands, then trains both systems. A command that was stopped resumes when it is started again.
+Models of the published sizes are too large to train on a CPU. `bash mini/speedrun.sh` runs all
+these commands, then trains both systems. A command that was stopped resumes when started again.
 """
 
 import random
@@ -61,7 +61,7 @@ def train_vae(args, steps):
 
 
 def train_decoder(args, steps):
-    """Train the decoder further, on slightly noisy latents: drawn latents are inexact, too."""
+    """Train the decoder further, on slightly noisy latents, because drawn latents are inexact."""
     model = trained("vae", VAE(VAE_CONFIG), args).to(memory_format=torch.channels_last)
     model.decoder.requires_grad_(True).train()
 
@@ -78,7 +78,7 @@ def train_decoder(args, steps):
 
 
 def trained_vae(args):
-    """The trained VAE, with the decoder of `train_decoder` if that was trained."""
+    """The trained VAE, with the decoder of `train_decoder` if there is one."""
     model = trained("vae", VAE(VAE_CONFIG), args).to(memory_format=torch.channels_last)
     if Path(args.out, "decoder.pt").exists():
         trained("decoder", model.decoder, args)
@@ -156,7 +156,7 @@ class TextCondition:
     def __call__(self, texts, pads=None, pooled=None):
         """Texts -> Condition.
 
-        pads: add so many pads and attend to all pads, as UniAlignment does; None: attend to none.
+        pads: add this many pads and attend to all, as UniAlignment does; None: attend to none.
         pooled (n,): 0 replaces the pooled vector of a text by zeros; default: all 1.
         """
         device = self.model.pos_embed.device

@@ -1,7 +1,7 @@
 """Texts about scenes beyond captions: prompts with pictures, long and semantic prompts, questions.
 
-Every prompt comes with its meaning, so that the detected scene of a picture decides whether the
-picture is right. Every question has exactly one answer for a scene. `mini.edits` has instructions.
+Every prompt comes with its meaning, which decides whether the detected scene of a picture is
+right. Every question has exactly one answer for a scene. `mini.edits` has instructions.
 """
 
 import random
@@ -150,7 +150,7 @@ def sample_semantic(rng, pairs=SEEN, reserved=False):
 
 
 def is_plain(prompt):
-    """Could `scenes.caption` write the same text, as a caption that may be reserved?"""
+    """Could `scenes.caption` write the same text? (As a caption, it may be reserved.)"""
     single = all(mention.count == 1 for mention in prompt.told)
     only_counts = len(prompt.claims) == 1 + len(prompt.told)
     return only_counts and "objects" not in prompt.text and len(prompt.told) <= 1 + single
@@ -282,7 +282,7 @@ def _any_question(kind, scene, rng):
 
 
 def majority(kind, n=2000):
-    """The score of always giving the most frequent answer, over n questions of a kind."""
+    """The accuracy of always giving the most frequent answer, over n questions of a kind."""
     rng = random.Random(f"majority {kind}")
     answers = Counter(answer(q, s) for s, q in (sample_question(kind, rng) for _ in range(n)))
     return answers.most_common(1)[0][1] / n

@@ -1,11 +1,11 @@
-"""Scenes of one to four coloured shapes: their pictures, their captions and an exact detector.
+"""Scenes of one to four colored shapes: their pictures, their captions and an exact detector.
 
 A picture has 48x48 pixels and a grid of 3x3 cells. A cell of 16 pixels is one token of the MM-DiT
 and of the LMM, so an object fills one token. Captions cover the six tasks of GenEval (arXiv
-2310.11513). `detect` recovers the scene from a picture, so that scores need no judgement.
+2310.11513). `detect` recovers the scene from a picture, so that no person or model has to judge it.
 
 One eighth of all scenes and prompts is reserved for the test set (`is_reserved`). Dream Engine and
-UniAlignment are trained on the pairs of colour and shape in SEEN; those in HELD_OUT are held out.
+UniAlignment are trained on the pairs of color and shape in SEEN; those in HELD_OUT are held out.
 The VAE, the text encoders and the base MM-DiT are trained on all pairs.
 """
 
@@ -163,7 +163,7 @@ def box(obj):
 
 
 def segment(scene):
-    """The segmentation of a scene, as a Scene: every shape in its colour of LABELS, on black."""
+    """The segmentation of a scene, as a Scene: every shape in its color of LABELS, on black."""
     return Scene("black", tuple(Object(LABELS[o.shape], o.shape, o.place) for o in scene.objects))
 
 

@@ -98,7 +98,7 @@ def captions_are_right(engine, images):
 
 
 def own(args):
-    """{own drawing: [share captioned right, share captioned wrong]}, shares of all drawings."""
+    """{does its drawing fit?: [share captioned right, share captioned wrong]}, of all drawings."""
     engine = load(args)
     sampled = cases.sample("t2i", args.num, STREAM)
     images = cases.draw(without_task(engine.generate), sampled)

@@ -1,6 +1,6 @@
-"""The miniature world: every name of `mini.scenes`, and an endless dataset of rendered scenes.
+"""An endless dataset of rendered scenes, `Examples`, and every name of `mini.scenes`.
 
-Training uses `Examples` if no manifest is given, so that it needs no files.
+Without a manifest, training uses `Examples`, which needs no files.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ class Examples:
     bad_lines, total = {}, 0
 
     def __init__(self, perception=False):
-        """perception: one third of the edits have a segmentation or edges as target."""
+        """perception: one third of the edits have a segmentation or an edge map as target."""
         self.perception = perception
 
     def rows(self, task):

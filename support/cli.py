@@ -1,4 +1,4 @@
-"""How a program ends after its user's mistake: with one line and exit code 2, without a traceback.
+"""Report a user's mistake in one line, with exit code 2 and without a traceback.
 
 Such a mistake is a `UserError`, whatever fails inside `reading(file)`, or an OSError (a missing file, a
 full disk), or a text that no path may hold. Any other exception is a bug and shows its traceback;
@@ -41,7 +41,7 @@ def check_list(values, kinds, expected, count=None):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser without abbreviations whose errors are UserErrors."""
+    """An ArgumentParser whose errors are UserErrors and whose options cannot be abbreviated."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, allow_abbrev=False, **options)

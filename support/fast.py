@@ -36,16 +36,16 @@ def device_and_dtype(device=None, dtype=None):
 
 # ---- once for many steps ------------------------------------------------------------------------
 
-CHUNK = 32  # steps whose results lie in memory at once
+CHUNK = 32  # steps whose results are kept in memory at once
 
 
 class Precomputed(nn.Module):
-    """Replaces a layer for a while, and returns what the layer computes at the current step."""
+    """Replaces a layer while sampling, and returns the layer's output at the current step."""
 
     def __init__(self, layer):
         super().__init__()
         self.layer = [layer]  # in a list, so that its weights are not registered twice
-        self.steps, self.current = [], None  # outputs at the steps of a chunk; at one of them
+        self.steps, self.current = [], None  # outputs at all steps of a chunk; at the current step
 
     def forward(self, _):
         return self.current
@@ -57,8 +57,8 @@ def prepared(transformer, times, vec=None):
 
     That is `t_embedder` and every `adaLN_modulation`, a third of an MMDiT's parameters. times: the
     values of t, in order; vec (B, D), default: zero. Yields a function that wraps velocity(z, t), so
-    that each call uses the results for its t; without it, those for times[0] are used. Sharded
-    transformers (FSDP) are left alone, because their layers are whole in their own forward only.
+    that each call uses the results for its t; unwrapped calls use those for times[0]. Sharded
+    transformers (FSDP) stay unchanged, because their layers are whole only in their own forward.
     """
     if hasattr(transformer, "reshard"):
         yield lambda velocity: velocity
@@ -110,7 +110,7 @@ def prepared(transformer, times, vec=None):
 
 
 def split(modulation, rows):
-    """The Modulation of all steps -> a Modulation of so many rows for each step."""
+    """Split the Modulation of all steps into one Modulation of `rows` rows for each step."""
     parts = [x.split(rows) for x in modulation if x is not None]
     return [Modulation(*step) for step in zip(*parts)]
 
@@ -121,8 +121,8 @@ def split(modulation, rows):
 def save_memory(engine, device):
     """Put on the device only what every step of the sampler needs; copy the rest there on demand.
 
-    Two thirds of SD3.5-large stay there: `prepared` needs the other third once a request. Pictures
-    stay the same, but the engine can no longer be trained.
+    Two thirds of SD3.5-large stay on the device: `prepared` needs the other third once per request.
+    Pictures stay the same, but the engine can no longer be trained.
     """
     mmdit = engine.mmdit
     ends = "adaLN_modulation", "t_embedder", "y_embedder", "context_embedder"
@@ -138,7 +138,7 @@ def save_memory(engine, device):
 
 
 def on_demand(module, device):
-    """Leave a module's tensors where they are; each call copies them to device and drops the copies."""
+    """Copy a module's tensors to device for each call, and drop the copies afterwards."""
     home = [(part, _tensors(part)) for part in module.modules()]
 
     def bring(*_):
@@ -168,8 +168,8 @@ def _set(module, tensors):
 
 
 def compile_blocks(transformer, **options):
-    """Compile the blocks: one program for all of a kind, and for texts of any length."""
-    # Otherwise a text with as many tokens as the picture would be compiled again
+    """Compile the blocks; blocks of one kind share a program, which fits texts of any length."""
+    # Otherwise a text with as many tokens as the picture would trigger another compilation
     torch.fx.experimental._config.use_duck_shape = False
     for block in transformer.joint_blocks[:-1]:  # the last is the only one of its kind
         block.compile(dynamic=True, **options)
@@ -177,7 +177,7 @@ def compile_blocks(transformer, **options):
 
 @contextmanager
 def compiling():
-    """Run code that may compile; a machine without a compiler is a UserError, not a bug."""
+    """Run code that may compile; raise UserError if the machine has no compiler."""
     try:
         yield
     except RuntimeError as error:

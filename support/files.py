@@ -88,7 +88,7 @@ def markdown_table(head, rows):
 
 
 def sheet(rows, height=None, gap=4):
-    """One picture of rows, each a list of PIL images or (images, text); scales images to height."""
+    """Draw rows, each a list of PIL images or (images, text), as one picture; scale to height."""
     rows = [row if isinstance(row, tuple) else (row, "") for row in rows]
     scaled = [[_scale(image, height) for image in images] for images, _ in rows]
     heights = [max(image.height for image in images) + gap for images in scaled]
@@ -121,7 +121,7 @@ def _scale(image, height):
 
 
 def prompt_row(task, prompt, target):
-    """A row of `sheet`: the pictures of a prompt, then the target; and the text of the prompt."""
+    """A row of `sheet`: ([pictures of the prompt..., target], text of the prompt)."""
     pictures = [part for part in prompt if not isinstance(part, str)]
     text = "".join(part if isinstance(part, str) else " [image] " for part in prompt)
     return [*pictures, target], f"{task}: {text.strip()}"

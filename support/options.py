@@ -1,4 +1,4 @@
-"""The options that every training has, whatever system it trains, and their defaults."""
+"""The options that the training programs of both systems share, and their defaults."""
 
 import argparse
 import re
@@ -34,23 +34,23 @@ def weighted_file(text):
 
 
 def add_options(parser):
-    """The options of every training, whatever the system."""
+    """Add the options that both training programs share."""
     add = parser.add_argument
     # fmt: off
     add("--data", type=weighted_file, action="append", default=[], metavar="FILE[=WEIGHT]",
-        help="JSONL manifest, repeatable; WEIGHT: its share of each of its tasks")
+        help="JSONL manifest, repeatable; WEIGHT divides the share of a task among manifests")
     add("--tasks", type=shares, help="shares of the microbatches, such as t2i=1,edit=2")
     add("--null", type=number(0, 1), default=0.1, help="share of null prompts; default: 0.1")
-    add("--steps", type=whole_number(1, 10**7), help="default: as many as suit the miniature")
+    add("--steps", type=whole_number(1, 10**7), help="default: a number that suits the miniature")
     add("--batch", type=whole_number(1, 4096), default=16, help="examples in a microbatch")
     add("--accumulate", type=whole_number(1, 10**4), default=1,
         help="microbatches in a step, for each process")
     add("--lr", type=positive(10), help="highest learning rate; default: depends on model and training")
-    add("--warmup", type=whole_number(1), default=100, help="steps in which the rate rises")
-    add("--decay", type=positive(1), default=0.3, help="share of the steps in which the rate falls to 0")
-    add("--clip", type=positive(1e9), default=1.0, help="largest norm of the gradient")
+    add("--warmup", type=whole_number(1), default=100, help="first steps, with a rising rate")
+    add("--decay", type=positive(1), default=0.3, help="final share of steps, with a falling rate")
+    add("--clip", type=positive(1e9), default=1.0, help="largest norm of the gradient; default: 1")
     add("--size", type=whole_number(16, 8192), help="side in pixels; default: 512, or the model's largest")
-    add("--buckets", action="store_true", help="keep each picture's ratio, at about the area of --size")
+    add("--buckets", action="store_true", help="keep aspect ratios, at about the area of --size")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="save memory by computing each block twice; default: on a GPU")
     add("--workers", type=whole_number(0, 256), help="processes that read data; default: 4 with a GPU, else 0")
@@ -59,7 +59,7 @@ def add_options(parser):
     add("--keep", type=whole_number(1), default=2, help="number of checkpoints to keep")
     add("--sample-every", type=whole_number(0), default=500, help="steps between pictures; 0: none")
     add("--out", help="folder of the run; default: runs/ and the name of the training")
-    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    add("--resume", action="store_true", help="continue the run in --out, if there is one")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add("--sd3", type=Path, default=SD3, help="SD3 / SD3.5: single file or diffusers folder")
     add("--lmm", type=Path, default=LMM, help="Qwen2-VL: Hugging Face folder")
@@ -67,16 +67,16 @@ def add_options(parser):
 
 
 def refuse(*faults):
-    """Raise UserError with the message of the first (is it the case?, message) that is the case."""
+    """Raise UserError with the message of the first (condition, message) that holds."""
     for is_so, message in faults:
         if is_so:
             raise UserError(message)
 
 
 def complete(args, recipe, tasks, miniature, rate):
-    """Fill in the defaults that depend on other options; UserError where options do not fit together.
+    """Fill in defaults that depend on other options; UserError if options contradict each other.
 
-    tasks: all that the system can learn; rate: the default of --lr for models other than the miniature.
+    tasks: all that the system can learn. rate: default of --lr for all models but the miniature.
     """
     args.steps = args.steps or recipe.steps
     args.out = args.out or f"runs/{recipe.name}"

@@ -1,4 +1,4 @@
-"""Several processes, as torchrun starts them, and the signals that stop a training."""
+"""Training in several processes, started by torchrun, and the signals that stop it."""
 
 import os
 import re
@@ -25,7 +25,7 @@ class Place(NamedTuple):
 
 
 def rank_and_world():
-    """The number of this process, from 0, and how many there are; torchrun says so, else 0 and 1."""
+    """The rank of this process, and the number of processes, as set by torchrun; else 0 and 1."""
     found = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
     if found == [None, None]:
         return 0, 1
@@ -40,9 +40,9 @@ def rank_and_world():
 
 @contextmanager
 def together(name, advice):
-    """Join the processes that torchrun started, if it did; yields the Place of this one.
+    """Join the processes of torchrun, if there are several; yield the Place of this process.
 
-    name: of the device. If the other processes are lost, a UserError says so and ends in advice().
+    name: of the device. Raises UserError, ending in advice(), if the other processes are lost.
     """
     (rank, world), device = rank_and_world(), usable_device(name)
     if world == 1:

@@ -83,7 +83,7 @@ def remove_leftovers(out):
 def save(engine, optimizer, out, step, settings, *, name, keep=2):
     """Write checkpoints/STEP/ whole or not at all, then delete all but the newest `keep`.
 
-    name: the file or folder in it that the engine writes. A folder without a suffix is complete.
+    name: the file or folder that the engine writes into it. Folders with a suffix are incomplete.
     """
     require_finite(optimizer, f"step {step}: NaN or infinity in the weights; {advice(out)}")
     folder = out / "checkpoints" / f"{step:06d}"
@@ -106,7 +106,7 @@ def save(engine, optimizer, out, step, settings, *, name, keep=2):
 
 
 def open_folder(out, step, engine=None):
-    """Make the folder of a run, or put it in the state of the step from which the run goes on."""
+    """Make the folder of a run, or reset it to the step at which the run resumes."""
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         if not step and engine:
@@ -114,7 +114,7 @@ def open_folder(out, step, engine=None):
         records = [json.dumps(record) for record in read_metrics(out) if record["step"] <= step]
         write_text(out / "metrics.jsonl", "".join(f"{line}\n" for line in records))
         if step:
-            publish(out)  # again: the run may have been killed before it could
+            publish(out)  # again, because the run may have been killed before it did
 
 
 def publish(out):
@@ -128,7 +128,7 @@ def publish(out):
 
 
 def weights_of(folder):
-    """What the engine wrote into a checkpoint: all but the training state."""
+    """The file or folder in a checkpoint that holds the weights, not the training state."""
     found = [file for file in folder.iterdir() if file.name != STATE]
     if len(found) != 1:
         names = ", ".join(sorted(file.name for file in found)) or "nothing"
@@ -203,7 +203,7 @@ def check_settings(before, now, out):
 
 @contextmanager
 def writing(out):
-    """Run code that writes to the folder; if it fails (a full disk, say), say what is left."""
+    """Run code that writes to the folder. If it fails, the UserError names the last checkpoint."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -286,13 +286,13 @@ class Clock:
         return examples / seconds, waited / seconds
 
 
-# ---- what a person sees -------------------------------------------------------------------------
+# ---- memory plan and pictures -------------------------------------------------------------------
 
-SAVED = 18  # tensors as wide as its tokens that a block of the MM-DiT saves for the backward pass
+SAVED = 18  # tensors of (tokens, width) that a block of the MM-DiT saves for the backward pass
 
 
 def memory_plan(engine, args, processes):
-    """What will lie in the memory of each process, as text; activations are an estimate."""
+    """Describe the memory that each process will need; activations are an estimate."""
     trainable = [p for p in engine.parameters() if p.requires_grad]
     trained = sum(p.nbytes for p in trainable)
     frozen = sum(x.nbytes for x in (*engine.parameters(), *engine.buffers())) - trained
@@ -329,7 +329,7 @@ def write_pictures(out, step, preview):
 
 
 def loss_curve(out):
-    """A plot of the loss (thick) and of the loss in each fifth of t, in means over 1 % of the run."""
+    """Plot the loss (thick line) and the loss in each fifth of t, as means over 1 % of the run."""
     records = [[r["loss"], *r["loss_by_t"]] for r in read_metrics(out)]
     values = torch.tensor([[math.nan if x is None else x for x in row] for row in records])
     means = torch.stack([part.nanmean(0) for part in values.split(max(1, len(values) // 100))])

@@ -358,7 +358,7 @@ def test_a_dead_rank_ends_the_run_with_a_clear_line(start):
     first.join(60)
     said = Path("log0").read_text().splitlines()[-1]
     assert first.exitcode == 2
-    assert said.startswith("error: rank 0: lost the other processes") and "--resume goes on" in said
+    assert said.startswith("error: rank 0: lost the other process") and "--resume continues" in said
 
 
 @pytest.mark.parametrize("bad, code", [(10, 0), (11, 2)])
@@ -444,7 +444,7 @@ def test_stopping_saves_and_resuming_goes_on_bit_exactly(signum, start):
     assert process.exitcode == 128 + signum
     assert "stopped after step" in Path("log").read_text()
     assert 3 <= len(losses("run")) < 12
-    assert "--resume goes on" in fails(2, 12, "run", *more)
+    assert "--resume continues" in fails(2, 12, "run", *more)
     assert equal(run(2, 12, "run", "--resume", *more), straight)
     assert [r["step"] for r in runs.read_metrics("run")] == list(range(1, 13))
     assert losses("run") == losses("straight")

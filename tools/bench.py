@@ -2,9 +2,9 @@
 
     python -m tools.bench                           # all parts; or some: step request
 
-Prints a table for each part; --out also writes bench.json and bench.md. Implementations are timed
-in turns, after a check that they compute the same numbers. Times and ratios are medians over the
-rounds. The rows of diffusers need `pip install diffusers`.
+Prints a table for each part; --out also writes bench.json and bench.md. A check that all
+implementations compute the same numbers comes first. They are timed in turns; times and ratios are
+medians over the rounds. The rows of diffusers need `pip install diffusers`.
 """
 
 import math
@@ -43,7 +43,7 @@ MID = MMDiTConfig(12, 768, positions=32)
 
 
 class Reference(nn.Module):
-    """diffusers' transformer behind the forward of MMDiT."""
+    """diffusers' transformer with the interface of MMDiT.forward."""
 
     def __init__(self, config):
         super().__init__()
@@ -91,7 +91,7 @@ def plain_denoise(transformer, condition, noise, steps=28, guidance=4.5):
 
 @torch.no_grad()
 def official(engine, transformer, prompt, steps, is_masked=False):
-    """Draw as the official code: the LMM runs at every step, nothing is masked unless is_masked."""
+    """Draw as the official code does: run the LMM at every step; mask padding only if is_masked."""
     batch = engine.lmm.collate(apply_task(None, prompt))
     side = engine.default_size // 8
 

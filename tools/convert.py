@@ -224,7 +224,7 @@ def find_files(paths, suffix):
 def write_manifest(file, records, convert):
     """Write convert(record) for every record, and print the counts of good and faulty records.
 
-    Raises UserError if no record is good. Then, and if interrupted, the file is not written.
+    Raises UserError if no record is good. In that case, or if interrupted, no file is written.
     """
 
     def relative(path):
@@ -239,7 +239,7 @@ def write_manifest(file, records, convert):
                     raise record
                 line = convert(record, folder / name)
                 line = json.dumps(line, ensure_ascii=False, default=relative)
-                parse_record(line)  # faulty is also what training would reject
+                parse_record(line)  # a line that training would reject is faulty, too
                 written += stream.write(line + "\n") > 0
             except UserError as error:
                 faults.append(f"{place}{error}")

@@ -1,4 +1,4 @@
-"""What geneval, semgen and reconstruct share: options, the engine they choose, JSONL records."""
+"""Options, loading of an engine, and JSONL reading for geneval, semgen and reconstruct."""
 
 import json
 import warnings

@@ -33,7 +33,7 @@ def compare(lmm, source, copy):
 @torch.no_grad()
 def main(arguments=None):
     parser = Parser(prog="python -m tools.reconstruct", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="of PNG, JPEG or WebP pictures")
+    parser.add_argument("folder", help="folder of PNG, JPEG or WebP pictures")
     parser.add_argument("--blend", type=number(0, 1), default=0.0, help="r: LMM (0) to ViT (1)")
     add_engine_options(parser, "runs/reconstruct", ENGINES[:1])
     args = parser.parse_args(arguments)

@@ -23,7 +23,7 @@ STEPS = 50
 
 
 def find_picture(bench, path):
-    """The file of a row's picture: at path, or in images/ where path is one of the authors' own."""
+    """Find a row's picture: at path, or by name in images/, as paths are from the authors' disk."""
     places = bench.parent / path, Path(path), bench.parent / "images" / Path(path).name
     if not (found := [place for place in places if place.is_file()]):
         raise FileNotFoundError(f"{bench}: expected the picture at {path} or at {places[-1]}")

@@ -1,4 +1,4 @@
-"""UniAlignment (arXiv 2509.23760), a second system on the parts of the first: see README.md."""
+"""UniAlignment (arXiv 2509.23760), a second system that reuses Dream Engine's modules."""
 
 
 def __getattr__(name):

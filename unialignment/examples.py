@@ -1,10 +1,10 @@
-"""Training examples with two texts: one that draws the target, and one about the target to read.
+"""Training examples with two texts: a prompt to draw the target from, and a text to read from it.
 
 UniAlignment learns three tasks of a manifest (see `data.py`):
 
-t2i     draws the target from the prompt; reads the "caption", or the prompt if there is none
-edit    draws the target from source and instruction; reads the "caption", which it needs
-answer  reads the answer after the question; draws the image from the empty prompt
+t2i     draws the target from the prompt; reads its "caption", or else the prompt
+edit    draws the target from source and instruction; reads its "caption", which is required
+answer  reads the answer, given the question; draws the image from the empty prompt
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from unialignment.masked import mask, stratified_times
 
 @dataclass
 class Pairs(Batch):
-    """The inputs of both passes. The inherited Batch, of text and target, is for the teacher."""
+    """The inputs of both passes. The inherited fields, of text and target, are for the teacher."""
 
     prompts: torch.Tensor  # (B, L) ids of the text that draws the target
     texts: torch.Tensor  # (B, L) ids of a text about the target
@@ -32,7 +32,7 @@ class Pairs(Batch):
 
 
 class PairedMicrobatches(Microbatches):
-    """Microbatches whose batch is Pairs; tokens: a `folder.Tokens`."""
+    """Microbatches whose batches are Pairs. tokens: a `folder.Tokens`."""
 
     def __init__(self, *args, tokens, **options):
         super().__init__(*args, **options)

@@ -1,4 +1,4 @@
-"""The published pipeline folder of UniAlignment: T5, its tokens, settings, and writing the folder.
+"""Read and write UniAlignment's pipeline folder: T5, its tokenizer, settings of sampling.
 
 transformer/  vae/  text_encoder/  tokenizer/  scheduler/
 """
@@ -17,14 +17,14 @@ from prompts import check_text
 from support.files import whole, write_json
 from unialignment.transformer import RULES, grow, load_transformer
 
-PARTS = {  # of a pipeline folder, and their names in a folder of SD3-medium
+PARTS = {  # folder in a pipeline folder: its name in a folder of SD3-medium
     "vae": "vae",
     "text_encoder": "text_encoder_3",
     "tokenizer": "tokenizer_3",
     "scheduler": "scheduler",
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-MASK = "<extra_id_0>"  # the entry of T5's vocabulary that hides a token
+MASK = "<extra_id_0>"  # the entry of T5's vocabulary that replaces a hidden token
 
 
 def load_pipeline(folder, sd3=None, device="cpu", dtype=torch.float32):
@@ -108,7 +108,7 @@ class Tokens:
         self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
 
     def ids(self, text, slots=None):
-        """A list of ids without special tokens. With slots, padded or cut, and ended by at least one EOS."""
+        """The ids of a text, without special tokens. With slots: cut or padded, EOS at the end."""
         special = {self.mask_id, *self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
         check_text(text)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
@@ -120,7 +120,7 @@ class Tokens:
         return torch.tensor([self.ids(text, self.slots) for text in texts])
 
     def about(self, question=None, text=None):
-        """The ids (L,) of a caption, or of a question with its answer, and the slots to predict, (L,) bool.
+        """Ids (L,) of a caption, or of a question and answer, and which slots to predict (L,) bool.
 
         Without a text, these slots hold MASK. Raises UserError if the question leaves no slot.
         """
@@ -140,7 +140,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: what the folder's scheduler_config.json says, else as in the authors' code."""
+    """Settings of sampling, from the folder's scheduler_config.json; defaults: the authors'."""
 
     slots: int = 256  # of every text; padding is attended to, so their number matters
     size: int = 512  # side of a picture
@@ -152,7 +152,7 @@ class Sampling:
     )
     text_steps: int = 32
     order: str = "sampled"  # see `masked.unmask`
-    sentence: str = ""  # before every caption: T5 cannot tell positions in a row of MASKs alone
+    sentence: str = ""  # before every caption; T5 gives all MASKs the same state without it
     shift: float = 3.0  # of the noise levels; the only setting that published folders state
 
 

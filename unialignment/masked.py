@@ -89,7 +89,7 @@ def unmask(logits_fn, ids, steps, order="sampled", uniforms=None, mask_id=-1):
 
 
 def probabilities(logits_fn, ids, mask_id):
-    """p (B, L, V) of every token but MASK in every slot."""
+    """The probabilities (B, L, V) of the vocabulary in every slot; MASK has 0."""
     return without_mask(logits_fn(ids), mask_id).softmax(-1)
 
 
@@ -105,7 +105,7 @@ def fill_at_random(p, t, s, uniform, mask_id):
 
 
 def fill_surest(p, masked, steps_left, mask_id):
-    """The likeliest token in the surest of a row's masked slots, MASK elsewhere: ids (B, L)."""
+    """Each row's surest masked slots get their likeliest token, all others MASK: ids (B, L)."""
     confidence, best = p.max(-1)
     count = -(-masked.sum(1, keepdim=True) // steps_left)  # rounded up: none is left in the end
     order = confidence.masked_fill(~masked, -1).argsort(dim=1, descending=True, stable=True)

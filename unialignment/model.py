@@ -7,7 +7,7 @@
 Two passes share all weights. To draw, the image stream is a noisy latent, followed by the latents of
 source pictures, and the text stream is a prompt; `flow.euler` integrates from noise to a latent. To
 read, the image stream is a clean latent, and the text stream is a text with masked tokens, which
-`masked.unmask` fills in. Time alone modulates the blocks; it is 0 to read. Precision: T5, which
+`masked.unmask` fills in. Time alone modulates the blocks; reading uses t = 0. Precision: T5, which
 encodes both texts, and the MM-DiT in `dtype` (fp32 on a CPU, bf16 on a GPU); VAE, latents, times and
 losses in fp32.
 Letters: B batch, L text slots, N image tokens, D width, V vocabulary, C channels, M the teacher's width.
@@ -34,18 +34,18 @@ from unialignment.masked import unmask
 from unialignment.transformer import load_transformer
 
 MINI = Path(__file__).parent.parent / "weights" / "mini" / "unialignment"
-LOSSES = {"velocity": 1.0, "text": 0.2, "csa": 0.05, "isa": 0.1}  # published weights
+LOSSES = {"velocity": 1.0, "text": 0.2, "csa": 0.05, "isa": 0.1}  # their weights, as published
 
 
 class UniAlignment(nn.Module):
-    """A Transformer, a T5 and a VAE, and both passes through them."""
+    """A Transformer, a T5 and a VAE, with the drawing pass and the reading pass."""
 
     def __init__(self, mmdit, text_encoder, tokenizer, vae, sampling):
         """Raises UserError if the parts do not fit together."""
         super().__init__()
         self.mmdit, self.text_encoder, self.vae, self.sampling = mmdit, text_encoder, vae, sampling
         self.lmm, self.lmm_states = None, False  # the teacher, a Qwen2VL, in training
-        self.weights, self.parts = LOSSES, {}  # of the losses; the last value of each loss
+        self.weights, self.parts = LOSSES, {}  # of the losses; the last mean of each loss
         config, entries = mmdit.config, len(tokenizer)
         for found, what, expected in (
             (vae.config.latent_channels, "latent channels of the autoencoder", config.channels),
@@ -86,7 +86,7 @@ class UniAlignment(nn.Module):
         return min(self.sampling.size, self.mmdit.config.largest)
 
     def context(self, ids):
-        """Token ids (B, L) -> the text stream (B, L, D): a frozen T5 that attends to padding, a Linear."""
+        """Ids (B, L) -> text stream (B, L, D): a frozen T5 without padding mask, a Linear."""
         with torch.no_grad():
             states = self.text_encoder(input_ids=ids.to(self.device)).last_hidden_state
         return self.mmdit.context_embedder(states.to(self.mmdit.pos_embed.dtype))
@@ -211,7 +211,7 @@ class UniAlignment(nn.Module):
         return [self.tokens.text(row[new]) for row, new in zip(ids, hidden)]
 
     def start_training(self):
-        """Make the whole MM-DiT trainable; without a teacher, `lmm`, ISA is off. Returns the parameters."""
+        """Make the whole MM-DiT trainable: {name: parameter}. ISA is 0 without a teacher, `lmm`."""
         self.requires_grad_(False)
         self.mmdit.requires_grad_(True).null_image.requires_grad_(False)
         base = fingerprint(self.mmdit.final_layer.linear.weight)
@@ -226,7 +226,7 @@ class UniAlignment(nn.Module):
     def training_noise(self, micro, generator):
         """The random draws of a microbatch: noise (B, 2 + S, C, H/8, W/8) and t (B,) of the pictures.
 
-        The noise is that of the flow, of the posterior of the target, and of those of S sources.
+        The noise is for the flow, and for samples of the posteriors of the target and S sources.
         """
         rows, _, height, width = micro.target.shape
         shape = self.mmdit.config.channels, height // 8, width // 8
@@ -288,7 +288,7 @@ class UniAlignment(nn.Module):
         }
 
     def tokens_of_example(self, picture, prompt):
-        """How many tokens of an example the MM-DiT sees: an edit in one pass, its caption in the other."""
+        """Tokens of an edit in both passes: two pictures and a prompt; a picture and a caption."""
         return 3 * picture + 2 * self.sampling.slots
 
     def preview(self, task, prompt, target, question, text):
@@ -302,7 +302,7 @@ class UniAlignment(nn.Module):
         """Write the transformer/ of a pipeline folder, as published; nothing else is trained."""
         save_transformer(self.mmdit, folder)
 
-    save_frozen = save_frozen  # writes all other parts of the folder
+    save_frozen = save_frozen  # writes the rest of the folder
 
     def restore(self, folder):
         """Load what `save` wrote into an engine with the same trainable parameters."""

@@ -1,4 +1,4 @@
-"""Draw, edit and perceive pictures with UniAlignment, or read them.
+"""Draw, edit, segment and read pictures with UniAlignment.
 
 python -m unialignment.sample --prompt "a blue square above a green ring"
 python -m unialignment.sample --image room.png --prompt "make the wall blue"
@@ -54,7 +54,7 @@ def parse(arguments=None):
 
 
 def read_questions(args):
-    """The images to read, and a question about each, or None; a single image may have many questions."""
+    """The images to read, and a question for each, or None. One image may have many questions."""
     images, questions = [read_image(path) for path in args.image], args.prompt
     if len(images) == 1:
         images *= max(1, len(questions))

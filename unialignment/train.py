@@ -31,7 +31,7 @@ RECIPE = train.Recipe("unialignment", {"t2i": 1, "edit": 1}, 10000, 1.2e-3, "tra
 
 
 def load_engine(args, device):
-    """The UniAlignment to start from, ready for `train`: its MM-DiT in fp32, a teacher beside it."""
+    """Load the UniAlignment to start from, with its MM-DiT in fp32, and the teacher."""
     torch.manual_seed(args.seed)  # of new parameters
     if args.checkpoint:
         sd3 = None if args.sd3 == SD3 else args.sd3
@@ -49,7 +49,7 @@ def load_engine(args, device):
 
 
 def load_data(args, recipe, engine, sources, world):
-    """The microbatches of a run, see `train.load_data`; without --tasks, tasks alternate step by step."""
+    """Like `train.load_data`, with PairedMicrobatches. Without --tasks, tasks alternate by step."""
     turn = 0 if args.tasks else args.accumulate * world
     more = {"kind": PairedMicrobatches, "tokens": engine.tokens, "turn": turn}
     return train.load_data(args, recipe, engine, sources, world, **more)
@@ -64,7 +64,7 @@ def options():
     add("--loss", choices=("velocity", "x0"), default="x0", help="x0: the published weighting, t^2")
     add("--weights", type=partial(shares, **losses), default={},
         help="of the losses; default: velocity=1,text=0.2,csa=0.05,isa=0.1")
-    add("--lmm-states", action="store_true", help="ISA: align texts with the LMM's states, not its embeddings")
+    add("--lmm-states", action="store_true", help="ISA: compare texts with the LMM's states")
     add("--text-encoder", type=Path, help="SD3's T5; default: the one in --sd3, or the miniature's")
     add("--slots", type=whole_number(2, 512), help="of each text; default: 256, for the miniature 42")
     add("--sentence", help="before each caption; default: none, for the miniature 'Describe the image.'")

@@ -17,7 +17,7 @@ class RoundedEmbedder(TimestepEmbedder):
 
 
 class Transformer(MMDiT):
-    """SD3's MM-DiT with a head for text, and two adapters that align it with a teacher (ISA)."""
+    """SD3's MM-DiT with a text head, and two adapters that align it with a teacher (ISA)."""
 
     def __init__(self, config, vocabulary, null_tokens=8, aligned=None, rounded=True):
         """aligned: (M, hidden units) of the adapters, which only training needs, or None."""
@@ -30,7 +30,7 @@ class Transformer(MMDiT):
             self.align(*aligned)
 
     def align(self, out, hidden=None):
-        """Make sure that there are adapters from a mean token (B, D) to a teacher's vector (B, out)."""
+        """Add adapters from a mean token (B, D) to a teacher's vector (B, out), if missing."""
         if hasattr(self, "image_adapter") and self.image_adapter[2].out_features == out:
             return
         width, device = self.config.width, self.pos_embed.device
@@ -55,7 +55,7 @@ class Transformer(MMDiT):
 
 @torch.no_grad()
 def grow(base, vocabulary):
-    """Turn SD3's MM-DiT into a Transformer in fp32. Its new gates are zero: it draws as with vec = 0."""
+    """Make a Transformer in fp32 from SD3's. New gates are zero: it draws as with vec = 0."""
     config = replace(base.config, pooled_dim=None, text_out=True)
     model = Transformer(config, vocabulary, rounded=False).to(base.pos_embed.device)
     for parameter in model.joint_blocks[-1].context_block.adaLN_modulation.parameters():
@@ -70,7 +70,7 @@ def grow(base, vocabulary):
     return model
 
 
-# The names of diffusers' SD3, except for these
+# Published names that differ from those of diffusers' SD3
 RULES = checkpoints.key_map("""
     final_layer.adaLN_modulation.1.*  image_norm_out.linear.*
     final_layer.linear.*              image_proj_out.*
