@@ -22,7 +22,7 @@ from mini import edits, programs, world
 from mini.world import HELD_OUT, SEEN, Object, Prompt, Reading, Scene, as_mention
 from prompts import to_images, to_tensor
 
-STREAM = "second edition"  # seed of the test cases; no weight or setting was chosen on them
+STREAM = "second edition"  # seed of the test cases; settings are chosen on other samples
 HELD = ", held-out pairs"
 PAIR_SETS = {"": SEEN, HELD: HELD_OUT}  # suffix of a row's name: pairs of color and shape
 

@@ -5,7 +5,7 @@
                                            # a UniAlignment folder is also copied to weights/mini/
 
 An exact detector judges every picture. A picture is right only if it shows exactly what the prompt
-describes. No model was trained on the test cases, and no setting was chosen on them.
+describes. No model was trained on the test cases; guidance is chosen on another random sample.
 """
 
 import json
