@@ -17,12 +17,8 @@ from prompts import check_text
 from support.files import whole, write_json
 from unialignment.transformer import RULES, grow, load_transformer
 
-PARTS = {  # folder in a pipeline folder: its name in a folder of SD3-medium
-    "vae": "vae",
-    "text_encoder": "text_encoder_3",
-    "tokenizer": "tokenizer_3",
-    "scheduler": "scheduler",
-}
+IN_SD3 = {"text_encoder": "text_encoder_3", "tokenizer": "tokenizer_3"}  # names in SD3-medium
+PARTS = "vae", "text_encoder", "tokenizer", "scheduler"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MASK = "<extra_id_0>"  # the entry of T5's vocabulary that replaces a hidden token
 
@@ -35,9 +31,7 @@ def load_pipeline(folder, sd3=None, device="cpu", dtype=torch.float32):
     """
     folder = Path(folder)
     if not folder.exists():
-        raise FileNotFoundError(
-            f"{folder}: no such folder; expected a pipeline folder of UniAlignment"
-        )
+        raise FileNotFoundError(f"{folder}: no such folder; expected one of UniAlignment")
     places = {name: find_folder(folder, sd3, name) for name in PARTS}
     sampling = read_sampling(places["scheduler"])
     tokenizer = load_tokenizer(places["tokenizer"])
@@ -75,9 +69,8 @@ def load_text_encoder(folder, device="cpu", dtype=torch.float32):
         if not 0 < (near := config.relative_attention_num_buckets // 4) < far:
             raise ValueError(f"relative_attention_max_distance {far} must be above {near}")
     layouts = {"encoder.block.": checkpoints.key_map("encoder.embed_tokens.weight  shared.weight")}
-    part = checkpoints.find_part(
-        checkpoints.read_tensors(folder), folder, "T5 encoder", ("",), layouts
-    )
+    tensors = checkpoints.read_tensors(folder)
+    part = checkpoints.find_part(tensors, folder, "T5 encoder", ("",), layouts)
     embeddings = part.tensors.pop("encoder.embed_tokens.weight", None)
     if embeddings is not None:  # a file may hold either name, or both
         part.tensors.setdefault("shared.weight", embeddings)
@@ -127,9 +120,7 @@ class Tokens:
         given = self.ids(f"Q: {question.strip()} A:" if question else self.sentence)
         room = self.slots - len(given)
         if room < 1:
-            raise UserError(
-                f"the question fills all {self.slots} slots and leaves no room to answer"
-            )
+            raise UserError(f"the question fills all {self.slots} slots, leaves no room to answer")
         row = given + ([self.mask_id] * room if text is None else self.ids(text, room))
         return torch.tensor(row), torch.arange(self.slots) >= len(given)
 
@@ -167,8 +158,7 @@ def read_sampling(scheduler):
         s = Sampling(**known)
         counts = s.slots, s.steps, s.text_steps, s.size
         if min(counts) < 1 or max(counts) > 10_000 or s.size % 16 or not 0 < s.shift < 1000:
-            names = "slots, steps, size (a multiple of 16) and shift"
-            raise ValueError(f"{names} must be positive and not above 10000")
+            raise ValueError("slots, steps, size (a multiple of 16), shift: from 1 to 10000")
         if s.order not in ("sampled", "confident"):
             raise ValueError(f"order {s.order!r}")
         check_text(s.sentence + s.negative, file)
@@ -177,12 +167,10 @@ def read_sampling(scheduler):
 
 def find_folder(folder, sd3, name):
     """Find the folder of a part of the pipeline; UserError if neither folder holds it."""
-    for found in (Path(folder, name), Path(sd3 or folder, PARTS[name])):
+    for found in (Path(folder, name), Path(sd3 or folder, IN_SD3.get(name, name))):
         if found.is_dir():
             return found
-    raise UserError(
-        f"{folder}: holds no {name}/; give a folder of SD3-medium that does, with --sd3"
-    )
+    raise UserError(f"{folder}: holds no {name}/; give a folder of SD3-medium with --sd3")
 
 
 def save_transformer(transformer, folder):
@@ -197,7 +185,7 @@ def save_frozen(engine, folder):
     """Write all parts of a UniAlignment that are not trained: settings, VAE, T5, tokenizer."""
     for name in PARTS:
         Path(folder, name).mkdir(parents=True, exist_ok=True)
-    config, kind = engine.vae.config, {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    kind, config = {"_class_name": "FlowMatchEulerDiscreteScheduler"}, engine.vae.config
     write_json(folder / "scheduler" / "scheduler_config.json", kind | asdict(engine.sampling))
     engine.text_encoder.save_pretrained(folder / "text_encoder")
     engine.tokens.tokenizer.save_pretrained(folder / "tokenizer")

@@ -66,12 +66,12 @@ def unmask(logits_fn, ids, steps, order="sampled", uniforms=None, mask_id=-1):
     p = probabilities(logits_fn, ids, mask_id)
     mask_id %= p.shape[-1]
     draws = None if uniforms is None else iter(uniforms)
-    is_current = True  # was p predicted from these ids?
+    current = True  # was p predicted from these ids?
     for i, (t, s) in enumerate(pairwise(torch.linspace(1, 1e-5, steps + 1).tolist())):
         masked = ids == mask_id
         if not masked.any():
             return ids
-        if not is_current:
+        if not current:
             p = probabilities(logits_fn, ids, mask_id)
         if order == "confident":
             new = fill_surest(p, masked, steps - i, mask_id)
@@ -79,11 +79,11 @@ def unmask(logits_fn, ids, steps, order="sampled", uniforms=None, mask_id=-1):
             uniform = next(draws) if draws else torch.rand(p.shape)
             new = fill_at_random(p, t, s, uniform.to(p), mask_id)
         filled = torch.where(masked, new, ids)
-        is_current, ids = torch.equal(filled, ids), filled
+        current, ids = torch.equal(filled, ids), filled
 
     masked = ids == mask_id
     if masked.any():  # slots left over get their likeliest token
-        p = p if is_current else probabilities(logits_fn, ids, mask_id)
+        p = p if current else probabilities(logits_fn, ids, mask_id)
         ids = torch.where(masked, p.argmax(-1), ids)
     return ids
 

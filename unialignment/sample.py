@@ -54,7 +54,7 @@ def parse(arguments=None):
 
 
 def read_questions(args):
-    """The images to read, and a question for each, or None. One image may have many questions."""
+    """The images to read and their questions, if any. A single image may have many questions."""
     images, questions = [read_image(path) for path in args.image], args.prompt
     if len(images) == 1:
         images *= max(1, len(questions))
@@ -62,17 +62,15 @@ def read_questions(args):
         counts = f"{len(images)} images and {len(questions)} prompts were given"
         takes = {"caption": "images and no prompt", "answer": "an image and a prompt for each"}
         raise UserError(f"task {args.task} takes {takes[args.task]}, but {counts}")
-    images, questions = ([x for x in many for _ in range(args.num)] for many in (images, questions))
-    return images, questions or None
+    return [[x for x in many for _ in range(args.num)] for many in (images, questions)]
 
 
 def main(arguments=None):
     args = parse(arguments)
     load_engine = partial(UniAlignment.load, args.checkpoint, args.sd3)
     if args.task != "draw":
-        images, questions = read_questions(args)
-        engine = load(args, load_engine)
-        texts = engine.answer(images, questions, args.steps, args.order, seed=args.seed)
+        inputs = read_questions(args)
+        texts = load(args, load_engine).answer(*inputs, args.steps, args.order, seed=args.seed)
         print(*(" ".join(text.split()) for text in texts), sep="\n")
         return
     if not all(text.strip() for text in args.prompt or [""]):

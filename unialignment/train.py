@@ -3,8 +3,7 @@
     python -m unialignment.train
     torchrun --nproc-per-node 8 -m unialignment.train --data pairs.jsonl --sd3 ... --lmm ...
 
-Without --data the miniature trains on rendered scenes. T5, VAE and the teacher (Qwen2-VL) stay frozen;
-the MM-DiT is fp32. The loop, the data and the run's folder are those of `train.py`.
+Without --data the miniature trains on rendered scenes. T5, VAE and the teacher (Qwen2-VL) stay frozen.
 """
 
 import sys
@@ -58,12 +57,12 @@ def load_data(args, recipe, engine, sources, world):
 def options():
     parser = Parser(prog="python -m unialignment.train", description=__doc__.splitlines()[0])
     parser.set_defaults(stage=RECIPE.name, shard=False)
-    add, losses = parser.add_argument, {"names": LOSSES, "example": "text=1,isa=0, the losses"}
+    losses = partial(shares, names=LOSSES, example="text=1,isa=0, the losses")
+    add = parser.add_argument
     # fmt: off
     add("--checkpoint", type=Path, help="pipeline folder to start from; default: start from SD3")
     add("--loss", choices=("velocity", "x0"), default="x0", help="x0: the published weighting, t^2")
-    add("--weights", type=partial(shares, **losses), default={},
-        help="of the losses; default: velocity=1,text=0.2,csa=0.05,isa=0.1")
+    add("--weights", type=losses, default={}, help="of losses; default: velocity=1,text=0.2,csa=0.05,isa=0.1")
     add("--lmm-states", action="store_true", help="ISA: compare texts with the LMM's states")
     add("--text-encoder", type=Path, help="SD3's T5; default: the one in --sd3, or the miniature's")
     add("--slots", type=whole_number(2, 512), help="of each text; default: 256, for the miniature 42")
@@ -76,20 +75,18 @@ def options():
 def parse(arguments=None):
     args = options().parse_args(arguments)
     miniature = args.sd3 == SD3 and not (args.checkpoint and args.data)
-    texts = args.text_encoder or args.slots or args.sentence
-    no_t5 = not args.checkpoint and not miniature and not args.text_encoder and args.sd3.is_file()
+    texts, single = args.text_encoder or args.slots or args.sentence, args.sd3.is_file()
+    no_t5 = single and not (args.checkpoint or miniature or args.text_encoder)
+    both = "--text-encoder, --slots, --sentence: --checkpoint has its own"
     refuse(
         (no_t5, f"--text-encoder is missing: {args.sd3} holds no T5"),
-        (
-            args.checkpoint and texts,
-            "--text-encoder, --slots, --sentence: --checkpoint has its own",
-        ),
+        (args.checkpoint and texts, both),
     )
-    in_sd3 = MINI / "t5-mini" if miniature else args.sd3 / "text_encoder_3"
-    args.text_encoder = args.text_encoder or in_sd3
-    args.slots = args.slots or (42 if miniature else 256)
-    if args.sentence is None:
-        args.sentence = "Describe the image." if miniature else ""
+    t5, slots, sentence = args.sd3 / "text_encoder_3", 256, ""
+    if miniature:
+        t5, slots, sentence = MINI / "t5-mini", 42, "Describe the image."
+    args.text_encoder, args.slots = args.text_encoder or t5, args.slots or slots
+    args.sentence = sentence if args.sentence is None else args.sentence
     args.weights = LOSSES | args.weights
     return complete(args, RECIPE, {"t2i", "edit", "answer"}, miniature, rate=3e-5)
 
