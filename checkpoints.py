@@ -30,7 +30,7 @@ NO_WEIGHTS = {  # first bytes of a file: what it is, and what would be right
 FOREIGN = {  # in a tensor's name: what the file holds
     r"[._](scale_weight|weight_scale(_2)?|weight_packed|comfy_quant)$|scaled_fp8$": "weights scaled to fp8",
     r"\.(qweight|qzeros|wscales)$": "weights quantised by AWQ or GPTQ",
-    r"\.(absmax|quant_map|SCB)$|\.quant_state\.": "weights quantised by bitsandbytes",
+    r"\.(absmax|quant_map|SCB|quant_state)\b": "weights quantised by bitsandbytes",
     r"(^|[._])(lora_(?!magnitude)|lokr_|loha_|hada_)|[._]lora\.": "a LoRA of another program",
 }
 
@@ -38,9 +38,8 @@ FOREIGN = {  # in a tensor's name: what the file holds
 def read_tensors(path):
     """Read all tensors of a .safetensors or .bin file, or of a folder with one such file or shards.
 
-    Returns {name: tensor}, memory-mapped: the disk is read when a tensor is used. Names come without
-    what DDP, FSDP and torch.compile add to them. Raises FileNotFoundError, or UserError if a file is
-    damaged or is no checkpoint.
+    Returns {name: tensor}, memory-mapped, without what DDP, FSDP and torch.compile add to the names.
+    Raises FileNotFoundError, or UserError if a file is damaged or is no checkpoint.
     """
     path = Path(path)
     if not path.exists():
@@ -62,22 +61,21 @@ def _files(path):
     missing, order = None, lambda f: (".bin." in f.name, f.name.count("."), f.name)
     for index in sorted(path.glob("*.index*.json"), key=order):  # those of variants come last
         with reading(index, "a JSON object whose 'weight_map' names files in this folder"):
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            if not names or any(Path(name).name != name for name in names):
+            files = sorted({path / name for name in read_json(index)["weight_map"].values()})
+            if not files or any(file.parent != path for file in files):
                 raise ValueError("no files, or files in another folder")
-        absent = [name for name in names if not Path(path, name).exists()]
-        if not absent:
-            return [path / name for name in names]
-        missing = missing or f"{path / absent[0]}: no such file; {index.name} names it"
+        if all(file.exists() for file in files):
+            return files
+        absent = next(file for file in files if not file.exists())
+        missing = missing or f"{absent}: no such file; {index.name} names it"
     found = next(filter(None, (sorted(path.glob(f"*{x}")) for x in SUFFIXES)), [])
-    if missing:
-        found = [file for file in found if "-of-" not in file.name]  # not a shard
+    found = [file for file in found if not (missing and "-of-" in file.name)]  # no lone shards
     files = [f for f in found if f.name.count(".") == 1] or found  # not a variant: x.fp16.bin
-    if len(files) == 1:
-        return files
-    if files and not missing:
+    if len(files) > 1 and not missing:
         raise UserError(f"{path}: has {len(files)} weight files and no index; name one file")
-    raise FileNotFoundError(missing or f"{path}: has no .safetensors or .bin file")
+    if len(files) != 1:
+        raise FileNotFoundError(missing or f"{path}: has no .safetensors or .bin file")
+    return files
 
 
 def _read_file(file):
@@ -129,17 +127,16 @@ def check_settings(config):
 def check_folder(folder, kind):
     """Check each *config.json of a model's folder, before a library reads it; UserError if damaged."""
     if Path(folder).is_file():
-        inside = "its config.json, weights and tokenizer"
-        raise UserError(f"{folder}: is one file; expected the folder of a {kind}, with {inside}")
+        raise UserError(f"{folder}: is one file; expected the folder of a {kind}")
     for file in sorted(Path(folder).glob("*config.json")):
         read_json(file)
 
 
 def part_folder(path, name):
     """A part of a diffusers folder, path/name; or path itself, if that holds the part's weights."""
-    path, inner = Path(path), Path(path, name)
-    if inner.is_dir():
+    if (inner := Path(path, name)).is_dir():
         return inner
+    path = Path(path)
     if path.is_dir() and not any(file.suffix in SUFFIXES for file in path.iterdir()):
         raise FileNotFoundError(f"{path}: has no {name}/, and no .safetensors or .bin file")
     return path

@@ -53,15 +53,6 @@ def timestep_embedding(t, dim=256):
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
-def position_table(side, width):
-    """2-D sine-cosine table (1, side * side, width), column half first; to train from scratch."""
-    omega = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
-    rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
-    return rearrange(torch.cat([columns, rows], dim=2), "h w D -> 1 (h w) D").float()
-
-
 class Embedder(nn.Module):
     """Two linear layers with a SiLU between."""
 

@@ -19,6 +19,7 @@ from statistics import fmean
 from support.cli import Parser, number, one_line_errors, reading
 
 import torch
+from einops import rearrange
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
@@ -28,7 +29,7 @@ from dream_engine import LMM, MINI, SD3, Condition, denoise
 from mini import pictures, scenes
 from mini.encoders import PATCHES, tokenize, train_lmm, train_t5, trained_lmm, trained_t5
 from mini.fitting import EARLIER, SEED, fit, trained
-from mmdit import MMDiT, MMDiTConfig, position_table
+from mmdit import MMDiT, MMDiTConfig
 from prompts import to_images, to_tensor
 from support.fast import usable_device
 from support.files import sheet, whole, write_json
@@ -170,6 +171,15 @@ class TextCondition:
         if pooled is not None:
             vec = vec * pooled.to(device)[:, None]
         return Condition(txt, mask, vec)
+
+
+def position_table(side, width):
+    """2-D sine-cosine table (1, side * side, width) of SD3, the half of the columns first."""
+    omega = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
+    rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
+    return rearrange(torch.cat([columns, rows], dim=2), "h w D -> 1 (h w) D").float()
 
 
 def initialise(model):

@@ -49,6 +49,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for argument in args:  # which argparse would turn into a list
+            if re.fullmatch("--[^=]+=--", str(argument)):
+                self.error(f"argument {argument[:-3]}: expected a value")
+        return super().parse_known_args(args, namespace)
+
 
 def number(low, high, kind=float, exclude_low=False):
     """A type for argparse: a number from low to high, both included unless exclude_low."""

@@ -85,7 +85,8 @@ def save(engine, optimizer, out, step, settings, *, name, keep=2):
 
     name: the file or folder that the engine writes into it. Folders with a suffix are incomplete.
     """
-    require_finite(optimizer, f"step {step}: NaN or infinity in the weights; {advice(out)}")
+    learned = optimizer.param_groups[0]["params"]
+    require_finite(learned, f"step {step}: NaN or infinity in the weights; {advice(out)}")
     folder = out / "checkpoints" / f"{step:06d}"
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -161,7 +162,7 @@ def advice(out):
 def restore(out, engine, optimizer, settings):
     """Load the newest checkpoint, if any, into engine and optimizer. Returns its step, or 0."""
     if not (folder := latest(out)):
-        require_finite(optimizer, "NaN or infinity in the weights to start from")
+        require_finite(engine.parameters(), "NaN or infinity in the weights to start from")
         return 0
     file = folder / STATE
     shapes = [tuple(p.shape) for p in optimizer.param_groups[0]["params"]]
@@ -180,14 +181,13 @@ def restore(out, engine, optimizer, settings):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     engine.restore(weights := weights_of(folder))
     older = "delete its folder to go on from an older checkpoint"
-    require_finite(optimizer, f"{weights}: holds NaN or infinity; {older}")
+    require_finite(engine.parameters(), f"{weights}: holds NaN or infinity; {older}")
     return step
 
 
-def require_finite(optimizer, message):
-    """Raise UserError with a message if a trained weight is NaN or infinite."""
-    finite = [p.isfinite().all() for p in optimizer.param_groups[0]["params"]]
-    if not torch.stack(finite).all():
+def require_finite(weights, message):
+    """Raise UserError with a message if a weight is NaN or infinite."""
+    if not torch.stack([x.isfinite().all() for x in weights]).all():
         raise UserError(message)
 
 

@@ -9,6 +9,7 @@ from tiny import relative, tensor, tensors
 
 import mmdit
 from checkpoints import build_mmdit
+from mini.pretrain import position_table
 
 FAMILIES = ("sd3-medium", "sd3.5-medium", "sd3.5-large")
 T = torch.tensor([0.25, 0.9])
@@ -72,7 +73,7 @@ def test_full_sizes_have_the_published_parameter_counts(family, keys, parameters
 
 
 def test_the_position_table_encodes_columns_in_its_first_half():
-    table = mmdit.position_table(5, 16).reshape(5, 5, 16)
+    table = position_table(5, 16).reshape(5, 5, 16)
     assert torch.equal(table[0, :, :8], table[4, :, :8])
     assert torch.equal(table[:, 0, 8:], table[:, 4, 8:])
     expected = torch.tensor([math.sin(3), math.sin(0.3), math.cos(3), math.cos(0.3)])
