@@ -1,8 +1,4 @@
-"""Optimisations that leave results unchanged: less time, or less memory.
-
-`prepared` computes once what does not depend on the latent; `save_memory` leaves little on the device;
-`compile_blocks` applies torch.compile to the blocks.
-"""
+"""Devices, and optimisations that leave results unchanged: less time, or less memory."""
 
 import os
 from contextlib import contextmanager
@@ -33,8 +29,6 @@ def device_and_dtype(device=None, dtype=None):
     device = usable_device(device)
     return device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
-
-# ---- once for many steps ------------------------------------------------------------------------
 
 CHUNK = 32  # steps whose results are kept in memory at once
 
@@ -71,7 +65,6 @@ def prepared(transformer, times, vec=None):
         for parent in transformer.modules()
         if hasattr(parent, "adaLN_modulation")
     }
-    layers = embedder, *modulations.values()
     place = {t: divmod(i, CHUNK) for i, t in enumerate(times)}
 
     @lru_cache(maxsize=1)
@@ -87,7 +80,7 @@ def prepared(transformer, times, vec=None):
     def go_to(t):
         chunk, i = place[t]
         compute(chunk)
-        for layer in layers:
+        for layer in (embedder, *modulations.values()):
             layer.current = layer.steps[i]
 
     def at_each_step(velocity):
@@ -113,9 +106,6 @@ def split(modulation, rows):
     """Split the Modulation of all steps into one Modulation of `rows` rows for each step."""
     parts = [x.split(rows) for x in modulation if x is not None]
     return [Modulation(*step) for step in zip(*parts)]
-
-
-# ---- less memory --------------------------------------------------------------------------------
 
 
 def save_memory(engine, device):
@@ -162,9 +152,6 @@ def _set(module, tensors):
     for name, x in tensors.items():
         is_parameter = isinstance(getattr(module, name), nn.Parameter)
         setattr(module, name, nn.Parameter(x, requires_grad=False) if is_parameter else x)
-
-
-# ---- compiled -----------------------------------------------------------------------------------
 
 
 def compile_blocks(transformer, **options):

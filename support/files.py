@@ -127,9 +127,6 @@ def prompt_row(task, prompt, target):
     return [*pictures, target], f"{task}: {text.strip()}"
 
 
-# ---- finding and reading ------------------------------------------------------------------------
-
-
 def find_file(folder, name):
     """The picture of a name in a folder, also with \\ for /, or in Unicode's other normal form."""
     slashes = name.replace("\\", "/")

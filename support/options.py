@@ -37,22 +37,19 @@ def add_options(parser):
     """Add the options that both training programs share."""
     add = parser.add_argument
     # fmt: off
-    add("--data", type=weighted_file, action="append", default=[], metavar="FILE[=WEIGHT]",
-        help="JSONL manifest, repeatable; WEIGHT divides the share of a task among manifests")
+    add("--data", type=weighted_file, action="append", default=[], metavar="FILE[=WEIGHT]", help="JSONL manifest, repeatable; WEIGHT divides the share of a task among manifests")
     add("--tasks", type=shares, help="shares of the microbatches, such as t2i=1,edit=2")
     add("--null", type=number(0, 1), default=0.1, help="share of null prompts; default: 0.1")
     add("--steps", type=whole_number(1, 10**7), help="default: a number that suits the miniature")
     add("--batch", type=whole_number(1, 4096), default=16, help="examples in a microbatch")
-    add("--accumulate", type=whole_number(1, 10**4), default=1,
-        help="microbatches in a step, for each process")
+    add("--accumulate", type=whole_number(1, 10**4), default=1, help="microbatches in a step, for each process")
     add("--lr", type=positive(10), help="highest learning rate; default: depends on model and training")
     add("--warmup", type=whole_number(1), default=100, help="first steps, with a rising rate")
     add("--decay", type=positive(1), default=0.3, help="final share of steps, with a falling rate")
     add("--clip", type=positive(1e9), default=1.0, help="largest norm of the gradient; default: 1")
     add("--size", type=whole_number(16, 8192), help="side in pixels; default: 512, or the model's largest")
     add("--buckets", action="store_true", help="keep aspect ratios, at about the area of --size")
-    add("--checkpointing", action=argparse.BooleanOptionalAction,
-        help="save memory by computing each block twice; default: on a GPU")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, help="save memory by computing each block twice; default: on a GPU")
     add("--workers", type=whole_number(0, 256), help="processes that read data; default: 4 with a GPU, else 0")
     add("--seed", type=whole_number(0, 2**32), default=0)
     add("--save-every", type=whole_number(1), default=250, help="steps between checkpoints")
@@ -83,15 +80,15 @@ def complete(args, recipe, tasks, miniature, rate):
     args.lr = args.lr or (recipe.rate if miniature else rate)
     wanted, total = args.tasks or {}, args.steps * args.accumulate * rank_and_world()[1]
     learns = f"--tasks: {recipe.name} learns {', '.join(sorted(tasks))}"
-    held = runs.weights_without_run(args.out, recipe.checkpoint)
-    kept = f"--out holds {held}, and no checkpoint to go on from; choose another folder"
+    weights = [Path(args.out, recipe.checkpoint), *sorted(Path(args.out).glob("*.safetensors"))]
+    held = not runs.latest(args.out) and next(filter(Path.exists, weights), None)
     refuse(
         (args.tasks and not any(wanted.values()), "--tasks: expected such as t2i=1,edit=2"),
         (wanted.keys() - tasks, learns),
         (not miniature and not args.data, "--data is missing: only the miniature can do without"),
         (total > 10**8, "--steps times --accumulate: over 100 million microbatches in all"),
         (runs.latest(args.out) and not args.resume, f"{args.out} holds a run: --resume goes on"),
-        (held, kept),
+        (held, f"--out holds {held}, and no checkpoint to go on from; choose another folder"),
     )
     on_gpu = usable_device(args.device).type == "cuda"
     args.workers = (4 if on_gpu else 0) if args.workers is None else args.workers

@@ -3,8 +3,8 @@
 import os
 import re
 import signal
+from collections import namedtuple
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from support.cli import UserError, reading
 
@@ -15,13 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from support.fast import usable_device
 
-
-class Place(NamedTuple):
-    """Which process this is."""
-
-    rank: int
-    world: int  # number of processes
-    device: torch.device
+Place = namedtuple("Place", "rank world device")  # of a process; world: the number of processes
 
 
 def rank_and_world():

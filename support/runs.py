@@ -10,7 +10,6 @@ import errno
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -28,7 +27,6 @@ from support.files import whole, write_png, write_text
 
 BINS = 5  # of t, for the loss
 STATE, LOCK = "state.pt", ".lock"
-FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of a disk, a quota, a file
 
 
 @contextmanager
@@ -44,7 +42,20 @@ def locked(out, rank=0):
         out.mkdir(parents=True, exist_ok=True)
         file = (out / LOCK).open("a")
     with file:
-        lock(file, out)
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
+            taken = os.fstat(file.fileno()).st_nlink == 0  # by a run that has just removed the file
+        except OSError as error:
+            taken = error.errno in (errno.EACCES, errno.EAGAIN)
+        if taken:
+            raise UserError(f"{out}: another training writes to this folder; choose another --out")
         remove_leftovers(out)
         try:
             yield
@@ -52,24 +63,6 @@ def locked(out, rank=0):
             with suppress(OSError):  # Windows removes no open file
                 (out / LOCK).unlink()
                 out.rmdir()
-
-
-def lock(file, out):
-    """Lock an open file, where the system can; UserError if another process holds it."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit it
-        taken = os.fstat(file.fileno()).st_nlink == 0  # by a run that has just removed the file
-    except OSError as error:
-        taken = error.errno in (errno.EACCES, errno.EAGAIN)
-    if taken:
-        raise UserError(f"{out}: another training writes to this folder; choose another --out")
 
 
 def remove_leftovers(out):
@@ -147,12 +140,6 @@ def latest(out):
     return (checkpoints(out) or [None])[-1]
 
 
-def weights_without_run(out, name):
-    """Weights in a folder that has no checkpoint to go on from, or None; name: of a run's own."""
-    files = [Path(out, name), *sorted(Path(out).glob("*.safetensors"))]
-    return None if latest(out) else next(filter(Path.exists, files), None)
-
-
 def advice(out):
     if not (folder := latest(out)):
         return "no checkpoint was saved yet"
@@ -207,14 +194,7 @@ def writing(out):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        # Rust gives the number of an errno, torch only this phrase
-        numbers = "|".join(map(str, FULL))
-        said = re.search(rf"os error ({numbers})\b|failed writing file", str(error))
-        room = ": make room" if said or getattr(error, "errno", None) in FULL else ""
-        raise UserError(f"{out}: cannot be written ({error}){room}; {advice(out)}") from error
-
-
-# ---- metrics ------------------------------------------------------------------------------------
+        raise UserError(f"{out}: cannot be written ({error}); {advice(out)}") from error
 
 
 def log(out, record):
@@ -280,13 +260,10 @@ class Clock:
         self.waited += time.perf_counter() - begin
 
     def lap(self, examples):
-        now = time.perf_counter()
-        seconds, waited = now - self.start, self.waited
-        self.start, self.waited = now, 0.0
+        seconds, waited = time.perf_counter() - self.start, self.waited
+        self.__init__()
         return examples / seconds, waited / seconds
 
-
-# ---- memory plan and pictures -------------------------------------------------------------------
 
 SAVED = 18  # tensors of (tokens, width) that a block of the MM-DiT saves for the backward pass
 
