@@ -259,8 +259,16 @@ def generated(text):
     def scores(match):
         return match[1] + evaluate.readme_table(results("scores")).strip() + match[3]
 
+    def robustness(match):
+        fuzz, kills = results("fuzz"), results("kills")
+        counts = {k: x for k, x in fuzz.items() if k not in ("seed", "kinds")}
+        rows = [[name, *map(str, row.values())] for name, row in kills.items()]
+        both = markdown_table(list(counts), [counts.values()]), ["training", *kills["stage 1"]]
+        return match[1] + both[0] + "\n\n" + markdown_table(both[1], rows) + match[3]
+
     end = r"(.*?)(\n+<!-- end -->)"
     text = re.sub(rf"(?s)(<!-- begin rows of results/(\w+)\.md -->\n+){end}", rows, text)
+    text = re.sub(rf"(?s)(<!-- begin robustness -->\n+){end}", robustness, text)
     return re.sub(rf"(?s)(<!-- begin scores -->\n+){end}", scores, text)
 
 
