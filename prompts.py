@@ -23,10 +23,11 @@ def read_image(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")
-    strict = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
     expected = f"a whole PNG, JPEG or similar file, one of {', '.join(FORMATS)}"
-    with reading(path, expected), strict, Image.open(path, formats=FORMATS) as image:
-        return to_rgb(image)
+    with warnings.catch_warnings(action="ignore"), reading(path, expected):  # of odd metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=FORMATS) as image:
+            return to_rgb(image)
 
 
 def upright_size(image):

@@ -87,7 +87,7 @@ def complete(args, recipe, tasks, miniature, rate):
         (wanted.keys() - tasks, learns),
         (not miniature and not args.data, "--data is missing: only the miniature can do without"),
         (total > 10**8, "--steps times --accumulate: over 100 million microbatches in all"),
-        (runs.latest(args.out) and not args.resume, f"{args.out} holds a run: --resume goes on"),
+        (runs.latest(args.out) and not args.resume, f"{args.out} holds a run: --resume continues"),
         (held, f"--out holds {held}, and no checkpoint to go on from; choose another folder"),
     )
     on_gpu = usable_device(args.device).type == "cuda"

@@ -3,10 +3,11 @@
 import os
 import re
 import signal
+import socket
 from collections import namedtuple
 from contextlib import contextmanager
 
-from support.cli import UserError, reading
+from support.cli import UserError
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,21 @@ def rank_and_world():
     return rank, world
 
 
+def check_address():
+    """Raise UserError unless the environment says where the processes meet, as torchrun does."""
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    for name, allowed in (("LOCAL_RANK", range(10**6)), ("MASTER_PORT", range(1, 2**16))):
+        value = os.environ.get(name)
+        if not re.fullmatch("[0-9]{1,6}", value or "") or int(value) not in allowed:
+            right = f"a whole number from {allowed[0]} to {allowed[-1]}"
+            raise UserError(f"{name}={value}: torchrun sets it to {right}")
+    try:
+        socket.getaddrinfo(host or "?", port)
+    except (OSError, UnicodeError) as error:
+        right = "torchrun sets it to the address of rank 0"
+        raise UserError(f"MASTER_ADDR={host}: {right} ({error})") from error
+
+
 @contextmanager
 def together(name, advice):
     """Join the processes of torchrun, if there are several; yield the Place of this process.
@@ -42,17 +58,19 @@ def together(name, advice):
     if world == 1:
         yield Place(rank, world, device)
         return
+    check_address()
+    what = "cannot join"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with reading("MASTER_ADDR and MASTER_PORT", "the address of rank 0, as torchrun sets it"):
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        what = "lost"
         yield Place(rank, world, device)
         dist.barrier()  # rank 0 may still be writing
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not re.search("gloo|onnection", str(error)):
             raise
-        lost = f"lost the other processes ({str(error).splitlines()[0][:160]})"
+        lost = f"{what} the other processes ({str(error).splitlines()[0][:160]})"
         raise UserError(f"rank {rank}: {lost}; {advice()}") from error
     dist.destroy_process_group()
 

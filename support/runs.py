@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -27,6 +28,7 @@ from support.files import whole, write_png, write_text
 
 BINS = 5  # of t, for the loss
 STATE, LOCK = "state.pt", ".lock"
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of a disk, a quota, a file
 
 
 @contextmanager
@@ -38,6 +40,7 @@ def locked(out, rank=0):
     if rank:
         yield
         return
+    out = Path(out)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         file = (out / LOCK).open("a")
@@ -54,6 +57,7 @@ def locked(out, rank=0):
             taken = os.fstat(file.fileno()).st_nlink == 0  # by a run that has just removed the file
         except OSError as error:
             taken = error.errno in (errno.EACCES, errno.EAGAIN)
+            print(f"{out}: cannot be locked ({error}): start no other run there", file=sys.stderr)
         if taken:
             raise UserError(f"{out}: another training writes to this folder; choose another --out")
         remove_leftovers(out)
@@ -143,7 +147,7 @@ def latest(out):
 def advice(out):
     if not (folder := latest(out)):
         return "no checkpoint was saved yet"
-    return f"the last good checkpoint is {folder}, from which --resume goes on"
+    return f"the last good checkpoint is {folder}, from which --resume continues"
 
 
 def restore(out, engine, optimizer, settings):
@@ -194,7 +198,11 @@ def writing(out):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{out}: cannot be written ({error}); {advice(out)}") from error
+        # Rust gives the number of an errno, torch only this phrase
+        numbers = "|".join(map(str, FULL))
+        said = re.search(rf"os error ({numbers})\b|failed writing file", str(error))
+        room = ": make room" if said or getattr(error, "errno", None) in FULL else ""
+        raise UserError(f"{out}: cannot be written ({error}){room}; {advice(out)}") from error
 
 
 def log(out, record):

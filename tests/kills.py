@@ -102,12 +102,16 @@ def trial(name, kills, folder, rng):
     return row
 
 
-def main(arguments=None):
+def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30, help="of each training; default: 30")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, default=Path("docs/results/kills.json"))
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    args = parse(arguments)
     rng, rows = random.Random(args.seed), {}
     for name in TRAININGS:
         with tempfile.TemporaryDirectory() as folder:

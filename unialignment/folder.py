@@ -158,7 +158,9 @@ def read_sampling(scheduler):
         s = Sampling(**known)
         counts = s.slots, s.steps, s.text_steps, s.size
         if min(counts) < 1 or max(counts) > 10_000 or s.size % 16 or not 0 < s.shift < 1000:
-            raise ValueError("slots, steps, size (a multiple of 16), shift: from 1 to 10000")
+            raise ValueError(
+                "slots, steps, size (of 16s) and shift must be positive and not above 10000"
+            )
         if s.order not in ("sampled", "confident"):
             raise ValueError(f"order {s.order!r}")
         check_text(s.sentence + s.negative, file)
